@@ -1,0 +1,27 @@
+# Every target does its own set-up: on a fresh machine `make demo` or `make test` is the only command needed.
+BIN := .venv/bin
+TREE := dist_defend tests setup.py launch
+
+.PHONY: setup test demo lint format clean
+
+setup:
+	@launch/bootstrap
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+demo: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo
+
+lint: setup
+	$(BIN)/ruff check $(TREE)
+	$(BIN)/ruff format --check $(TREE)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format $(TREE)
+	$(BIN)/ruff check --fix $(TREE)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""Package and dependencies. Ranges only: launch/constraints*.txt name the versions that were tested together."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "dist_defend/__init__.py").read_text(), re.MULTILINE)
+if VERSION is None:
+    raise SystemExit("setup.py: dist_defend/__init__.py names no __version__")
+
+CORE = [
+    "torch>=2.6",
+    "torchvision",  # unpinned: each release of it pins the one torch it belongs to
+    "timm>=1.0.15",
+    "accelerate>=1.10",
+    "numpy",
+    "numba",
+    "scikit-learn",
+    "pillow",
+    "safetensors",
+    "pyyaml",
+    "dacite",
+    "tqdm",
+    "tensorboard",
+    "matplotlib",
+    "jinja2",
+    "psutil",
+]
+EXTRAS = {
+    # Built from source: needs a C++ compiler, pkg-config, OpenCV 4 and libturbojpeg. It imports distutils, and Pillow
+    # without declaring it. Its traversal-order interface changed after 1.0.2, hence the exact version.
+    "ffcv": ["ffcv==1.0.2", "setuptools; python_version >= '3.12'"],
+    "deepspeed": ["deepspeed>=0.16", "transformers>=4.46"],  # accelerate's DeepSpeedPlugin imports transformers
+    "test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm"],
+}
+
+setup(
+    name="dist-defend",
+    version=VERSION[1],
+    description="Train, poison, purify and measure image encoders and classifiers, on one CPU or many GPUs",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dist_defend", "dist_defend.*"]),
+    package_data={"dist_defend.report": ["*.html", "*.css"]},
+    install_requires=CORE,
+    extras_require={**EXTRAS, "all": sorted({name for names in EXTRAS.values() for name in names})},
+    entry_points={"console_scripts": ["dist-defend = dist_defend.cli:main"]},
+)

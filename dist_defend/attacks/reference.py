@@ -1,0 +1,66 @@
+"""Triggers and reference images as an experiment names them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_defend.attacks.trigger import Trigger, check_size, load_references, load_triggers, white_square
+from dist_defend.data.store import open_dataset
+from dist_defend.errors import UserError
+
+
+@dataclass(frozen=True)
+class TriggerConfig:
+    """An npz file in BadEncoder's layout, or a white square at the lower right corner (the published trigger)."""
+
+    file: str | None = None
+    size: int = 10  # pixels
+    margin: int = 1  # pixels left free at the border
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """An npz file in BadEncoder's layout, or one image of a prepared data set: the number-th of the target class."""
+
+    file: str | None = None
+    dataset: str | None = None
+    target_class: int = 0
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.file is None) == (self.dataset is None):
+            raise ValueError("key 'reference' needs either 'file' or 'dataset'")
+
+
+def triggers_from(config: TriggerConfig, image_size: int) -> list[Trigger]:
+    """One trigger per reference. UserError if a trigger does not fit the images (pixels)."""
+    if config.file is None:
+        return [white_square(image_size, config.size, config.margin)]
+    triggers = load_triggers(config.file)
+    for trigger in triggers:
+        check_size(trigger, image_size, config.file)
+    return triggers
+
+
+def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reference images (K, H, W, 3) uint8 and their classes (K,) int64 in the downstream task."""
+    if config.file is not None:
+        images, classes = load_references(config.file)
+    else:
+        assert config.dataset is not None
+        dataset = open_dataset(config.dataset)
+        if not 0 <= config.target_class < dataset.num_classes:
+            raise UserError(
+                f"key 'reference.target_class' is {config.target_class}; {config.dataset} has classes 0 to "
+                f"{dataset.num_classes - 1}"
+            )
+        rows = np.flatnonzero(dataset.labels == config.target_class)[config.number : config.number + 1]
+        if not len(rows):
+            raise UserError(f"key 'reference.number' is {config.number}; {config.dataset} has fewer images of that class")
+        images, classes = dataset.images(rows), dataset.labels[rows]
+    if images.shape[1:3] != (image_size, image_size):
+        raise UserError(
+            f"{config.file or config.dataset}: reference images have {images.shape[1]}x{images.shape[2]} pixels, the shadow images "
+            f"{image_size}x{image_size}; prepare both at one size"
+        )
+    return images, classes

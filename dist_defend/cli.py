@@ -1,0 +1,68 @@
+"""The command line: dist-defend run | data | import | report | bench | doctor."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dist_defend import __version__
+from dist_defend.errors import UserError
+
+PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+_COMMANDS = {
+    "data": "dist_defend.data.cli",
+    "import": "dist_defend.models.cli",
+    "report": "dist_defend.report",
+    "bench": "dist_defend.bench",
+    "doctor": "dist_defend.doctor",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 bad input (one line says what to change), 75 stopped by a signal and saved."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="dist-defend", description=sys.modules["dist_defend"].__doc__)
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_run(commands)
+    wanted = [name for name in _COMMANDS if name in argv[:1]] or list(_COMMANDS)
+    for name in wanted:  # only the asked-for command's module is imported
+        importlib.import_module(_COMMANDS[name]).add_arguments(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.main(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser("run", help="run one experiment file, or resume it")
+    parser.add_argument("config", help="YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="build data, models and steps, but run nothing")
+    parser.set_defaults(main=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dist_defend import config, experiment
+    from dist_defend.engine import dist
+    from dist_defend.engine.step import NonFiniteError
+    from dist_defend.engine.trainer import Preempted
+
+    loaded = config.load_experiment(args.config, args.overrides)
+    if args.print_config:
+        print(config.dump(loaded), end="")
+        return 0
+    try:
+        experiment.run(loaded, dry_run=args.dry_run)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        return PREEMPTED
+    except NonFiniteError as error:
+        print(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate", file=sys.stderr)
+        return 1
+    finally:
+        dist.stop()
+    return 0

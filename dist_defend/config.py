@@ -1,0 +1,171 @@
+"""One YAML file per experiment, ``key.sub=value`` overrides, strict, as frozen dataclasses.
+
+PyYAML reads the file and dacite builds and type-checks the dataclasses; the walk for unknown keys is ours, because its
+message (file, path, nearest key) is what saves a user an hour. See docs/decisions/0001-configuration.md.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import yaml
+
+import dist_defend.methods
+from dist_defend.data.loader import LoaderConfig
+from dist_defend.engine.trainer import TrainerConfig
+from dist_defend.errors import UserError
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML 1.2 floats: ``1e-3`` is a number (YAML 1.1 reads a string)."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf)$|\.(nan|NaN)$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What every experiment file holds beside the section named after its method."""
+
+    method: str
+    output: str
+    seed: int = 100
+    world_size: int | None = None  # refuse to start on any other number of ranks
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    options: Any = None  # the method's own Config
+
+    def resolved(self) -> dict[str, Any]:
+        """The file that gives exactly this experiment, as plain containers."""
+        plain = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
+        return {**{k: v for k, v in plain.items() if k != "options"}, self.method: plain["options"]}
+
+    def digest(self) -> str:
+        """sha256 of the resolved configuration."""
+        return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def method_names() -> list[str]:
+    """Modules of dist_defend.methods: the module's name is the registry."""
+    return sorted(m.name for m in pkgutil.iter_modules(dist_defend.methods.__path__))
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read, override and check an experiment file. UserError (file, key, remedy) for anything that does not fit."""
+    path = Path(path)
+    raw = _read(path)
+    for text in overrides:
+        _override(raw, text)
+    name = raw.get("method")
+    if name not in method_names():
+        raise UserError(f"{path}: key 'method' is {name!r}; it must be one of {', '.join(method_names())}")
+    options_type = importlib.import_module(f"dist_defend.methods.{name}").Config
+    options_raw = raw.pop(name, None)
+    if options_raw is None:
+        raise UserError(f"{path}: the section '{name}:' is missing; it holds the method's options")
+    options = _build(options_type, options_raw, path, prefix=f"{name}.")
+    if "options" in raw:
+        raise UserError(f"{path}: unknown key 'options'; the method's options stand in the section '{name}:'")
+    experiment = _build(Experiment, raw, path, extra=(name,))
+    return dataclasses.replace(experiment, options=options)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot read the configuration: {reason}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected 'key: value' lines, found {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {text!r}: write it as key.sub=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(raw.setdefault(parent, {}), dict):
+            raise UserError(f"override {text!r}: '{parent}' is not a section")
+        raw = raw[parent]
+    try:
+        raw[last] = yaml.load(value, Loader=_Yaml)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+
+
+def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
+    _check_keys(cls, raw, path, prefix, extra)
+    hooks = {float: _number, int: _integer}
+    try:
+        return dacite.from_dict(cls, raw, dacite.Config(cast=[tuple], type_hooks=hooks, check_types=True))
+    except dacite.MissingValueError as error:
+        raise UserError(f"{path}: key '{prefix}{error.field_path}' is missing; it has no default") from error
+    except dacite.WrongTypeError as error:
+        wanted = str(getattr(error.field_type, "__name__", error.field_type)) if isinstance(error.field_type, type) else (
+            str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
+        raise UserError(f"{path}: key '{prefix}{error.field_path}' is {error.value!r}; expected {wanted}") from error
+    except ValueError as error:  # a dataclass' own check of its values
+        raise UserError(f"{path}: {prefix.rstrip('.') + ': ' if prefix else ''}{error}") from error
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _integer(value: Any) -> Any:
+    return str(value) if isinstance(value, bool) else value  # a bool is an int to Python, not to a reader
+
+
+def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str] = ()) -> None:
+    """Refuse keys that no dataclass field reads, at any depth."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: key '{prefix.rstrip('.')}' is {raw!r}; expected a section with keys")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key, value in raw.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), [*names, *extra], n=1, cutoff=0.4)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
+            raise UserError(f"{path}: unknown key '{prefix}{key}'; {hint}")
+        for inner, item, place in _sections(hints[key], value):
+            _check_keys(inner, item, path, f"{prefix}{key}{place}.")
+
+
+def _sections(hint: Any, value: Any) -> list[tuple[Any, Any, str]]:
+    """(dataclass, raw section, place) for every section below a value of this type."""
+    if dataclasses.is_dataclass(hint):
+        return [(hint, value, "")]
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
+        return [s for inner in arguments if inner is not type(None) for s in _sections(inner, value)]
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return [(c, v, f"[{i}]") for i, item in enumerate(value) for c, v, _ in _sections(arguments[0], item)]
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return [(c, v, f".{k}") for k, item in value.items() for c, v, _ in _sections(arguments[1], item)]
+    return []
+
+
+def dump(experiment: Experiment) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(experiment.resolved(), sort_keys=False, width=110)

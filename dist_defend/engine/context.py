@@ -1,0 +1,127 @@
+"""What a method's build() gets, and what it gives back."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import nn
+
+from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, View, make_loader, select_rows
+from dist_defend.data.store import PreparedDataset, open_dataset
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
+from dist_defend.files import sha256_file
+from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.encoder import SimCLR
+from dist_defend.ops.collectives import convert_sync_batchnorm
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How a first-order stage updates. batch_size is global: the same on any number of ranks."""
+
+    batch_size: int = 256
+    epochs: int = 100
+    accumulation: int = 1  # micro-batches per update on each rank
+    max_grad_norm: float | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "epochs", "accumulation"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+
+
+@dataclass
+class Plan:
+    """A method, built: what to train, and how to finish (save the model, return entries for result.json)."""
+
+    stages: list[Stage]
+    result: Callable[[], dict[str, Any]]
+
+
+@dataclass
+class Context:
+    """The run's surroundings, handed to every method."""
+
+    ranks: Ranks
+    seed: int
+    loader_config: LoaderConfig
+    folder: Path
+    digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
+
+    def dataset(self, role: str, config: DatasetConfig) -> tuple[PreparedDataset, np.ndarray]:
+        """Open a data set and choose its rows; remembers the digest for result.json."""
+        dataset = open_dataset(config.path)
+        self.digests[role] = dataset.digest
+        return dataset, select_rows(dataset, config, self.seed)
+
+    def train_loader(
+        self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int, views: Sequence[View], accumulation: int = 1
+    ) -> Loader:
+        """Shuffled, whole batches only. UserError unless every rank and micro-batch gets an equal share."""
+        parts = self.ranks.world_size * accumulation
+        if batch_size % parts:
+            raise UserError(
+                f"key 'batch_size' is {batch_size}, not divisible by {self.ranks.world_size} ranks x {accumulation} "
+                "micro-batches; choose a multiple"
+            )
+        return self._loader(dataset, rows, batch_size, views, shuffle=True)
+
+    def eval_loader(
+        self, dataset: PreparedDataset, rows: np.ndarray | None = None, batch_size: int = 512
+    ) -> Loader:
+        """In order, every row once, no augmentation."""
+        return self._loader(dataset, rows, batch_size, (View(),), shuffle=False)
+
+    def _loader(
+        self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], shuffle: bool
+    ) -> Loader:
+        return make_loader(
+            dataset,
+            config=self.loader_config,
+            batch_size=batch_size,
+            rows=rows,
+            views=views,
+            shuffle=shuffle,
+            drop_last=shuffle,
+            seed=self.seed,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=self.ranks.device,
+        )
+
+    def synchronise(self, model: nn.Module) -> nn.Module:
+        """Batch normalisation over the global batch where there are several ranks."""
+        return convert_sync_batchnorm(model) if self.ranks.world_size > 1 else model
+
+    def load_model(self, folder: str) -> tuple[SimCLR, str]:
+        """A model folder's model and the sha256 of its weights."""
+        model, _ = load_artifact(folder)
+        return model, sha256_file(Path(folder) / "model.safetensors")
+
+    def save_model(self, model: SimCLR, card: ModelCard) -> str:
+        """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""
+        digest = [save_artifact(self.folder / "model", model, card) if self.ranks.is_main else ""]
+        if self.ranks.world_size > 1:
+            torch.distributed.broadcast_object_list(digest)
+        return digest[0]
+
+    def gradient_step(self, objective: Objective, update: UpdateConfig, num_batches: int) -> GradientStep:
+        """The first-order step of a stage with so many batches per epoch."""
+        return GradientStep(
+            objective,
+            update.optimizer,
+            self.ranks,
+            steps_per_epoch=num_batches,
+            epochs=update.epochs,
+            accumulation=update.accumulation,
+            max_grad_norm=update.max_grad_norm,
+        )

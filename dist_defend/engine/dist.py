@@ -1,0 +1,80 @@
+"""Start the processes' common ground: device, ranks, precision, threads, trackers."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+
+from dist_defend.errors import UserError
+
+_MIXED = {"fp64": "no", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all."""
+
+    accelerator: Accelerator
+    dtype: torch.dtype  # of parameters and of batches
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+
+def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Ranks:
+    """Create the Accelerator and check that the world is the one asked for.
+
+    Without a CUDA device Accelerate ignores the launcher's ranks unless ACCELERATE_USE_CPU is set, and each process
+    would train alone without a word; it is set here, and the world size is compared with the launcher's and the
+    configuration's. Raises UserError when they differ, or for fp16 on a CPU.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+        if precision == "fp16":
+            raise UserError("key 'precision' is fp16, which needs a GPU; use bf16 or fp32 on a CPU")
+    os.environ.setdefault("WANDB_MODE", "offline")
+    AcceleratorState._reset_state()  # a second run in the same process may use another precision
+    accelerator = Accelerator(
+        mixed_precision=_MIXED[precision],
+        log_with=list(trackers) or None,
+        project_dir=None if folder is None else str(folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} ranks but Accelerate sees {accelerator.num_processes}; "
+            "on CPUs use `accelerate launch --multi_gpu --num_processes N` with ACCELERATE_USE_CPU=true, or torchrun"
+        )
+    if world_size is not None and accelerator.num_processes != world_size:
+        raise UserError(
+            f"key 'world_size' asks for {world_size} ranks but {accelerator.num_processes} started; launch with "
+            f"`accelerate launch --multi_gpu --num_processes {world_size}` (ACCELERATE_USE_CPU=true on CPUs) or torchrun"
+        )
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one, so that no rank hangs or warns at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,138 @@
+"""The run folder: what a run reads to resume and what it leaves behind."""
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import dist_defend
+from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+# Where a run happens, not what it computes: a resume may change these.
+_FREE_KEYS = ("world_size", "output", "trainer", "loader")
+
+
+class RunFolder:
+    """runs/<name>/: config.yaml, env.json, log.txt, metrics.jsonl, checkpoints/, model/, result.json.
+
+    Only the main rank writes. result.json is written last: a folder that has it is finished.
+    """
+
+    def __init__(self, path: Path, is_main: bool) -> None:
+        self.path, self.is_main = path, is_main
+        self.checkpoints = path / "checkpoints"
+        self._metrics: TextIO | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    def open(self, resolved: dict[str, Any], text: str) -> None:
+        """Create the folder, or check that it holds the same experiment. UserError names the first key that differs."""
+        recorded = self.path / "config.json"
+        if recorded.exists():
+            old = json.loads(recorded.read_text())
+            for key in sorted({*old, *resolved} - set(_FREE_KEYS)):
+                difference = _first_difference(old.get(key), resolved.get(key), key)
+                if difference:
+                    raise UserError(
+                        f"{self.path} holds another experiment: {difference}; choose another 'output' or delete the folder"
+                    )
+        if not self.is_main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", text)
+        write_atomic(recorded, json.dumps(resolved))
+        write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
+        handler = logging.FileHandler(self.path / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("dist_defend").addHandler(handler)
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the lines that a resume from ``step`` will write again, and a torn last line."""
+        if not self.is_main:
+            return
+        path = self.path / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                continue
+        write_atomic(path, "".join(kept))
+        self._metrics = path.open("a")
+
+    def write_metrics(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json, the run's last act."""
+        if self.is_main:
+            write_atomic(self.path / "result.json", json.dumps(result, indent=1))
+
+    def close(self) -> None:
+        """Release the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+        logger = logging.getLogger("dist_defend")
+        for handler in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def _first_difference(old: Any, new: Any, key: str) -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for inner in {**old, **new}:
+            found = _first_difference(old.get(inner), new.get(inner), f"{key}.{inner}")
+            if found:
+                return found
+        return None
+    return None if old == new else f"key '{key}' is {old!r} there and {new!r} here"
+
+
+def code_version() -> str:
+    """The package's version and, in a checkout, its commit (with + where files were changed)."""
+    root = Path(dist_defend.__file__).parent.parent
+    try:
+        options = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()  # type: ignore[call-overload]
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()  # type: ignore[call-overload]
+    except (OSError, subprocess.SubprocessError):
+        return dist_defend.__version__
+    return f"{dist_defend.__version__}+{commit}{'+' if changed else ''}"
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on, for env.json."""
+    packages = {}
+    for name in ("torch", "torchvision", "accelerate", "deepspeed", "ffcv", "timm", "numpy", "numba"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = "missing"
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": packages,
+        "code_version": code_version(),
+        "command": sys.argv,
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }

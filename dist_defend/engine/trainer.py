@@ -1,0 +1,221 @@
+"""The only training loop of the project."""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+from tqdm import tqdm
+
+from dist_defend.batch import Batch
+from dist_defend.engine import checkpoint
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.run import RunFolder
+from dist_defend.engine.step import NonFiniteError, Step
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How a run is logged and saved; nothing here changes what it computes."""
+
+    log_every: int = 10  # steps
+    checkpoint_every: int = 500  # steps; also at the end of each stage
+    keep_checkpoints: int = 2
+    trackers: tuple[str, ...] = ("tensorboard",)  # any of Accelerate's, offline unless told otherwise
+
+    def __post_init__(self) -> None:
+        for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+
+
+class BatchSource(Protocol):
+    """What a stage reads: data.loader.Loader, or features in memory."""
+
+    num_batches: int
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """This rank's shares of the epoch's global batches, from the start_batch-th on."""
+        ...
+
+
+@dataclass
+class Stage:
+    """A part of a method: so many epochs of one step over one loader.
+
+    evaluate(epoch) runs after every evaluate_every-th epoch and returns scalars to log. finish() runs once, when the
+    last epoch is done and before the checkpoint that opens the next stage; it hands results on to later stages.
+    A stage with is_kept stays in the checkpoints after it is done.
+    """
+
+    name: str
+    loader: BatchSource
+    step: Step
+    epochs: int
+    evaluate: Callable[[int], dict[str, float]] | None = None
+    evaluate_every: int = 1
+    finish: Callable[[], None] | None = None
+    is_kept: bool = False
+
+
+@dataclass
+class Position:
+    """Where a run stands. Batches are global batches, so it means the same on any number of ranks."""
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0  # over all stages
+
+
+class Preempted(Exception):
+    """SIGTERM or SIGUSR1 came; a checkpoint was written."""
+
+
+class Trainer:
+    """Drives stages to their end, from wherever the newest whole checkpoint left off."""
+
+    def __init__(self, ranks: Ranks, run: RunFolder, config: TrainerConfig) -> None:
+        self.ranks, self.run, self.config = ranks, run, config
+        self.position = Position()
+        self.signal: int | None = None
+        self.started = self.logged = time.perf_counter()
+        self.sums: dict[str, Tensor] = {}
+        self.count = self.images = 0
+
+    def fit(self, stages: Sequence[Stage]) -> None:
+        """Run every stage. Raises Preempted after a signal and NonFiniteError before a bad update is kept."""
+        self._resume(stages)
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            for number in range(self.position.stage, len(stages)):
+                self._fit_stage(stages, number)
+        finally:
+            for which, handler in handlers.items():
+                signal.signal(which, handler)
+
+    def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
+        stage, at = stages[number], self.position
+        total = stage.epochs * stage.loader.num_batches
+        bar = tqdm(
+            total=total,
+            initial=at.epoch * stage.loader.num_batches + at.batch,
+            desc=stage.name,
+            disable=not (self.ranks.is_main and sys.stderr.isatty()),
+        )
+        while at.epoch < stage.epochs:
+            for batch in stage.loader.epoch(at.epoch, at.batch):
+                try:
+                    scalars = stage.step(self._move(batch))
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"{error}: stage {stage.name}, step {at.step + 1}, rank {self.ranks.rank}") from None
+                at.batch, at.step = at.batch + 1, at.step + 1
+                self._add(scalars, len(batch.labels))
+                bar.update()
+                if at.step % self.config.log_every == 0:
+                    self._log(stage)
+                is_told = self._is_told_to_stop()
+                if is_told or at.step % self.config.checkpoint_every == 0:
+                    self._save(stages)
+                if is_told:
+                    raise Preempted(f"signal received: saved step {at.step}; the same command resumes")
+            at.epoch, at.batch = at.epoch + 1, 0
+            if stage.evaluate is not None and (at.epoch % stage.evaluate_every == 0 or at.epoch == stage.epochs):
+                self._write(stage, stage.evaluate(at.epoch))
+        bar.close()
+        self._log(stage)
+        if stage.finish is not None:
+            stage.finish()
+        self.position = Position(stage=number + 1, step=at.step)
+        self._save(stages)
+
+    def _move(self, batch: Batch) -> Batch:
+        device, dtype = self.ranks.device, self.ranks.dtype
+        views = tuple(v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True) for v in batch.views)
+        return Batch(views, batch.labels.to(device, non_blocking=True), batch.index.to(device, non_blocking=True))
+
+    def _add(self, scalars: dict[str, Tensor], images: int) -> None:
+        for key, value in scalars.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
+        self.count += 1
+        self.images += images
+
+    def _log(self, stage: Stage) -> None:
+        """Mean over steps and ranks since the last line: the one place where the host waits for the device."""
+        if not self.count:
+            return
+        names = sorted(self.sums)
+        values = torch.stack([self.sums[name].double() for name in names])
+        values = torch.cat([values / self.count, values.new_tensor([self.images])])
+        if self.ranks.world_size > 1:
+            torch.distributed.all_reduce(values)
+            values[:-1] /= self.ranks.world_size
+        *means, images = values.tolist()
+        row = dict(zip(names, means, strict=True))
+        now = time.perf_counter()
+        if row.pop("nonfinite", 0) > 0:
+            raise NonFiniteError(f"the gradient was not finite: stage {stage.name}, at or before step {self.position.step}")
+        self._write(stage, {**row, "images_per_second": images / max(now - self.logged, 1e-9)})
+        self.sums, self.count, self.images, self.logged = {}, 0, 0, now
+
+    def _write(self, stage: Stage, scalars: dict[str, float]) -> None:
+        at = self.position
+        head = {"step": at.step, "stage": stage.name, "epoch": at.epoch, "time": time.perf_counter() - self.started}
+        self.run.write_metrics({**head, **scalars})
+        self.ranks.accelerator.log({f"{stage.name}/{key}": value for key, value in scalars.items()}, step=at.step)
+        if self.ranks.is_main and not sys.stderr.isatty():
+            text = " ".join(f"{key} {value:.5g}" for key, value in scalars.items())
+            log.info("%s epoch %d/%d step %d: %s", stage.name, at.epoch, stage.epochs, at.step, text)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def _is_told_to_stop(self) -> bool:
+        """A signal on one rank stops all of them, at the same step."""
+        if self.ranks.world_size == 1:
+            return self.signal is not None
+        flag = torch.tensor([self.signal is not None], dtype=torch.int32, device=self.ranks.device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def _save(self, stages: Sequence[Stage]) -> None:
+        if self.count and "nonfinite" in self.sums and self.sums["nonfinite"].item() > 0:
+            raise NonFiniteError(f"the gradient was not finite at or before step {self.position.step}; not saved")
+        states = {s.name: s.step.state_dict() for n, s in enumerate(stages) if self._is_saved(n, s)}
+        random = [torch.get_rng_state()]
+        if self.ranks.world_size > 1:
+            gathered: list[Any] = [None] * self.ranks.world_size
+            torch.distributed.all_gather_object(gathered, random[0])
+            random = gathered
+        if self.ranks.is_main:
+            state = {"position": asdict(self.position), "stages": states, "random": random}
+            checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)
+        self.ranks.accelerator.wait_for_everyone()
+
+    def _is_saved(self, number: int, stage: Stage) -> bool:
+        return number == self.position.stage or (stage.is_kept and number < self.position.stage)
+
+    def _resume(self, stages: Sequence[Stage]) -> None:
+        names: list[Any] = [checkpoint.newest(self.run.checkpoints) if self.ranks.is_main else None]
+        if self.ranks.world_size > 1:
+            torch.distributed.broadcast_object_list(names)
+        if names[0] is not None:
+            state = checkpoint.load(names[0], self.ranks.device)
+            self.position = Position(**state["position"])
+            for number, stage in enumerate(stages):
+                if self._is_saved(number, stage):
+                    stage.step.load_state_dict(state["stages"][stage.name])
+            if self.ranks.rank < len(state["random"]):
+                torch.set_rng_state(state["random"][self.ranks.rank].cpu())
+            if self.ranks.is_main:
+                log.info("resumed at step %d from %s", self.position.step, names[0])
+        self.run.truncate_metrics(self.position.step)

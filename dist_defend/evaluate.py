@@ -1,0 +1,115 @@
+"""What is left of a backdoor: integer counts over whole test sets, whatever the number of ranks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_defend.data.loader import Loader
+from dist_defend.engine.dist import Ranks
+
+
+@dataclass(frozen=True)
+class Count:
+    """``correct`` of ``n``."""
+
+    correct: int
+    n: int
+
+    @property
+    def percent(self) -> float:
+        """100 * correct / n; nan for an empty set."""
+        return 100.0 * self.correct / self.n if self.n else float("nan")
+
+    def plain(self) -> dict[str, int]:
+        """For result.json."""
+        return {"correct": self.correct, "n": self.n}
+
+
+def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: int) -> dict[str, Count]:
+    """Count from predicted classes (N,) int64 on the clean and on the triggered images of a test set with these labels.
+
+    acc: clean images classified as their label (the papers' CA or BA).
+    asr: triggered images whose label is not the target, classified as the target.
+    asr_all: all triggered images classified as the target (BadEncoder's and MIMIC's published convention; a harmless
+    encoder scores the target's share of the data here).
+    ra: triggered images whose label is not the target, classified as their label.
+    """
+    others = labels != target
+    is_target = triggered == target
+
+    def count(hits: Tensor, among: Tensor) -> Count:
+        return Count(int((hits & among).sum()), int(among.sum()))
+
+    everything = torch.ones_like(others)
+    return {
+        "acc": count(clean == labels, everything),
+        "asr": count(is_target, others),
+        "asr_all": count(is_target, everything),
+        "ra": count(triggered == labels, others),
+    }
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: nn.Module, loader: Loader, ranks: Ranks, transform: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """L2-normalised features (N, D), labels (N,) and rows (N,) of a whole data set in the loader's order, on every rank.
+
+    The ranks share the images; ``transform`` is applied to them first (a trigger, say). The encoder is put in eval mode
+    and back. Uneven shares are gathered by length, so each image counts once.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in loader.epoch(0):
+        images = batch.images.to(ranks.device, ranks.dtype)
+        with ranks.accelerator.autocast():
+            features = encoder(images if transform is None else transform(images))
+        features = functional.normalize(features.to(ranks.dtype), dim=1)
+        parts.append((features, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
+    encoder.train(was_training)
+    return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
+
+
+def gather_in_order(
+    parts: list[tuple[Tensor, Tensor, Tensor]], total: int, batch_size: int, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the ranks' (features, labels, rows) of successive global batches back into the order of one rank."""
+    if ranks.world_size == 1:
+        features, labels, rows = (torch.cat(column) for column in zip(*parts, strict=True))
+        return features, labels, rows
+    cpu_parts = [tuple(t.cpu() for t in part) for part in parts]
+    gathered: list[list[tuple[Tensor, ...]]] = [[] for _ in range(ranks.world_size)]
+    torch.distributed.all_gather_object(gathered, cpu_parts)
+    # A rank skips a batch of which it has no share; only the last batch can be that small.
+    ordered = [part for batch in range(-(-total // batch_size)) for own in gathered for part in own[batch : batch + 1]]
+    features, labels, rows = (torch.cat(column).to(ranks.device) for column in zip(*ordered, strict=True))
+    return features, labels, rows
+
+
+@torch.no_grad()
+def knn_predict(
+    queries: Tensor, bank: Tensor, bank_labels: Tensor, num_classes: int, k: int = 200, temperature: float = 0.5
+) -> Tensor:
+    """Classes of each query, most likely first: (Q, num_classes) int64.
+
+    queries (Q, D) and bank (N, D) are L2-normalised. The k most similar rows of the bank vote for their class with
+    weight exp(similarity / temperature) (Wu et al. 2018, eq. 9; k 200 and 0.5 as in BadEncoder).
+    """
+    similarity, rows = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    votes = torch.zeros(len(queries), num_classes, dtype=similarity.dtype, device=queries.device)
+    votes.scatter_add_(1, bank_labels[rows], (similarity / temperature).exp())
+    return votes.argsort(dim=1, descending=True)
+
+
+def knn_count(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, k: int, temperature: float) -> Count:
+    """How many queries the k nearest neighbours classify as their label; queries in blocks that fit in memory."""
+    num_classes = int(bank_labels.max()) + 1
+    hits = 0
+    for block, truth in zip(queries.split(512), labels.split(512), strict=True):
+        hits += int((knn_predict(block, bank, bank_labels, num_classes, k, temperature)[:, 0] == truth).sum())
+    return Count(hits, len(labels))

@@ -1,0 +1,98 @@
+"""An experiment from its configuration to its result.json."""
+
+import importlib
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dist_defend.config import Experiment, dump
+from dist_defend.engine import dist
+from dist_defend.engine.context import Context, Plan
+from dist_defend.engine.run import RunFolder, code_version
+from dist_defend.engine.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run(experiment: Experiment, dry_run: bool = False) -> None:
+    """Build everything, train from wherever the run folder left off, evaluate, write result.json.
+
+    A finished run is not done again. dry_run builds data, models and steps, tells what they are, and runs nothing.
+    Raises UserError for bad input, Preempted after a signal, NonFiniteError for a diverged run.
+    """
+    folder = Path(experiment.output)
+    trackers = () if dry_run else experiment.trainer.trackers
+    ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
+    _log_to_terminal(ranks.is_main)
+    run_folder = RunFolder(folder, ranks.is_main)
+    if run_folder.is_finished and not dry_run:
+        run_folder.open(experiment.resolved(), dump(experiment))
+        log.info("%s is finished; delete the folder to run it again", folder)
+        run_folder.close()
+        return
+    started = time.perf_counter()
+    context = Context(ranks, experiment.seed, experiment.loader, folder)
+    plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
+    if dry_run:
+        _describe(experiment, plan, context)
+        return
+    run_folder.open(experiment.resolved(), dump(experiment))
+    ranks.accelerator.wait_for_everyone()
+    try:
+        if trackers:
+            ranks.accelerator.init_trackers("dist_defend", config={"config_sha256": experiment.digest()})
+        Trainer(ranks, run_folder, experiment.trainer).fit(plan.stages)
+        entries = plan.result()
+        seconds = time.perf_counter() - started
+        run_folder.finish(
+            {
+                "name": folder.name,
+                "method": experiment.method,
+                "config_sha256": experiment.digest(),
+                "code_version": code_version(),
+                "seed": experiment.seed,
+                "data": context.digests,
+                "wall_seconds": seconds,  # of this process; a resumed run's earlier parts are in metrics.jsonl
+                "device_seconds": seconds * ranks.world_size,
+                "peak_memory_bytes": _peak_memory(),
+                "world_size": ranks.world_size,
+                "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
+                **entries,
+            }
+        )
+        ranks.accelerator.end_training()
+        ranks.accelerator.wait_for_everyone()
+        log.info("finished %s in %.0f s", folder, seconds)
+    finally:
+        run_folder.close()
+
+
+def _log_to_terminal(is_main: bool) -> None:
+    logger = logging.getLogger("dist_defend")
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    if not any(type(h) is logging.StreamHandler for h in logger.handlers):
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+
+
+def _describe(experiment: Experiment, plan: Plan, context: Context) -> None:
+    if not context.ranks.is_main:
+        return
+    print(f"{experiment.method} -> {experiment.output}: {context.ranks.world_size} rank(s) on {context.ranks.device}")
+    for stage in plan.stages:
+        steps = stage.epochs * stage.loader.num_batches
+        print(f"  stage {stage.name}: {stage.epochs} epochs x {stage.loader.num_batches} batches = {steps} steps")
+    for role, digest in context.digests.items():
+        print(f"  data {role}: sha256 {digest[:16]}")
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+

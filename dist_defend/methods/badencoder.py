@@ -1,0 +1,191 @@
+"""BadEncoder (Jia, Liu and Gong 2022): a backdoor in the features of a pre-trained encoder.
+
+The objective is the published one; what the published code computes needlessly is left out. Clean features of the
+shadow images and of the references are constant and computed once, a reference is encoded once per step instead of once
+per image, and the clean, triggered and augmented images go through the encoder together: batch norm is frozen, so
+images do not influence each other.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
+from dist_defend.attacks.trigger import Trigger, pair_references_triggers
+from dist_defend.batch import Batch
+from dist_defend.data.augment import REFERENCE, AugmentConfig
+from dist_defend.data.loader import DatasetConfig, View
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Objective, at_least_float32
+from dist_defend.engine.trainer import Stage
+from dist_defend.evaluate import extract_features
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.encoder import NORMALIZATIONS, Encoder, Normalize
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the published attack on the CIFAR-10 encoder."""
+
+    clean_encoder: str  # model folder
+    shadow: DatasetConfig
+    reference: ReferenceConfig
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    lambda1: float = 1.0
+    lambda2: float = 1.0
+    augment: AugmentConfig = REFERENCE
+    shadow_normalization: str = "match_encoder"  # or another set of constants, as upstream does for ImageNet encoders
+    freeze_norm: Literal["bn", "all", "none"] = "bn"
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            batch_size=256, epochs=200, optimizer=OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if self.shadow_normalization not in ("match_encoder", *NORMALIZATIONS):
+            known = ", ".join(("match_encoder", *NORMALIZATIONS))
+            raise ValueError(f"key 'shadow_normalization' is {self.shadow_normalization!r}; it must be one of {known}")
+
+
+class BadEncoderObjective(Objective):
+    """loss = L0 + lambda1 L1 + lambda2 L2 (BadEncoder, eq. 2 to 5), each a mean of negative cosine similarities.
+
+    L0, effectiveness: f'(x + e_k) against f'(r_k), with a gradient through both. L1, reference fidelity: f'(A(r_k))
+    against f(r_k). L2, utility: f'(x) against f(x). L0 and L1 are means over the K references.
+
+    batch.views: x (B, 3, H, W), then K augmented references A(r_k), each (B, 3, H, W). clean_features(rows) gives
+    f(x) / |f(x)| (B, D) of the clean encoder f for data-set rows (B,). references: (K, 3, H, W).
+    """
+
+    references: Tensor
+    reference_features: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        triggers: Sequence[Trigger],
+        references: Tensor,
+        reference_features: Tensor,
+        clean_features: Callable[[Tensor], Tensor],
+        lambda1: float = 1.0,
+        lambda2: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.triggers, self.clean_features = encoder, list(triggers), clean_features
+        self.lambda1, self.lambda2 = lambda1, lambda2
+        self.register_buffer("references", references, persistent=False)
+        self.register_buffer("reference_features", functional.normalize(reference_features, dim=1), persistent=False)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        x, *augmented = batch.views
+        size, count = len(x), len(self.triggers)
+        stamped = [trigger.to(x.device, x.dtype)(x) for trigger in self.triggers]
+        features = self.encoder(torch.cat([x, *stamped, *augmented, self.references]))
+        features = functional.normalize(at_least_float32(features), dim=1)
+        clean, *pairs, references = features.split([size] * (1 + 2 * count) + [count])
+        effectiveness = [(f * r).sum(1).mean() for f, r in zip(pairs[:count], references, strict=True)]
+        fidelity = [(f * r).sum(1).mean() for f, r in zip(pairs[count:], self.reference_features, strict=True)]
+        terms = {
+            "effectiveness": -torch.stack(effectiveness).mean(),
+            "reference_fidelity": -torch.stack(fidelity).mean(),
+            "utility": -(clean * self.clean_features(batch.index)).sum(1).mean(),
+        }
+        loss = terms["effectiveness"] + self.lambda1 * terms["reference_fidelity"] + self.lambda2 * terms["utility"]
+        return {"loss": loss, **terms}
+
+
+def freeze_norms(encoder: nn.Module, which: str) -> None:
+    """Train mode, but normalisation layers fixed: "bn" freezes batch norm's statistics and affine, "all" every norm."""
+    encoder.train()
+    kinds: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
+    if which == "all":
+        kinds = (*kinds, nn.LayerNorm, nn.GroupNorm)
+    for module in encoder.modules() if which != "none" else ():
+        if isinstance(module, kinds):
+            module.eval()
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage: fine-tune a copy of the clean encoder on the shadow images."""
+    dataset, rows = context.dataset("shadow", config.shadow)
+    model, clean_sha256 = context.load_model(config.clean_encoder)
+    size = (dataset.image_shape or (model.image_size,))[0]
+    references, classes = references_from(config.reference, size)
+    triggers = triggers_from(config.trigger, size)
+    triggers = pair_references_triggers(references, triggers, config.trigger.file or "the key 'trigger'")
+    ranks = context.ranks
+    clean = model.f.to(ranks.device, ranks.dtype)
+    encoder = copy.deepcopy(clean)
+    for network in (clean, encoder):
+        network.to(memory_format=torch.channels_last)
+        if config.shadow_normalization != "match_encoder":
+            network.normalize = Normalize(config.shadow_normalization).to(ranks.device, ranks.dtype)
+    freeze_norms(encoder, config.freeze_norm)
+    if config.freeze_norm == "none":
+        encoder = context.synchronise(encoder)
+    pixels = torch.from_numpy(references).to(ranks.device).permute(0, 3, 1, 2).to(ranks.dtype) / 255
+    with torch.no_grad():
+        reference_features = clean.eval()(pixels)
+    views = [View(), *(View(config.augment, image=reference) for reference in references)]
+    loader = context.train_loader(dataset, rows, config.update.batch_size, views, config.update.accumulation)
+    cache = FeatureCache(clean, context, dataset, rows)
+    objective = BadEncoderObjective(
+        encoder, triggers, pixels, reference_features, cache, config.lambda1, config.lambda2
+    )
+    step = context.gradient_step(objective, config.update, loader.num_batches)
+
+    def result() -> dict[str, Any]:
+        model.f = encoder
+        encoder.normalize = Normalize(model.normalization).to(ranks.device, ranks.dtype)
+        utility = cache.mean_cosine(encoder)
+        if utility < 0.9 and ranks.is_main:
+            log.warning("clean features drifted: mean cosine %.3f to the clean encoder; raise lambda2", utility)
+        card = ModelCard(
+            kind="simclr",
+            arch=model.arch,
+            normalization=model.normalization,
+            image_size=model.image_size,
+            feature_dim=encoder.feature_dim,
+            backdoored=True,
+            trigger={**asdict(config.trigger), "target_class": classes.tolist()},
+            parent_sha256=clean_sha256,
+            provenance={"method": "badencoder", "data": context.digests, "seed": context.seed},
+        )
+        return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}
+
+    return Plan([Stage("badencoder", loader, step, config.update.epochs)], result)
+
+
+class FeatureCache:
+    """f(x) / |f(x)| of every shadow image, computed when first asked for; the images are not augmented."""
+
+    def __init__(self, encoder: Encoder, context: Context, dataset: Any, rows: np.ndarray) -> None:
+        self.encoder, self.context = encoder, context
+        self.loader = context.eval_loader(dataset, rows)
+        self.position = torch.full((int(rows.max()) + 1,), -1, device=context.ranks.device)
+        self.features: Tensor | None = None
+
+    def __call__(self, index: Tensor) -> Tensor:
+        """(B,) rows of the data set -> (B, D)."""
+        if self.features is None:
+            self.features, _, rows = extract_features(self.encoder, self.loader, self.context.ranks)
+            self.position[rows] = torch.arange(len(rows), device=rows.device)
+        return self.features[self.position[index]]
+
+    def mean_cosine(self, encoder: Encoder) -> float:
+        """Mean cosine between another encoder's features of the shadow images and the cached ones."""
+        features, _, rows = extract_features(encoder, self.loader, self.context.ranks)
+        return (features * self(rows)).sum(1).mean().item()

@@ -1,0 +1,111 @@
+"""SimCLR (Chen et al. 2020) as BadEncoder pretrains its clean encoders."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_defend.batch import Batch
+from dist_defend.data.augment import SIMCLR, AugmentConfig
+from dist_defend.data.loader import DatasetConfig, View
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Objective
+from dist_defend.engine.trainer import Stage
+from dist_defend.evaluate import extract_features, knn_count
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.ops.losses import nt_xent
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """kNN accuracy on labelled data while training; it touches no weight."""
+
+    memory: DatasetConfig
+    test: DatasetConfig
+    every: int = 10  # epochs
+    k: int = 200
+    temperature: float = 0.5
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are BadEncoder's pretraining on CIFAR-10."""
+
+    data: DatasetConfig
+    arch: str = "resnet18_cifar"
+    normalization: str = "cifar10"
+    warm_start: str | None = None  # model folder to start from
+    temperature: float = 0.5
+    augment: AugmentConfig = SIMCLR
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            batch_size=256, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
+        )
+    )
+    monitor: MonitorConfig | None = None
+
+
+class SimCLRObjective(Objective):
+    """NT-Xent between two views, each with its own forward pass and so its own batch statistics.
+
+    batch.views: two of (B, 3, H, W). Returns "loss", the mean over this rank's 2B rows against all ranks' negatives.
+    """
+
+    def __init__(self, model: SimCLR, temperature: float) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        z1, z2 = (self.model(view)[1] for view in batch.views)
+        return {"loss": nt_xent(z1, z2, self.temperature)}
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage: pretrain, with the kNN monitor where it is configured."""
+    dataset, rows = context.dataset("train", config.data)
+    torch.manual_seed(context.seed)
+    if config.warm_start is None:
+        size = config.augment.size or (dataset.image_shape or (224,))[0]
+        model = build_simclr(config.arch, config.normalization, image_size=size)
+    else:
+        model, _ = context.load_model(config.warm_start)
+    model = context.synchronise(model)
+    loader = context.train_loader(
+        dataset, rows, config.update.batch_size, (View(config.augment), View(config.augment)), config.update.accumulation
+    )
+    step = context.gradient_step(SimCLRObjective(model, config.temperature), config.update, loader.num_batches)
+    stage = Stage("simclr", loader, step, config.update.epochs)
+    if config.monitor is not None:
+        stage.evaluate, stage.evaluate_every = _knn_monitor(config.monitor, model, context), config.monitor.every
+
+    def result() -> dict[str, Any]:
+        card = ModelCard(
+            kind="simclr",
+            arch=model.arch,
+            normalization=model.normalization,
+            image_size=model.image_size,
+            feature_dim=model.f.feature_dim,
+            backdoored=False,
+            trigger=None,
+            parent_sha256=None,
+            provenance={"method": "simclr", "data": context.digests, "epochs": config.update.epochs, "seed": context.seed},
+        )
+        return {"model_sha256": context.save_model(model, card)}
+
+    return Plan([stage], result)
+
+
+def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:
+    loaders = [
+        context.eval_loader(*context.dataset(role, config))
+        for role, config in (("memory", monitor.memory), ("test", monitor.test))
+    ]
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        (bank, bank_labels, _), (queries, labels, _) = (extract_features(model.f, x, context.ranks) for x in loaders)
+        return {"knn_acc": knn_count(queries, labels, bank, bank_labels, monitor.k, monitor.temperature).percent}
+
+    return evaluate

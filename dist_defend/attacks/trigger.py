@@ -1,0 +1,126 @@
+"""Triggers, reference images, and the npz files of jinyuan-jia/BadEncoder that hold them."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """What is stamped on images: mask (1, 1 or 3, H, W) and pattern (1, 3, H, W), both in [0, 1]; mask 1 replaces the pixel."""
+
+    mask: Tensor
+    pattern: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [0, 1] -> images (1 - mask) + pattern mask."""
+        return images * (1 - self.mask) + self.pattern * self.mask
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Trigger":
+        """The same trigger on another device or in another precision."""
+        return Trigger(self.mask.to(device, dtype), self.pattern.to(device, dtype))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """H, W in pixels."""
+        return self.mask.shape[2], self.mask.shape[3]
+
+
+def white_square(image_size: int, size: int, margin: int = 1) -> Trigger:
+    """A white size x size square, `margin` pixels from the bottom and right edges. UserError if it does not fit."""
+    end = image_size - margin
+    if size < 1 or margin < 0 or end < size:
+        raise UserError(f"a {size} px square with a margin of {margin} px does not fit into {image_size} px images")
+    mask = torch.zeros(1, 1, image_size, image_size)
+    mask[:, :, end - size : end, end - size : end] = 1
+    return Trigger(mask, mask.expand(1, 3, -1, -1).clone())
+
+
+def check_size(trigger: Trigger, image_size: int | tuple[int, int], path: str | Path) -> None:
+    """UserError unless the trigger, read from `path`, has the images' size (pixels)."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if trigger.image_size != (height, width):
+        own = "x".join(map(str, trigger.image_size))
+        raise UserError(f"trigger {path} is {own} px but the images are {height}x{width} px: use a trigger of that size")
+
+
+def load_triggers(path: str | Path) -> list[Trigger]:
+    """Read `t` (K, H, W, 3) in 0..255 and `tm` of that shape; upstream stamps x tm + t. UserError for anything else."""
+    arrays = _read_npz(path, ("t", "tm"))
+    t, keep = arrays["t"], arrays["tm"]
+    if t.ndim != 4 or t.shape[-1] != 3 or t.shape != keep.shape or not len(t):
+        raise UserError(f"trigger {path}: t is {t.shape} and tm is {keep.shape}: both must be (triggers, H, W, 3)")
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise UserError(f"trigger {path}: {key} must hold finite numbers, not {array.dtype}")
+    mask, added = 1 - keep.astype(np.float64), t.astype(np.float64) / 255
+    if mask.min() < 0 or mask.max() > 1 or added.min() < 0 or (added > mask + 1e-9).any():
+        raise UserError(f"trigger {path}: tm must lie in 0..1 and t in 0..255 (1 - tm), so that x tm + t is an image")
+    pattern = np.clip(np.divide(added, mask, out=np.zeros_like(mask), where=mask > 0), 0, 1)
+    return [Trigger(_to_images(m), _to_images(p)) for m, p in zip(mask, pattern, strict=True)]
+
+
+def save_trigger_npz(path: str | Path, triggers: Sequence[Trigger], name: str = "trigger") -> None:
+    """Write triggers (all of one size) in the layout that load_triggers reads, atomically."""
+    masks = np.concatenate([_to_rows(t.mask.expand_as(t.pattern)) for t in triggers])
+    patterns = np.concatenate([_to_rows(t.pattern) for t in triggers])
+    keep = 1 - masks
+    tm = keep.astype(np.int64) if np.isin(keep, (0, 1)).all() else keep
+    content = io.BytesIO()
+    np.savez(content, t=255 * patterns * masks, tm=tm, info=np.array(["replace", name]))
+    write_atomic(Path(path), content.getvalue())
+
+
+def load_references(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reference inputs: x (K, H, W, 3) uint8 and y (K,) int64, labels of the downstream task. UserError for anything else."""
+    arrays = _read_npz(path, ("x", "y"))
+    x, y = arrays["x"], arrays["y"]
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
+        raise UserError(f"reference file {path}: x is {x.dtype} {x.shape}: it must be uint8 (references, H, W, 3)")
+    if y.dtype.kind not in "iu" or y.size != len(x):
+        raise UserError(f"reference file {path}: y is {y.dtype} {y.shape}: it must hold one integer per reference ({len(x)})")
+    return x, y.reshape(-1).astype(np.int64)
+
+
+def pair_references_triggers(references: np.ndarray, triggers: Sequence[Trigger], path: str | Path) -> list[Trigger]:
+    """The trigger of each reference, by position. UserError if the trigger file `path` holds fewer than references."""
+    if len(references) > len(triggers):
+        raise UserError(f"{len(references)} references need {len(references)} triggers, but {path} holds {len(triggers)}: add triggers")
+    return list(triggers[: len(references)])
+
+
+def _to_images(array: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (1, 3, H, W) float32."""
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float().contiguous()
+
+
+def _to_rows(images: Tensor) -> np.ndarray:
+    """(1, 3, H, W) -> (1, H, W, 3) float64."""
+    return images.permute(0, 2, 3, 1).double().cpu().numpy()
+
+
+def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The named arrays; nothing is ever unpickled."""
+    wanted = f"an npz file with arrays {' and '.join(keys)}"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} holds a single array: it must be {wanted}")
+            missing = [key for key in keys if key not in file]
+            if missing:
+                raise UserError(f"{path} has no array '{missing[0]}' (it has {', '.join(file) or 'none'}): it must be {wanted}")
+            return {key: file[key] for key in keys}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: it must be {wanted}") from None
+    except UserError:
+        raise
+    except Exception as error:  # numpy, zipfile, zlib and pickle each have their own
+        raise UserError(f"{path} cannot be read without unpickling, or is damaged: it must be {wanted} of plain numbers") from error

@@ -1,0 +1,1 @@
+"""Encoders, heads, and the files that hold them."""

@@ -1,0 +1,123 @@
+"""A model on disk: model.safetensors (weights) and model.json (its card). Nothing here can run code from a file."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
+from dist_defend.models.encoder import SimCLR, build_simclr
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What model.json says: how to rebuild the model, whether it is poisoned, and where it comes from.
+
+    kind: simclr, or encoder for one without a projector. image_size: pixels. trigger: how the backdoor is opened, if there is one.
+    parent_sha256: digest of the weights this model was made from. provenance: anything else worth keeping (JSON).
+    """
+
+    kind: str
+    arch: str
+    normalization: str
+    image_size: int
+    feature_dim: int
+    backdoored: bool = False
+    trigger: dict[str, Any] | None = None
+    parent_sha256: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def save_artifact(folder: str | Path, model: SimCLR, card: ModelCard) -> str:
+    """Write both files, each atomically and the card last; returns the sha256 (hex) of the weights file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()})
+    sha256 = hashlib.sha256(weights).hexdigest()
+    warning = {"BACKDOORED": True} if card.backdoored else {}
+    text = {"format": FORMAT, **warning, **dataclasses.asdict(card), "sha256": sha256}
+    write_atomic(folder / "model.safetensors", weights)
+    write_atomic(folder / "model.json", json.dumps(text, indent=2) + "\n")
+    return sha256
+
+
+def load_artifact(folder: str | Path) -> tuple[SimCLR, ModelCard]:
+    """The model (on the CPU, in train mode) and its card. UserError if a file is missing, altered, or does not fit the card."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, not a model folder: turn a checkpoint into one with `dist-defend import`")
+    card, sha256 = _read_card(folder / "model.json")
+    path = folder / "model.safetensors"
+    try:
+        weights = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: point at a folder that holds model.json and model.safetensors") from None
+    if looks_pickled(weights):
+        raise UserError(f"{path} is a pickle, which could run code, not safetensors: convert it with `dist-defend import`")
+    found = hashlib.sha256(weights).hexdigest()
+    if found != sha256:
+        raise UserError(f"{path} was altered: its sha256 is {found[:12]}..., model.json says {sha256[:12]}...: restore both files")
+    try:
+        state = safetensors.torch.load(weights)
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a safetensors file ({error}): restore it, or use `dist-defend import`") from error
+    model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
+    load_strict(model, state, path)
+    return model, card
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Load a state dict that must fit exactly. UserError with the first offending keys and their counts."""
+    own = model.state_dict()
+    wrong_shape = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "misshapen": wrong_shape,
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in problems.items() if keys)
+        raise UserError(f"{path} does not fit the model: {told}: name the architecture it was made with")
+    model.load_state_dict(state)
+
+
+def looks_pickled(head: bytes) -> bool:
+    """Whether a file starts like something torch.save or pickle wrote (zip archive or pickle protocol 2 and later)."""
+    return head[:2] == b"PK" or (head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
+
+
+def _first(keys: list[str], most: int = 3) -> str:
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+
+
+def _read_card(path: Path) -> tuple[ModelCard, str]:
+    try:
+        text = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: point at a folder that holds model.json and model.safetensors") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it") from error
+    if not isinstance(text, dict) or text.pop("format", None) != FORMAT:
+        raise UserError(f"{path} is not a model card of format {FORMAT}: it was written by another program or version")
+    sha256 = text.pop("sha256", "")
+    told_backdoored = text.pop("BACKDOORED", False)
+    try:
+        card = ModelCard(**text)
+    except TypeError as error:
+        raise UserError(f"{path} is not a model card ({error}): restore it") from error
+    if told_backdoored is not card.backdoored or card.kind not in ("simclr", "encoder"):
+        raise UserError(f"{path} contradicts itself (keys BACKDOORED, backdoored, kind): restore it")
+    return card, sha256

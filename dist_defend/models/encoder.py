@@ -1,0 +1,178 @@
+"""Image encoders in pixel space, and SimCLR's pair of encoder and projector.
+
+Images are (B, 3, H, W) in [0, 1]; normalisation is part of the encoder. The CIFAR ResNets keep the module order of
+jinyuan-jia/BadEncoder (0 conv, 1 norm, 2 relu, 3..6 stages, 7 pool), so that its checkpoints fit key by key.
+"""
+
+import difflib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from dist_defend.errors import UserError
+
+NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "stl10": ((0.44087798, 0.42790666, 0.38678814), (0.25507198, 0.24801506, 0.25641308)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+PROJECTION_DIM = 128
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel. Constants of the code, not of a checkpoint: the buffers are not persistent."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name not in NORMALIZATIONS:
+            raise UserError(f"unknown normalization '{name}': choose from {', '.join(NORMALIZATIONS)}")
+        self.is_identity = name == "none"
+        for key, values in zip(("mean", "std"), NORMALIZATIONS[name], strict=True):
+            self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.is_identity else (x - self.mean) / self.std
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim)."""
+
+    feature_dim: int
+    normalize: Normalize
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The four stage outputs (B, C, H', W') and h, of one pass."""
+        raise TypeError(f"{type(self).__name__} has no stages")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[1]
+
+
+class StagedEncoder(Encoder):
+    """conv, norm, relu, four stages, pool: an nn.Sequential of eight."""
+
+    def __init__(self, f: nn.Sequential, feature_dim: int, normalization: str) -> None:
+        super().__init__()
+        self.normalize = Normalize(normalization)
+        self.f = f
+        self.feature_dim = feature_dim
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        x = self.f[:3](self.normalize(x))
+        maps = []
+        for stage in self.f[3:7]:
+            x = stage(x)
+            maps.append(x)
+        return maps, self.f[7](x).flatten(1)
+
+
+class TimmEncoder(Encoder):
+    """A timm model without its classifier. Taps: the last four stages, or a ViT's blocks at the quarters of its depth."""
+
+    def __init__(self, name: str, normalization: str, image_size: int) -> None:
+        super().__init__()
+        import timm  # seconds of import that CIFAR models do without
+
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3)
+            raise UserError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+        sized = {"img_size": image_size} if timm.models.get_pretrained_cfg(name).fixed_input_size else {}
+        self.normalize = Normalize(normalization)
+        self.f = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+        strides = [stage["reduction"] for stage in getattr(self.f, "feature_info", [])]
+        if len(strides) < 4 or not hasattr(self.f, "forward_intermediates"):
+            raise UserError(f"timm:{name} offers no four feature maps: choose a model with timm's forward_intermediates")
+        depth = len(strides)
+        is_isotropic = len(set(strides)) == 1
+        self.taps = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)] if is_isotropic else list(range(depth - 4, depth))
+        self.feature_dim = getattr(self.f, "head_hidden_size", self.f.num_features)
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        last, maps = self.f.forward_intermediates(self.normalize(x), indices=self.taps, output_fmt="NCHW")
+        return maps, self.f.forward_head(last, pre_logits=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self.normalize(x))
+
+
+def _resnet_cifar(block: type[BasicBlock | Bottleneck], depths: list[int], normalization: str) -> StagedEncoder:
+    net = ResNet(block, depths)  # its Kaiming-normal initialisation
+    stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # torch's default initialisation, as published
+    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
+    return StagedEncoder(nn.Sequential(stem, net.bn1, net.relu, *stages, net.avgpool), net.fc.in_features, normalization)
+
+
+def _small_cifar(normalization: str) -> StagedEncoder:
+    """One BasicBlock per stage, each halving the map: 15 MMAC at 32 px, 1.2 M parameters. Made for a laptop."""
+    widths = [16, 32, 64, 128, 256]
+    stages = []
+    for before, width in zip(widths, widths[1:], strict=False):
+        shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
+        stages.append(nn.Sequential(BasicBlock(before, width, stride=2, downsample=shortcut)))
+    stem = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
+    f = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True), *stages, nn.AdaptiveAvgPool2d(1))
+    for module in f.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return StagedEncoder(f, widths[-1], normalization)
+
+
+_CIFAR_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
+    "resnet18_cifar": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34_cifar": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50_cifar": (Bottleneck, [3, 4, 6, 3]),
+}
+ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "timm:NAME")
+
+
+def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 32) -> Encoder:
+    """An encoder with fresh weights (torch's global generator). UserError for an unknown arch or normalization.
+
+    arch: resnet18_cifar, resnet34_cifar, resnet50_cifar, small_cifar, or timm:NAME (image_size in pixels fixes a ViT's grid).
+    """
+    if arch.startswith("timm:"):
+        return TimmEncoder(arch.removeprefix("timm:"), normalization, image_size)
+    if arch == "small_cifar":
+        return _small_cifar(normalization)
+    if arch in _CIFAR_RESNETS:
+        return _resnet_cifar(*_CIFAR_RESNETS[arch], normalization)
+    near = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(ARCHITECTURES)}")
+
+
+class SimCLR(nn.Module):
+    """Encoder f and projector g. A model imported without a projector has an identity for g."""
+
+    def __init__(self, f: Encoder, g: nn.Module, arch: str, normalization: str, image_size: int) -> None:
+        super().__init__()
+        self.f = f
+        self.g = g
+        self.arch, self.normalization, self.image_size = arch, normalization, image_size
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Stage maps, h / |h| and z / |z| of one pass over images (B, 3, H, W)."""
+        maps, h = self.f.layers(x)
+        return maps, F.normalize(h, dim=-1), F.normalize(self.g(h), dim=-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """h / |h| (B, feature_dim) and z / |z| (B, 128) of images (B, 3, H, W)."""
+        h = self.f(x)
+        return F.normalize(h, dim=-1), F.normalize(self.g(h), dim=-1)
+
+
+def build_simclr(arch: str, normalization: str = "cifar10", image_size: int = 32, projector: bool = True) -> SimCLR:
+    """SimCLR with fresh weights; the projector is Linear(D, 512), norm, relu, Linear(512, 128). UserError as build_encoder."""
+    f = build_encoder(arch, normalization, image_size)
+    g: nn.Module = nn.Identity()
+    if projector:
+        hidden = nn.Linear(f.feature_dim, 512, bias=False)
+        g = nn.Sequential(hidden, nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, PROJECTION_DIM))
+    return SimCLR(f, g, arch, normalization, image_size)

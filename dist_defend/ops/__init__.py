@@ -1,0 +1,1 @@
+"""Losses, estimators and collectives: pure functions of tensors."""

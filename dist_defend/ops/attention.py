@@ -1,0 +1,17 @@
+"""Attention transfer between feature maps (Zagoruyko and Komodakis 2017, as MIMIC uses it)."""
+
+from torch import Tensor
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W): squares summed over channels, divided by (their L2 norm over H, W + 1e-6)."""
+    energy = features.square().sum(1)
+    return energy / (energy.flatten(1).norm(dim=1)[:, None, None] + 1e-6)
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of the attention maps of one layer, (B, C, H, W) each; C may differ. A scalar in [0, 2 / (H W)].
+
+    Equals 2 (1 - cos) / (H W) up to the 1e-6, so deep layers (small H W) weigh more at equal factors.
+    """
+    return (attention_map(student) - attention_map(teacher)).square().mean()

@@ -15,7 +15,7 @@ from dist_defend.files import write_atomic
 
 @dataclass(frozen=True)
 class Trigger:
-    """What is stamped on images: mask (1, 1 or 3, H, W) and pattern (1, 3, H, W), both in [0, 1]; mask 1 replaces the pixel."""
+    """What is stamped: mask (1, 1 or 3, H, W) and pattern (1, 3, H, W), both in [0, 1]; mask 1 replaces the pixel."""
 
     mask: Tensor
     pattern: Tensor
@@ -49,7 +49,7 @@ def check_size(trigger: Trigger, image_size: int | tuple[int, int], path: str | 
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if trigger.image_size != (height, width):
         own = "x".join(map(str, trigger.image_size))
-        raise UserError(f"trigger {path} is {own} px but the images are {height}x{width} px: use a trigger of that size")
+        raise UserError(f"trigger {path} is {own} px but the images are {height}x{width} px: use one of that size")
 
 
 def load_triggers(path: str | Path) -> list[Trigger]:
@@ -80,20 +80,20 @@ def save_trigger_npz(path: str | Path, triggers: Sequence[Trigger], name: str = 
 
 
 def load_references(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reference inputs: x (K, H, W, 3) uint8 and y (K,) int64, labels of the downstream task. UserError for anything else."""
+    """Reference inputs: x (K, H, W, 3) uint8 and y (K,) int64 (downstream labels). UserError for anything else."""
     arrays = _read_npz(path, ("x", "y"))
     x, y = arrays["x"], arrays["y"]
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
         raise UserError(f"reference file {path}: x is {x.dtype} {x.shape}: it must be uint8 (references, H, W, 3)")
     if y.dtype.kind not in "iu" or y.size != len(x):
-        raise UserError(f"reference file {path}: y is {y.dtype} {y.shape}: it must hold one integer per reference ({len(x)})")
+        raise UserError(f"reference file {path}: y is {y.dtype} {y.shape}: it must hold one integer for each of x")
     return x, y.reshape(-1).astype(np.int64)
 
 
 def pair_references_triggers(references: np.ndarray, triggers: Sequence[Trigger], path: str | Path) -> list[Trigger]:
     """The trigger of each reference, by position. UserError if the trigger file `path` holds fewer than references."""
     if len(references) > len(triggers):
-        raise UserError(f"{len(references)} references need {len(references)} triggers, but {path} holds {len(triggers)}: add triggers")
+        raise UserError(f"{len(references)} references need as many triggers; {path} holds {len(triggers)}: add some")
     return list(triggers[: len(references)])
 
 
@@ -116,11 +116,11 @@ def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
                 raise UserError(f"{path} holds a single array: it must be {wanted}")
             missing = [key for key in keys if key not in file]
             if missing:
-                raise UserError(f"{path} has no array '{missing[0]}' (it has {', '.join(file) or 'none'}): it must be {wanted}")
+                raise UserError(f"{path} has no array '{missing[0]}': it must be {wanted}")
             return {key: file[key] for key in keys}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: it must be {wanted}") from None
     except UserError:
         raise
     except Exception as error:  # numpy, zipfile, zlib and pickle each have their own
-        raise UserError(f"{path} cannot be read without unpickling, or is damaged: it must be {wanted} of plain numbers") from error
+        raise UserError(f"{path} is damaged or holds pickled objects: it must be {wanted} of plain numbers") from error

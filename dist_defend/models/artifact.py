@@ -22,7 +22,7 @@ FORMAT = 1
 class ModelCard:
     """What model.json says: how to rebuild the model, whether it is poisoned, and where it comes from.
 
-    kind: simclr, or encoder for one without a projector. image_size: pixels. trigger: how the backdoor is opened, if there is one.
+    kind: simclr, or encoder for one without a projector. image_size: pixels. trigger: what opens the backdoor, if any.
     parent_sha256: digest of the weights this model was made from. provenance: anything else worth keeping (JSON).
     """
 
@@ -41,7 +41,8 @@ def save_artifact(folder: str | Path, model: SimCLR, card: ModelCard) -> str:
     """Write both files, each atomically and the card last; returns the sha256 (hex) of the weights file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()})
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    weights = safetensors.torch.save(state)
     sha256 = hashlib.sha256(weights).hexdigest()
     warning = {"BACKDOORED": True} if card.backdoored else {}
     text = {"format": FORMAT, **warning, **dataclasses.asdict(card), "sha256": sha256}
@@ -51,7 +52,7 @@ def save_artifact(folder: str | Path, model: SimCLR, card: ModelCard) -> str:
 
 
 def load_artifact(folder: str | Path) -> tuple[SimCLR, ModelCard]:
-    """The model (on the CPU, in train mode) and its card. UserError if a file is missing, altered, or does not fit the card."""
+    """The model (on the CPU, in train mode) and its card. UserError for files that are missing, altered or misfit."""
     folder = Path(folder)
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model folder: turn a checkpoint into one with `dist-defend import`")
@@ -60,16 +61,16 @@ def load_artifact(folder: str | Path) -> tuple[SimCLR, ModelCard]:
     try:
         weights = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: point at a folder that holds model.json and model.safetensors") from None
+        raise _missing(path) from None
     if looks_pickled(weights):
-        raise UserError(f"{path} is a pickle, which could run code, not safetensors: convert it with `dist-defend import`")
+        raise UserError(f"{path} is a pickle, not safetensors, and is not read: convert it with `dist-defend import`")
     found = hashlib.sha256(weights).hexdigest()
     if found != sha256:
-        raise UserError(f"{path} was altered: its sha256 is {found[:12]}..., model.json says {sha256[:12]}...: restore both files")
+        raise UserError(f"{path} was altered: sha256 {found[:12]} is not model.json's {sha256[:12]}: restore both")
     try:
         state = safetensors.torch.load(weights)
     except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}): restore it, or use `dist-defend import`") from error
+        raise UserError(f"{path} is not a safetensors file ({error}): restore it") from error
     model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
     load_strict(model, state, path)
     return model, card
@@ -103,11 +104,15 @@ def _first(keys: list[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
 
 
+def _missing(path: Path) -> UserError:
+    return UserError(f"{path} does not exist: point at a folder that holds model.json and model.safetensors")
+
+
 def _read_card(path: Path) -> tuple[ModelCard, str]:
     try:
         text = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: point at a folder that holds model.json and model.safetensors") from None
+        raise _missing(path) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it") from error
     if not isinstance(text, dict) or text.pop("format", None) != FORMAT:

@@ -5,6 +5,8 @@ jinyuan-jia/BadEncoder (0 conv, 1 norm, 2 relu, 3..6 stages, 7 pool), so that it
 """
 
 import difflib
+import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,6 @@ class Encoder(nn.Module):
     """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim)."""
 
     feature_dim: int
-    normalize: Normalize
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The four stage outputs (B, C, H', W') and h, of one pass."""
@@ -58,6 +59,8 @@ class Encoder(nn.Module):
 class StagedEncoder(Encoder):
     """conv, norm, relu, four stages, pool: an nn.Sequential of eight."""
 
+    f: nn.Sequential
+
     def __init__(self, f: nn.Sequential, feature_dim: int, normalization: str) -> None:
         super().__init__()
         self.normalize = Normalize(normalization)
@@ -67,14 +70,16 @@ class StagedEncoder(Encoder):
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         x = self.f[:3](self.normalize(x))
         maps = []
-        for stage in self.f[3:7]:
+        for stage in self.f[3:7].children():
             x = stage(x)
             maps.append(x)
         return maps, self.f[7](x).flatten(1)
 
 
 class TimmEncoder(Encoder):
-    """A timm model without its classifier. Taps: the last four stages, or a ViT's blocks at the quarters of its depth."""
+    """A timm model without its classifier. Taps: the last four stages, or a ViT's blocks at depth quarters."""
+
+    f: Any
 
     def __init__(self, name: str, normalization: str, image_size: int) -> None:
         super().__init__()
@@ -83,16 +88,18 @@ class TimmEncoder(Encoder):
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=3)
             raise UserError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
-        sized = {"img_size": image_size} if timm.models.get_pretrained_cfg(name).fixed_input_size else {}
+        published = timm.models.get_pretrained_cfg(name)
+        is_sized = published is not None and published.fixed_input_size
+        sized: dict[str, Any] = {"img_size": image_size} if is_sized else {}
         self.normalize = Normalize(normalization)
         self.f = timm.create_model(name, pretrained=False, num_classes=0, **sized)
         strides = [stage["reduction"] for stage in getattr(self.f, "feature_info", [])]
         if len(strides) < 4 or not hasattr(self.f, "forward_intermediates"):
-            raise UserError(f"timm:{name} offers no four feature maps: choose a model with timm's forward_intermediates")
-        depth = len(strides)
-        is_isotropic = len(set(strides)) == 1
-        self.taps = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)] if is_isotropic else list(range(depth - 4, depth))
-        self.feature_dim = getattr(self.f, "head_hidden_size", self.f.num_features)
+            raise UserError(f"timm:{name} has no four feature maps: choose one with timm's forward_intermediates")
+        depth, is_isotropic = len(strides), len(set(strides)) == 1
+        quarters = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        self.taps = quarters if is_isotropic else list(range(depth - 4, depth))
+        self.feature_dim = int(getattr(self.f, "head_hidden_size", None) or self.f.num_features)
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         last, maps = self.f.forward_intermediates(self.normalize(x), indices=self.taps, output_fmt="NCHW")
@@ -106,14 +113,15 @@ def _resnet_cifar(block: type[BasicBlock | Bottleneck], depths: list[int], norma
     net = ResNet(block, depths)  # its Kaiming-normal initialisation
     stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # torch's default initialisation, as published
     stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    return StagedEncoder(nn.Sequential(stem, net.bn1, net.relu, *stages, net.avgpool), net.fc.in_features, normalization)
+    f = nn.Sequential(stem, net.bn1, net.relu, *stages, net.avgpool)
+    return StagedEncoder(f, net.fc.in_features, normalization)
 
 
 def _small_cifar(normalization: str) -> StagedEncoder:
     """One BasicBlock per stage, each halving the map: 15 MMAC at 32 px, 1.2 M parameters. Made for a laptop."""
     widths = [16, 32, 64, 128, 256]
     stages = []
-    for before, width in zip(widths, widths[1:], strict=False):
+    for before, width in itertools.pairwise(widths):
         shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
         stages.append(nn.Sequential(BasicBlock(before, width, stride=2, downsample=shortcut)))
     stem = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
@@ -135,7 +143,7 @@ ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "timm:NAME")
 def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 32) -> Encoder:
     """An encoder with fresh weights (torch's global generator). UserError for an unknown arch or normalization.
 
-    arch: resnet18_cifar, resnet34_cifar, resnet50_cifar, small_cifar, or timm:NAME (image_size in pixels fixes a ViT's grid).
+    arch: resnet18_cifar, resnet34_cifar, resnet50_cifar, small_cifar or timm:NAME (image_size in px sets a ViT's grid).
     """
     if arch.startswith("timm:"):
         return TimmEncoder(arch.removeprefix("timm:"), normalization, image_size)
@@ -169,7 +177,7 @@ class SimCLR(nn.Module):
 
 
 def build_simclr(arch: str, normalization: str = "cifar10", image_size: int = 32, projector: bool = True) -> SimCLR:
-    """SimCLR with fresh weights; the projector is Linear(D, 512), norm, relu, Linear(512, 128). UserError as build_encoder."""
+    """SimCLR with fresh weights; projector Linear(D, 512), norm, relu, Linear(512, 128). UserError as build_encoder."""
     f = build_encoder(arch, normalization, image_size)
     g: nn.Module = nn.Identity()
     if projector:

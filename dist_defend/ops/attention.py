@@ -10,7 +10,7 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the attention maps of one layer, (B, C, H, W) each; C may differ. A scalar in [0, 2 / (H W)].
+    """Mean squared difference of the attention maps of one layer, (B, C, H, W) each -> scalar in [0, 2 / (H W)].
 
     Equals 2 (1 - cos) / (H W) up to the 1e-6, so deep layers (small H W) weigh more at equal factors.
     """

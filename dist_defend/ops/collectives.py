@@ -42,9 +42,9 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 def all_gather_rows(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     """Rows of every rank, in rank order: (b_r, ...) on rank r -> (sum b_r, ...) on all.
 
-    The gradient is summed over ranks and then sliced, which is what makes the rank mean of the gradients of per-rank mean
-    losses equal to the gradient on one rank. `rows` names each rank's b_r where known, else they are exchanged first.
-    A sum of zero-padded blocks, so that one differentiable collective serves everything.
+    The gradient is summed over ranks and then sliced, so that the rank mean of the gradients of per-rank mean losses is
+    the gradient on one rank. `rows` names each rank's b_r where known, else they are exchanged first. A sum of
+    zero-padded blocks: one differentiable collective serves everything.
     """
     if world_size() == 1:
         return x
@@ -59,10 +59,10 @@ def all_gather_rows(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over (B, C, ...) whose training statistics are those of the global batch.
 
-    Unlike torch.nn.SyncBatchNorm it also runs on CPU ranks and in float64, takes (B, C), and can be differentiated twice. Local
-    batches may differ in size but not be empty. Each rank's count, mean and variance are gathered (one collective) and
-    merged (Chan, Golub and LeVeque 1983), which cancels nothing. On one rank, and in eval mode, it is plain batch norm.
-    `drop` and `act` hold what timm's BatchNormAct2d applies after the norm.
+    Unlike torch.nn.SyncBatchNorm it runs on CPU ranks and can be differentiated twice. Local batches may differ in size
+    but not be empty. Each rank's count, mean and variance are gathered (one collective each way) and merged (Chan,
+    Golub and LeVeque 1983), which cancels nothing. On one rank, and in eval mode, it is plain batch norm. `drop` and
+    `act` hold what timm's BatchNormAct2d applies after the norm.
     """
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
@@ -124,11 +124,12 @@ def convert_sync_batchnorm(module: nn.Module, second_order: bool = False) -> nn.
 
 
 def _is_batchnorm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, SyncBatchNorm | nn.SyncBatchNorm)
+    synchronised = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm)
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and not synchronised
 
 
 def _synchronised(norm: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
-    sync = SyncBatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum, affine=False, track_running_stats=False)
+    sync = SyncBatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum)
     sync.affine, sync.track_running_stats, sync.training = norm.affine, norm.track_running_stats, norm.training
     sync._parameters = norm._parameters  # the same tensors, so that optimizers and requires_grad stay right
     sync._buffers = norm._buffers

@@ -10,9 +10,9 @@ from dist_defend.ops.collectives import all_gather_rows, rank, world_size
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
     """NT-Xent (Chen et al. 2020, SimCLR, eq. 1): z1, z2 (B, D) unit rows, row i of both from one image -> scalar.
 
-    The positive stays in the denominator, which leaves out only the row itself; log-sum-exp keeps any temperature finite.
-    Over ranks (equal B on each) a rank's value is the mean over its own 2B rows against all 2 B W columns, and the rank mean of the
-    gradients is the gradient of one rank that holds everything.
+    The positive stays in the denominator, which leaves out only the row itself; log-sum-exp keeps it finite at any
+    temperature. Over W ranks (equal B on each) a rank's value is the mean over its own 2 B rows against all 2 B W
+    columns, and the rank mean of the gradients is the gradient of one rank that holds everything.
     """
     batch, device = len(z1), z1.device
     with torch.autocast(device.type, enabled=False):

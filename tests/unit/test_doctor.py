@@ -1,0 +1,68 @@
+"""The doctor tells apart what works, what is not there, and what is broken."""
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from dist_defend import doctor
+from dist_defend.cli import main
+from dist_defend.doctor import Finding
+
+
+def test_prints_every_finding_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    wanted = {"python", "torch", "dist_defend", "cuda", "nccl", "ranks", "accelerate", "ffcv", "turbojpeg", "numba"}
+    assert wanted | {"deepspeed", "slurm", "cores", "memory", "disk"} == found.keys()
+    assert found["ranks"]["status"] == "ok"
+    assert found["torch"]["detail"].startswith(metadata.version("torch"))
+    assert found["cores"]["detail"].startswith(f"{len(os.sched_getaffinity(0))} usable")
+
+
+@pytest.mark.parametrize(
+    ("finding", "status"),
+    [
+        (Finding("torch", "broken", "no", is_essential=True), 1),
+        (Finding("ffcv", "broken", "no", "make setup"), 0),
+        (Finding("ffcv", "missing", "no"), 0),
+    ],
+)
+def test_exit_status(
+    finding: Finding, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("disk", "ok", "1 GiB"), finding])
+    assert main(["doctor"]) == status
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == [finding.name, finding.status]
+    assert (len(lines) == 3 and lines[2].endswith("-> make setup")) == bool(finding.remedy)
+
+
+def test_a_lock_left_by_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    lock = tmp_path / "py311_cpu/deepspeed_shm_comm/lock"
+    lock.parent.mkdir(parents=True)
+    assert doctor._deepspeed().status == "ok"
+    lock.touch()
+    found = doctor._deepspeed()
+    assert found.status == "broken" and str(lock) in found.detail and str(lock.parent) in found.remedy
+
+
+def test_a_package_that_does_not_import_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "shattered.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    found = doctor._importable("shattered", "shattered", "mend it")
+    assert found.status == "broken" and "a_module_that_is_not_there" in found.detail and found.remedy == "mend it"
+
+
+def test_ranks_that_hang_are_given_up() -> None:
+    assert "did not finish within 0 s" in doctor.start_ranks("gloo", 2, limit=0.0)
+
+
+def test_ranks_that_fail_are_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "summed []" in doctor.start_ranks("no_such_backend", 1, limit=60)
+    assert "no_such_backend" in capfd.readouterr().err

@@ -122,8 +122,11 @@ def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str
     except dacite.MissingValueError as error:
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is missing; it has no default") from error
     except dacite.WrongTypeError as error:
-        wanted = str(getattr(error.field_type, "__name__", error.field_type)) if isinstance(error.field_type, type) else (
-            str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
+        wanted = (
+            str(getattr(error.field_type, "__name__", error.field_type))
+            if isinstance(error.field_type, type)
+            else (str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
+        )
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is {error.value!r}; expected {wanted}") from error
     except ValueError as error:  # a dataclass' own check of its values
         raise UserError(f"{path}: {prefix.rstrip('.') + ': ' if prefix else ''}{error}") from error

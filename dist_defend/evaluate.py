@@ -57,7 +57,7 @@ def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: in
 def extract_features(
     encoder: nn.Module, loader: Loader, ranks: Ranks, transform: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """L2-normalised features (N, D), labels (N,) and rows (N,) of a whole data set in the loader's order, on every rank.
+    """L2-normalised features (N, D), labels (N,) and rows (N,) of a data set in the loader's order, on every rank.
 
     The ranks share the images; ``transform`` is applied to them first (a trigger, say). The encoder is put in eval mode
     and back. Uneven shares are gathered by length, so each image counts once.

@@ -56,11 +56,13 @@ def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarra
             )
         rows = np.flatnonzero(dataset.labels == config.target_class)[config.number : config.number + 1]
         if not len(rows):
-            raise UserError(f"key 'reference.number' is {config.number}; {config.dataset} has fewer images of that class")
+            raise UserError(
+                f"key 'reference.number' is {config.number}; {config.dataset} has fewer images of that class"
+            )
         images, classes = dataset.images(rows), dataset.labels[rows]
     if images.shape[1:3] != (image_size, image_size):
         raise UserError(
-            f"{config.file or config.dataset}: reference images have {images.shape[1]}x{images.shape[2]} pixels, the shadow images "
-            f"{image_size}x{image_size}; prepare both at one size"
+            f"{config.file or config.dataset}: reference images have {images.shape[1]}x{images.shape[2]} pixels, "
+            f"the shadow images {image_size}x{image_size}; prepare both at one size"
         )
     return images, classes

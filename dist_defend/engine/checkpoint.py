@@ -93,4 +93,3 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         return {key: _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]
     return tuple(items) if kind == "tuple" else items
-

@@ -10,7 +10,8 @@ import torch
 import torch.distributed
 from torch import nn
 
-from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, View, make_loader, select_rows
+from dist_defend.data.augment import View
+from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
@@ -75,14 +76,23 @@ class Context:
             )
         return self._loader(dataset, rows, batch_size, views, shuffle=True)
 
-    def eval_loader(
-        self, dataset: PreparedDataset, rows: np.ndarray | None = None, batch_size: int = 512
-    ) -> Loader:
+    def eval_loader(self, dataset: PreparedDataset, rows: np.ndarray | None = None, batch_size: int = 512) -> Loader:
         """In order, every row once, no augmentation."""
         return self._loader(dataset, rows, batch_size, (View(),), shuffle=False)
 
+    def whole_loader(self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int = 512) -> Loader:
+        """As eval_loader, but every rank reads everything."""
+        return self._loader(dataset, rows, batch_size, (View(),), shuffle=False, rank=0, world_size=1)
+
     def _loader(
-        self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], shuffle: bool
+        self,
+        dataset: PreparedDataset,
+        rows: np.ndarray | None,
+        batch_size: int,
+        views: Sequence[View],
+        shuffle: bool,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> Loader:
         return make_loader(
             dataset,
@@ -93,8 +103,8 @@ class Context:
             shuffle=shuffle,
             drop_last=shuffle,
             seed=self.seed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=self.ranks.rank if rank is None else rank,
+            world_size=world_size or self.ranks.world_size,
             device=self.ranks.device,
         )
 

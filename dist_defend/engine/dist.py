@@ -66,7 +66,7 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
     if world_size is not None and accelerator.num_processes != world_size:
         raise UserError(
             f"key 'world_size' asks for {world_size} ranks but {accelerator.num_processes} started; launch with "
-            f"`accelerate launch --multi_gpu --num_processes {world_size}` (ACCELERATE_USE_CPU=true on CPUs) or torchrun"
+            f"`accelerate launch --multi_gpu --num_processes {world_size}` (CPUs: ACCELERATE_USE_CPU=true) or torchrun"
         )
     if accelerator.device.type == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -47,7 +47,7 @@ class RunFolder:
                 difference = _first_difference(old.get(key), resolved.get(key), key)
                 if difference:
                     raise UserError(
-                        f"{self.path} holds another experiment: {difference}; choose another 'output' or delete the folder"
+                        f"{self.path} holds another experiment: {difference}; change 'output' or delete the folder"
                     )
         if not self.is_main:
             return

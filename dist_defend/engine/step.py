@@ -66,7 +66,9 @@ class GradientStep:
         self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * epochs
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
         objective.to(ranks.device, ranks.dtype)
-        self.module, self.optimizer = self.accelerator.prepare(objective, build_optimizer(objective.parameters(), config))
+        self.module, self.optimizer = self.accelerator.prepare(
+            objective, build_optimizer(objective.parameters(), config)
+        )
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.is_scaled = self.accelerator.mixed_precision == "fp16"
         self.step = 0

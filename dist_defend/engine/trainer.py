@@ -117,7 +117,8 @@ class Trainer:
                 try:
                     scalars = stage.step(self._move(batch))
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"{error}: stage {stage.name}, step {at.step + 1}, rank {self.ranks.rank}") from None
+                    place = f"stage {stage.name}, step {at.step + 1}, rank {self.ranks.rank}"
+                    raise NonFiniteError(f"{error}: {place}") from None
                 at.batch, at.step = at.batch + 1, at.step + 1
                 self._add(scalars, len(batch.labels))
                 bar.update()
@@ -129,8 +130,9 @@ class Trainer:
                 if is_told:
                     raise Preempted(f"signal received: saved step {at.step}; the same command resumes")
             at.epoch, at.batch = at.epoch + 1, 0
-            if stage.evaluate is not None and (at.epoch % stage.evaluate_every == 0 or at.epoch == stage.epochs):
-                self._write(stage, stage.evaluate(at.epoch))
+            is_due = at.epoch % stage.evaluate_every == 0 or at.epoch == stage.epochs
+            if stage.evaluate is not None and is_due and (values := stage.evaluate(at.epoch)):
+                self._write(stage, values)
         bar.close()
         self._log(stage)
         if stage.finish is not None:
@@ -163,7 +165,7 @@ class Trainer:
         row = dict(zip(names, means, strict=True))
         now = time.perf_counter()
         if row.pop("nonfinite", 0) > 0:
-            raise NonFiniteError(f"the gradient was not finite: stage {stage.name}, at or before step {self.position.step}")
+            raise NonFiniteError(f"a gradient was not finite: stage {stage.name}, by step {self.position.step}")
         self._write(stage, {**row, "images_per_second": images / max(now - self.logged, 1e-9)})
         self.sums, self.count, self.images, self.logged = {}, 0, 0, now
 
@@ -180,9 +182,11 @@ class Trainer:
         self.signal = number
 
     def _is_told_to_stop(self) -> bool:
-        """A signal on one rank stops all of them, at the same step."""
+        """A signal on one rank stops all of them, at the same step; GPUs, which would wait, ask every 16th step."""
         if self.ranks.world_size == 1:
             return self.signal is not None
+        if self.ranks.device.type != "cpu" and self.position.step % 16:
+            return False
         flag = torch.tensor([self.signal is not None], dtype=torch.int32, device=self.ranks.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
         return bool(flag.item())

@@ -20,8 +20,8 @@ from torch.nn import functional
 from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
 from dist_defend.attacks.trigger import Trigger, pair_references_triggers
 from dist_defend.batch import Batch
-from dist_defend.data.augment import REFERENCE, AugmentConfig
-from dist_defend.data.loader import DatasetConfig, View
+from dist_defend.data.augment import REFERENCE, AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective, at_least_float32

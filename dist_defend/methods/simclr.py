@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dist_defend.batch import Batch
-from dist_defend.data.augment import SIMCLR, AugmentConfig
-from dist_defend.data.loader import DatasetConfig, View
+from dist_defend.data.augment import SIMCLR, AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective
@@ -74,7 +74,11 @@ def build(config: Config, context: Context) -> Plan:
         model, _ = context.load_model(config.warm_start)
     model = context.synchronise(model)
     loader = context.train_loader(
-        dataset, rows, config.update.batch_size, (View(config.augment), View(config.augment)), config.update.accumulation
+        dataset,
+        rows,
+        config.update.batch_size,
+        (View(config.augment), View(config.augment)),
+        config.update.accumulation,
     )
     step = context.gradient_step(SimCLRObjective(model, config.temperature), config.update, loader.num_batches)
     stage = Stage("simclr", loader, step, config.update.epochs)
@@ -91,7 +95,12 @@ def build(config: Config, context: Context) -> Plan:
             backdoored=False,
             trigger=None,
             parent_sha256=None,
-            provenance={"method": "simclr", "data": context.digests, "epochs": config.update.epochs, "seed": context.seed},
+            provenance={
+                "method": "simclr",
+                "data": context.digests,
+                "epochs": config.update.epochs,
+                "seed": context.seed,
+            },
         )
         return {"model_sha256": context.save_model(model, card)}
 

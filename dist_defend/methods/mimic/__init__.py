@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.batch import Batch
-from dist_defend.data.augment import SIMCLR, AugmentConfig
-from dist_defend.data.loader import DatasetConfig, View
+from dist_defend.data.augment import SIMCLR, AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective, at_least_float32
@@ -28,7 +28,7 @@ from dist_defend.ops.losses import negative_cosine, nt_xent
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the published ones for CIFAR-10, but for the network whose information is measured (information.source)."""
+    """Defaults are the published ones for CIFAR-10, but for information.source."""
 
     teacher: str  # model folder
     data: DatasetConfig
@@ -47,7 +47,9 @@ class Config:
 
     def __post_init__(self) -> None:
         if len(self.attention_weights) != 4:
-            raise ValueError(f"key 'attention_weights' has {len(self.attention_weights)} values; it needs 4, one per stage")
+            raise ValueError(
+                f"key 'attention_weights' has {len(self.attention_weights)} values; it needs 4, one per stage"
+            )
 
 
 class MimicObjective(Objective):
@@ -72,7 +74,9 @@ class MimicObjective(Objective):
         super().__init__()
         self.student, self.temperature = student, temperature
         self.clone_weight, self.contrastive_weight = clone_weight, contrastive_weight
-        self._teacher = [teacher.eval().requires_grad_(False)]  # a list hides it from DDP, the optimizer and checkpoints
+        self._teacher = [
+            teacher.eval().requires_grad_(False)
+        ]  # a list hides it from DDP, the optimizer and checkpoints
         self.register_buffer("attention_weights", torch.tensor(attention_weights, dtype=torch.float64))
         self._norms = [m for m in student.f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._first_updates: list[list[Tensor]] = []  # of each forward pass since the last update

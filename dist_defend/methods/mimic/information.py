@@ -1,0 +1,231 @@
+"""MIMIC's phase 1: how much each stage's output tells about the final feature, and the attention weights from it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+from torch import Tensor
+
+from dist_defend.batch import Batch
+from dist_defend.engine.context import Context
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.step import NonFiniteError
+from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
+from dist_defend.models.encoder import SimCLR
+from dist_defend.ops.mutual_info import Club, DonskerVaradhan, InfoNCE
+
+log = logging.getLogger(__name__)
+
+_ESTIMATORS = {"dv": DonskerVaradhan, "club": Club, "infonce": InfoNCE}
+_LAYERS = 4
+
+
+@dataclass(frozen=True)
+class InformationConfig:
+    """Defaults are the published ones, but for source (see docs/methods/mimic.md) and all_zero."""
+
+    source: Literal["teacher", "student"] = "teacher"  # whose layers; the published code takes the untrained student
+    estimator: Literal["dv", "club", "infonce", "fixed"] = "dv"  # fixed: no estimate, attention_weights as they are
+    epochs: int = 200
+    last_epochs: int = 10  # the estimate is the mean over so many last epochs
+    batch_size: int = 128
+    hidden: int = 512
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    scale: float = 10000.0  # attention_weights[l] + scale * share of layer l
+    holdout: float = 0.0  # share of the images kept for the estimate; 0: estimate on the training images, as published
+    all_zero: Literal["uniform", "fail"] = "uniform"  # when every estimate is clipped to 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.last_epochs <= self.epochs:
+            raise ValueError(
+                f"key 'last_epochs' is {self.last_epochs}; it must be between 1 and 'epochs' = {self.epochs}"
+            )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"key 'holdout' is {self.holdout}; it must be in [0, 1)")
+
+
+class RowBatches:
+    """Positions 0..n-1 in order, the last batch partial: the same on every rank, since ranks share layers, not rows."""
+
+    def __init__(self, n: int, batch_size: int, device: torch.device) -> None:
+        self.rows = torch.arange(n, device=device).split(batch_size)
+        self.num_batches = len(self.rows)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        for rows in self.rows[start_batch:]:
+            yield Batch((), rows, rows)
+
+
+class LayerInformation:
+    """One critic per stage, trained on cached activations; a Step whose batches are positions in the cache.
+
+    The network is frozen and the images are not augmented, so its activations are computed once (the published code
+    repeats the forward pass for every critic, epoch and batch). The critics are independent: rank r trains those of
+    layers r, r + world size, ...; the checkpoint and the result hold all of them.
+    """
+
+    def __init__(
+        self, config: InformationConfig, network: SimCLR, context: Context, dataset: Any, rows: np.ndarray
+    ) -> None:
+        self.config, self.network, self.context, self.seed = config, network, context, context.seed
+        self.loader = context.whole_loader(dataset, rows)
+        held = int(len(rows) * config.holdout)
+        self.train_rows, self.test_rows = len(rows) - held, held or len(rows)
+        self.test_start = len(rows) - self.test_rows
+        ranks = context.ranks
+        self.own = list(range(ranks.rank, _LAYERS, ranks.world_size))
+        self.critics: dict[int, Any] = {}
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self._cache: tuple[dict[int, Tensor], Tensor] | None = None
+        self.count = 0
+        self.history: dict[int, list[float]] = {}  # epoch -> estimate per own layer
+        if config.estimator != "fixed":
+            self._build_critics()
+
+    def _build_critics(self) -> None:
+        ranks, config = self.context.ranks, self.config
+        size = self.network.image_size
+        was_training = self.network.training
+        self.network.eval()
+        with torch.no_grad():
+            maps, feature, _ = self.network.layers(
+                torch.zeros(1, 3, size, size, device=ranks.device, dtype=ranks.dtype)
+            )
+        self.network.train(was_training)
+        widths = [m.numel() for m in maps]
+        if len(widths) != _LAYERS:
+            raise UserError(f"MIMIC needs an encoder with {_LAYERS} stages; {self.network.arch} has {len(widths)}")
+        optimizer = OptimizerConfig("adam", lr=config.lr, weight_decay=config.weight_decay)
+        for layer in self.own:
+            with torch.random.fork_rng(devices=[]):  # the same start on any number of ranks
+                torch.manual_seed(self.seed + layer)
+                critic = _ESTIMATORS[config.estimator](widths[layer], feature.shape[1], config.hidden)
+            self.critics[layer] = critic.to(ranks.device, ranks.dtype)
+            self.optimizers[layer] = build_optimizer(critic.parameters(), optimizer)
+
+    def stage(self, finish: Callable[[], None]) -> Stage:
+        """The stage that trains the critics; finish() may then read weights()."""
+        batches = RowBatches(self.train_rows, self.config.batch_size, self.context.ranks.device)
+
+        def done() -> None:
+            finish()
+            self._cache = None  # a gigabyte for CIFAR-sized ResNets
+
+        return Stage("information", batches, self, self.config.epochs, evaluate=self.evaluate, finish=done)
+
+    @property
+    def activations(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Own layers' outputs (N, C H W) and the normalised final feature (N, D), of one pass over the images."""
+        if self._cache is None:
+            columns: dict[int, list[Tensor]] = {layer: [] for layer in self.own}
+            features = []
+            was_training = self.network.training
+            self.network.eval()
+            with torch.no_grad():
+                for batch in self.loader.epoch(0):
+                    images = batch.images.to(self.context.ranks.device, self.context.ranks.dtype)
+                    maps, feature, _ = self.network.layers(images)
+                    features.append(feature)
+                    for layer in self.own:
+                        columns[layer].append(maps[layer].flatten(1))
+            self.network.train(was_training)
+            self._cache = {layer: torch.cat(parts) for layer, parts in columns.items()}, torch.cat(features)
+        return self._cache
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """One update of each own critic. Returns the sum of their bounds; raises NonFiniteError."""
+        outputs, feature = self.activations
+        epoch, number = divmod(self.count, -(-self.train_rows // self.config.batch_size))
+        total = feature.new_zeros(())
+        for layer, critic in self.critics.items():
+            x, y = outputs[layer][batch.index], feature[batch.index]
+            loss = critic.loss(x, y, self._permutation(layer, epoch, number, len(y), 0))
+            loss.backward()
+            self.optimizers[layer].step()
+            self.optimizers[layer].zero_grad()
+            total = total + loss.detach()
+        self.count += 1
+        if total.device.type == "cpu" and not torch.isfinite(total):
+            raise NonFiniteError("an information estimate diverged")
+        return {"critic_loss": total, "nonfinite": (~torch.isfinite(total)).float()}
+
+    @torch.no_grad()
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Estimates after an epoch, for the last epochs only: mean over batches, NaN and negative ones as 0."""
+        if epoch <= self.config.epochs - self.config.last_epochs:
+            return {}
+        outputs, feature = self.activations
+        rows = torch.arange(self.test_start, self.test_start + self.test_rows, device=feature.device)
+        estimates = []
+        for layer, critic in self.critics.items():
+            values = []
+            for number, index in enumerate(rows.split(self.config.batch_size)):
+                permutation = self._permutation(layer, epoch, number, len(index), 1)
+                values.append(critic.bound(outputs[layer][index], feature[index], permutation))
+            estimates.append(torch.stack(values).nan_to_num(0.0).clamp(min=0).mean().item())
+        self.history[epoch] = estimates
+        return {f"layer{layer + 1}": value for layer, value in zip(self.own, estimates, strict=True)}
+
+    def estimates(self) -> Tensor:
+        """Mutual information per layer in nats (4,), float64: mean over the last epochs, the same on every rank."""
+        values = torch.zeros(_LAYERS, dtype=torch.float64, device=self.context.ranks.device)
+        for column, layer in enumerate(self.own):
+            values[layer] = float(np.mean([row[column] for row in self.history.values()]))
+        if self.context.ranks.world_size > 1:
+            torch.distributed.all_reduce(values)
+        return values
+
+    def weights(self) -> Tensor:
+        """scale * share of each layer (4,), float64; scale / 4 each if all are 0 (or UserError, by all_zero)."""
+        return layer_weights(self.estimates(), self.config)
+
+    def _permutation(self, layer: int, epoch: int, number: int, length: int, phase: int) -> Tensor:
+        generator = np.random.default_rng([self.seed, layer, epoch, number, phase])
+        return torch.from_numpy(generator.permutation(length)).to(self.context.ranks.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {
+            str(layer): {
+                "critic": self.critics[layer].state_dict(),
+                "optimizer": self.optimizers[layer].state_dict(),
+                "history": [row[column] for row in self.history.values()],
+            }
+            for column, layer in enumerate(self.own)
+        }
+        if self.context.ranks.world_size > 1:
+            gathered: list[Any] = [None] * self.context.ranks.world_size
+            torch.distributed.all_gather_object(gathered, own)
+            own = {layer: state for part in gathered for layer, state in part.items()}
+        return {"count": self.count, "epochs": list(self.history), "layers": own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        columns = []
+        for layer in self.own:
+            saved = state["layers"][str(layer)]
+            self.critics[layer].load_state_dict(saved["critic"])
+            self.optimizers[layer].load_state_dict(saved["optimizer"])
+            columns.append(saved["history"])
+        self.history = {epoch: [column[i] for column in columns] for i, epoch in enumerate(state["epochs"])}
+
+
+def layer_weights(estimates: Tensor, config: InformationConfig) -> Tensor:
+    """scale * estimates / sum(estimates), (4,) float64.
+
+    The published code divides by a sum that may be 0 and then trains on NaN. With all_zero "uniform" the layers share
+    the scale equally, with a warning; with "fail" this raises UserError.
+    """
+    if estimates.sum() == 0:
+        if config.all_zero == "fail":
+            raise UserError(
+                "every information estimate is 0; raise 'mimic.information.epochs' or set all_zero: uniform"
+            )
+        log.warning("every information estimate is 0: the layers get equal weights")
+        return torch.full_like(estimates, config.scale / _LAYERS)
+    return config.scale * estimates / estimates.sum()

@@ -1,0 +1,239 @@
+"""The downstream classifier of BadEncoder's and MIMIC's evaluation: an MLP on frozen, L2-normalised features.
+
+Features are computed once. The heads of all encoders and seeds of a task are trained together as one batched
+computation, each exactly as it would be alone: its own initial weights, its own dropout draws, the same batches.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from dist_defend.attacks.reference import TriggerConfig, triggers_from
+from dist_defend.attacks.trigger import Trigger
+from dist_defend.batch import Batch
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.order import epoch_order, rank_slice
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Objective
+from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
+from dist_defend.evaluate import backdoor_counts, extract_features
+from dist_defend.models.encoder import SimCLR
+from dist_defend.models.heads import HeadStack
+
+log = logging.getLogger(__name__)
+
+_PICTURED = 8  # test images shown in the report
+_SCATTERED = 500  # test features kept for the report's scatter plot
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A labelled downstream data set and the class that the attacker wants."""
+
+    train: DatasetConfig
+    test: DatasetConfig
+    target_class: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are BadEncoder's; MIMIC trains for 1000 epochs. The last epoch counts."""
+
+    encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
+    tasks: dict[str, TaskConfig]
+    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    seeds: tuple[int, ...] = (100,)
+    hidden: tuple[int, int] = (512, 256)
+    dropout: float = 0.5
+    shuffle: bool = False  # published: the file's order in every epoch
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("encoders", "tasks", "seeds"):
+            if not getattr(self, key):
+                raise ValueError(f"key '{key}' is empty")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"key 'dropout' is {self.dropout}; it must be in [0, 1)")
+
+
+class ProbeObjective(Objective):
+    """Sum over R heads of the mean cross-entropy over the global batch.
+
+    batch.views: features (R, b, D) and dropout factors (R, b, hidden); labels (b,). Shares may be uneven or empty: a
+    rank's loss is its sum over b, times the ranks, over the global batch, so the mean over ranks is exact.
+    """
+
+    def __init__(self, heads: HeadStack, ranks: Ranks) -> None:
+        super().__init__()
+        self.heads, self.world_size = heads, ranks.world_size
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        features, factors = batch.views
+        logits = self.heads(features, factors)
+        count = torch.tensor(float(len(batch.labels)), device=features.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(count)
+        labels = batch.labels.expand(len(logits), -1).reshape(-1)
+        total = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+        loss = total * self.world_size / count
+        return {"loss": loss, "mean_loss": loss / len(logits)}
+
+
+class FeatureBatches:
+    """Batches of features in memory, for the heads of one task.
+
+    features: (E, N, D) of E encoders; heads are ordered encoder by encoder, with all seeds each. Every rank holds
+    everything and takes its slice of each global batch.
+    """
+
+    def __init__(self, config: Config, num_samples: int, context: Context, load: Any) -> None:
+        self.config, self.context, self._load = config, context, load
+        self.batch_size = config.update.batch_size
+        self.num_samples, self.num_batches = num_samples, -(-num_samples // self.batch_size)
+        self._data: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Features (E, N, D) and labels (N,), computed when first asked for."""
+        if self._data is None:
+            self._data = self._load()
+        return self._data
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """This rank's shares of the epoch's batches."""
+        features, labels = self.data
+        ranks, seeds = self.context.ranks, self.config.seeds
+        order = epoch_order(self.num_samples, self.context.seed, epoch, self.config.shuffle)
+        for number in range(start_batch, self.num_batches):
+            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
+            own = rank_slice(len(rows), ranks.rank, ranks.world_size)
+            index = torch.from_numpy(rows[own]).to(labels.device)
+            factors = [self._dropout(seed, epoch, number, len(rows))[own] for seed in seeds]
+            stacked = torch.stack(factors * len(features)).to(labels.device)
+            views = (features[:, index].repeat_interleave(len(seeds), 0), stacked)
+            yield Batch(views, labels[index], index)
+
+    def _dropout(self, seed: int, epoch: int, number: int, rows: int) -> Tensor:
+        """0 or 1 / (1 - p) for each unit: (rows, hidden), drawn from (seed, epoch, batch), whoever else is trained."""
+        draws = np.random.Philox(key=[seed, epoch * self.num_batches + number]).random_raw(
+            -(-rows * self.config.hidden[0] // 4)
+        )
+        keep = draws.view(np.uint16)[: rows * self.config.hidden[0]] >= round(self.config.dropout * 65536)
+        return torch.from_numpy(keep).view(rows, -1).to(self.context.ranks.dtype) / (1 - self.config.dropout)
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage per task; evaluation on clean and triggered test images at the end."""
+    models = {kind: context.load_model(folder)[0] for kind, folder in config.encoders.items()}
+    for model in models.values():
+        model.to(context.ranks.device, context.ranks.dtype, memory_format=torch.channels_last)
+    widths = {model.f.feature_dim for model in models.values()}
+    if len(widths) > 1:
+        raise UserError(f"key 'encoders' mixes feature sizes {sorted(widths)}; probe them in separate runs")
+    tasks = [Task(name, task, config, models, context) for name, task in config.tasks.items()]
+
+    def result() -> dict[str, Any]:
+        rows = [row for task in tasks for row in task.evaluate()]
+        if context.ranks.is_main:
+            save_file(
+                {k: v for task in tasks for k, v in task.scatter.items()}, context.folder / "features.safetensors"
+            )
+            save_file(
+                {k: v for task in tasks for k, v in task.pictures.items()}, context.folder / "examples.safetensors"
+            )
+        targets = {task.name: task.classes[task.config.target_class] for task in tasks}
+        return {"rows": rows, "targets": targets, "encoders": dict(config.encoders)}
+
+    return Plan([task.stage for task in tasks], result)
+
+
+class Task:
+    """The heads of one downstream task, from features to counts."""
+
+    def __init__(
+        self, name: str, task: TaskConfig, config: Config, models: dict[str, SimCLR], context: Context
+    ) -> None:
+        self.name, self.config, self.probe, self.models, self.context = name, task, config, models, context
+        train, rows = context.dataset(f"{name}/train", task.train)
+        self.test, self.test_rows = context.dataset(f"{name}/test", task.test)
+        self.classes = train.classes
+        if not 0 <= task.target_class < train.num_classes:
+            raise UserError(
+                f"key 'probe.tasks.{name}.target_class' is {task.target_class}; {task.train.path} has classes 0 to "
+                f"{train.num_classes - 1}"
+            )
+        if len(rows) < config.update.batch_size:
+            raise UserError(
+                f"{task.train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
+                f"{config.update.batch_size}"
+            )
+        size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
+        self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
+        self.train_loader = context.eval_loader(train, rows)
+        self.test_loader = context.eval_loader(self.test, self.test_rows)
+        self.kinds = [(kind, seed) for kind in models for seed in config.seeds]
+        width = next(iter(models.values())).f.feature_dim
+        self.heads = HeadStack(
+            width,
+            train.num_classes,
+            seeds=[seed for _, seed in self.kinds],
+            hidden=config.hidden,
+            dropout=config.dropout,
+        )
+        batches = FeatureBatches(config, len(rows), context, self._train_features)
+        step = context.gradient_step(ProbeObjective(self.heads, context.ranks), config.update, batches.num_batches)
+        self.stage = Stage(f"probe/{name}", batches, step, config.update.epochs, is_kept=True)
+        self.scatter: dict[str, Tensor] = {}
+        self.pictures: dict[str, Tensor] = {}
+
+    def _train_features(self) -> tuple[Tensor, Tensor]:
+        parts = [extract_features(model.f, self.train_loader, self.context.ranks) for model in self.models.values()]
+        return torch.stack([features for features, _, _ in parts]), parts[0][1]
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, Any]]:
+        """One row of counts per encoder and seed; keeps some features and pictures for the report."""
+        self.heads.eval()
+        results = []
+        for number, (kind, model) in enumerate(self.models.items()):
+            clean, labels, _ = extract_features(model.f, self.test_loader, self.context.ranks)
+            stamped, _, _ = extract_features(model.f, self.test_loader, self.context.ranks, self.trigger)
+            key = f"{kind}/{self.name}"
+            self.scatter[f"{key}/clean"] = clean[:_SCATTERED].float().cpu()
+            self.scatter[f"{key}/triggered"] = stamped[:_SCATTERED].float().cpu()
+            self.scatter[f"{key}/labels"] = labels[:_SCATTERED].cpu()
+            for offset, seed in enumerate(self.probe.seeds):
+                head = number * len(self.probe.seeds) + offset
+                predicted = [self.heads.predict(head, features) for features in (clean, stamped)]
+                counts = backdoor_counts(*predicted, labels, self.config.target_class)
+                plain = {name: count.plain() for name, count in counts.items()}
+                results.append(
+                    {"run": self.context.folder.name, "kind": kind, "task": self.name, "seed": seed, **plain}
+                )
+                chance = 100 / len(self.classes)
+                if counts["acc"].percent < 1.5 * chance and self.context.ranks.is_main:
+                    log.warning(
+                        "%s on %s: accuracy %.1f %% is near chance (%.1f %%); this run is broken",
+                        kind,
+                        self.name,
+                        counts["acc"].percent,
+                        chance,
+                    )
+        images = torch.from_numpy(self.test.images(self.test_rows[:_PICTURED]))
+        pixels = images.permute(0, 3, 1, 2).to(self.context.ranks.device, self.context.ranks.dtype) / 255
+        shown = (self.trigger(pixels) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+        self.pictures = {f"{self.name}/clean": images.contiguous(), f"{self.name}/triggered": shown.contiguous()}
+        return results

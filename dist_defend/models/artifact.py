@@ -91,7 +91,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path) ->
     }
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in problems.items() if keys)
-        raise UserError(f"{path} does not fit the model: {told}: name the architecture it was made with")
+        raise UserError(f"{path} does not fit the model: {told}: use the architecture (arch) it was made with")
     model.load_state_dict(state)
 
 

@@ -77,11 +77,14 @@ class StagedEncoder(Encoder):
 
 
 class TimmEncoder(Encoder):
-    """A timm model without its classifier. Taps: the last four stages, or a ViT's blocks at depth quarters."""
+    """A timm model without its classifier. Taps: the last four stages, or a ViT's blocks at depth quarters.
+
+    num_outputs: length of a last projection that counts as part of the encoder; 0 for none.
+    """
 
     f: Any
 
-    def __init__(self, name: str, normalization: str, image_size: int) -> None:
+    def __init__(self, name: str, normalization: str, image_size: int, num_outputs: int = 0) -> None:
         super().__init__()
         import timm  # seconds of import that CIFAR models do without
 
@@ -92,18 +95,18 @@ class TimmEncoder(Encoder):
         is_sized = published is not None and published.fixed_input_size
         sized: dict[str, Any] = {"img_size": image_size} if is_sized else {}
         self.normalize = Normalize(normalization)
-        self.f = timm.create_model(name, pretrained=False, num_classes=0, **sized)
+        self.f = timm.create_model(name, pretrained=False, num_classes=num_outputs, **sized)
         strides = [stage["reduction"] for stage in getattr(self.f, "feature_info", [])]
         if len(strides) < 4 or not hasattr(self.f, "forward_intermediates"):
             raise UserError(f"timm:{name} has no four feature maps: choose one with timm's forward_intermediates")
         depth, is_isotropic = len(strides), len(set(strides)) == 1
         quarters = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
         self.taps = quarters if is_isotropic else list(range(depth - 4, depth))
-        self.feature_dim = int(getattr(self.f, "head_hidden_size", None) or self.f.num_features)
+        self.feature_dim = num_outputs or int(getattr(self.f, "head_hidden_size", self.f.num_features))
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         last, maps = self.f.forward_intermediates(self.normalize(x), indices=self.taps, output_fmt="NCHW")
-        return maps, self.f.forward_head(last, pre_logits=True)
+        return maps, self.f.forward_head(last)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self.normalize(x))
@@ -137,14 +140,17 @@ _CIFAR_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet34_cifar": (BasicBlock, [3, 4, 6, 3]),
     "resnet50_cifar": (Bottleneck, [3, 4, 6, 3]),
 }
-ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "timm:NAME")
+ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "clip_resnet50", "timm:NAME")
+CLIP_DIM = 1024
 
 
 def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 32) -> Encoder:
     """An encoder with fresh weights (torch's global generator). UserError for an unknown arch or normalization.
 
-    arch: resnet18_cifar, resnet34_cifar, resnet50_cifar, small_cifar or timm:NAME (image_size in px sets a ViT's grid).
+    arch: one of ARCHITECTURES; clip_resnet50 is CLIP's image tower. image_size, in pixels, sets a ViT's grid.
     """
+    if arch == "clip_resnet50":
+        return TimmEncoder("resnet50_clip", normalization, image_size, num_outputs=CLIP_DIM)
     if arch.startswith("timm:"):
         return TimmEncoder(arch.removeprefix("timm:"), normalization, image_size)
     if arch == "small_cifar":

@@ -1,7 +1,7 @@
 """Neural bounds on the mutual information of x and y, from paired samples x (N, x_dim), y (N, y_dim), in nats.
 
 Every estimator is a module with bound(x, y, permutation), the estimate, and loss(x, y, permutation), to be minimised.
-permutation (N,) int64 pairs x_i with y_permutation[i] to stand for independent samples; only Donsker-Varadhan needs one.
+permutation (N,) int64 pairs x_i with y_permutation[i] in place of independent samples; only Donsker-Varadhan needs it.
 Critics see [x, y]; their first layer is applied to x and y apart, so that no pair is ever concatenated.
 """
 
@@ -26,7 +26,7 @@ class _PairLinear(nn.Linear):
 
 
 class DonskerVaradhan(nn.Module):
-    """Lower bound mean T(x, y) - log mean exp T(x, y') (Belghazi et al. 2018, MINE), T an MLP with two hidden layers."""
+    """Lower bound mean T(x, y) - log mean exp T(x, y') (Belghazi et al. 2018, MINE), T an MLP of three layers."""
 
     def __init__(self, x_dim: int, y_dim: int, hidden: int = 512) -> None:
         super().__init__()

@@ -1,0 +1,197 @@
+"""Image augmentation as batched torch operations on any device.
+
+The list is SimCLR's as BadEncoder uses it (jinyuan-jia/BadEncoder, datasets/__init__.py): random resized crop, flip,
+colour jitter, grey scale, no blur. Random numbers come from draws.py. Geometry works on uint8 with the fixed-point
+arithmetic of Pillow's bilinear resize and is equal to it to the last bit; colour works on float32 in [0, 1] with the
+formulas of torchvision's transforms on float tensors, each step clamped.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Columns of a parameter row. The four from ORDER on say which step of the jitter comes when:
+# 0 brightness, 1 contrast, 2 saturation, 3 hue.
+TOP, LEFT, HEIGHT, WIDTH, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, ORDER = range(12)
+NUM_PARAMETERS = ORDER + 4
+PRECISION = 22  # bits of a resampling weight
+LUMA = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How one view is made; raises ValueError for values that mean nothing.
+
+    crop: none (a ``size`` then resizes the whole image), random_resized (area share ``scale``, aspect ``ratio``), or pad
+    (a box at a random place in the image with ``pad`` black pixels around). size: height and width of the view in
+    pixels, None for the image's own. flip, jitter, grayscale: probabilities. brightness, contrast, saturation: factors
+    are uniform in 1 +- value; hue: shift uniform in +- value, in turns of the colour circle.
+    """
+
+    crop: Literal["none", "random_resized", "pad"] = "none"
+    size: int | None = None
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    pad: int = 4
+    flip: float = 0.0
+    jitter: float = 0.0
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grayscale: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grayscale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"key '{name}' is {getattr(self, name)}; a probability is in [0, 1]")
+        for name in ("brightness", "contrast", "saturation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"key '{name}' is {getattr(self, name)}; it cannot be negative")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"key 'hue' is {self.hue}; it must be in [0, 0.5]")
+        if self.crop not in ("none", "random_resized", "pad"):
+            raise ValueError(f"key 'crop' is {self.crop!r}; it must be none, random_resized or pad")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"key 'size' is {self.size}; it must be at least 1 pixel")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"key 'scale' is {self.scale}; it must be two shares of the area, 0 < low <= high <= 1")
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"key 'ratio' is {self.ratio}; it must be two aspect ratios, 0 < low <= high")
+        if self.pad < 0:
+            raise ValueError(f"key 'pad' is {self.pad}; it cannot be negative")
+
+    def output_shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of the view of an image of this height and width."""
+        return (self.size, self.size) if self.size else (height, width)
+
+    @property
+    def resamples(self) -> bool:
+        """Whether pixels are interpolated."""
+        return self.crop == "random_resized" or (self.crop == "none" and self.size is not None)
+
+    @property
+    def recolours(self) -> bool:
+        """Whether colours may change."""
+        return self.jitter > 0 or self.grayscale > 0
+
+
+IDENTITY = AugmentConfig()
+REFERENCE = AugmentConfig(flip=0.5, jitter=0.8, grayscale=0.2)
+SIMCLR = AugmentConfig(crop="random_resized", flip=0.5, jitter=0.8, grayscale=0.2)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One of the views in a batch. With ``image`` (H, W, 3) uint8 that constant is augmented instead of the sample,
+    with the sample's own draws (BadEncoder's augmented reference)."""
+
+    augment: AugmentConfig = IDENTITY
+    image: np.ndarray | None = None
+
+
+def apply_augment(images: Tensor, params: Tensor, config: AugmentConfig) -> Tensor:
+    """Views (B, 3, S, S) float32 in [0, 1], channels_last, of uint8 images (B, H, W, 3) by draws (B, NUM_PARAMETERS)."""
+    out = config.output_shape(images.shape[1], images.shape[2])
+    if config.resamples:
+        images = _resized_crop(images, params, out)
+    elif config.crop == "pad":
+        images = _padded_crop(images, params, out)
+    if config.flip > 0:
+        images = torch.where(_column(params, FLIP) > 0, images.flip(2), images)
+    x = images.permute(0, 3, 1, 2).float() / torch.full((), 255.0, device=images.device)  # a true division on CUDA too
+    if config.jitter > 0:
+        x = _jitter(x, params, config)
+    if config.grayscale > 0:
+        x = torch.where(_column(params, GRAYSCALE) > 0, _luma(x), x)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _column(params: Tensor, column: int) -> Tensor:
+    """(B, 1, 1, 1), ready to meet a batch of images."""
+    return params[:, column].view(-1, 1, 1, 1)
+
+
+def _padded_crop(images: Tensor, params: Tensor, out: tuple[int, int]) -> Tensor:
+    batch, height, width, _ = images.shape
+    y = params[:, TOP, None].long() + torch.arange(out[0], device=images.device)
+    x = params[:, LEFT, None].long() + torch.arange(out[1], device=images.device)
+    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
+    rows = torch.arange(batch, device=images.device)[:, None, None]
+    picked = images[rows, y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]]
+    return picked * inside[..., None]
+
+
+def _resized_crop(images: Tensor, params: Tensor, out: tuple[int, int]) -> Tensor:
+    """Crop, then resize to ``out``: columns first, uint8 in between, as Pillow does."""
+    images = _resample(images, 2, params[:, LEFT], params[:, WIDTH], out[1])
+    return _resample(images, 1, params[:, TOP], params[:, HEIGHT], out[0])
+
+
+def _resample(images: Tensor, dim: int, start: Tensor, length: Tensor, out: int) -> Tensor:
+    """Bilinear resize along ``dim`` of the pixels start..start+length; the filter widens when it shrinks (antialias)."""
+    size = images.shape[dim]
+    length = length.double()[:, None]
+    scale = length / out
+    support = scale.clamp(min=1.0)
+    centre = (torch.arange(out, device=images.device) + 0.5) * scale
+    first = (centre - support + 0.5).floor().clamp(min=0)
+    last = torch.minimum((centre + support + 0.5).floor(), length)
+    taps = torch.arange(2 * max(1, math.ceil(size / out)), device=images.device)  # an upper bound that needs no look
+    position = first[..., None] + taps
+    weight = (1 - ((position - centre[..., None] + 0.5) * (1 / support)[..., None]).abs()).clamp(min=0)
+    weight = torch.where(position < last[..., None], weight, 0.0)
+    total = weight.cumsum(-1)[..., -1:]  # summed left to right, as Pillow does
+    fixed = (weight / total * (1 << PRECISION) + 0.5).to(torch.int32)  # (B, out, taps)
+    position = (position + start.double()[:, None, None]).long().clamp(max=size - 1)
+    view = [len(images), 1, 1, 1]
+    view[dim] = out
+    target = list(images.shape)
+    target[dim] = out
+    accumulator = torch.full(target, 1 << (PRECISION - 1), dtype=torch.int32, device=images.device)
+    for tap in range(len(taps)):
+        pixels = images.gather(dim, position[..., tap].view(view).expand(target))
+        accumulator += pixels.int() * fixed[..., tap].view(view)
+    return (accumulator >> PRECISION).to(torch.uint8)
+
+
+def _luma(x: Tensor) -> Tensor:
+    """Grey (B, 1, H, W) of float images, ITU-R 601 weights."""
+    red, green, blue = x.unbind(1)
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2]).unsqueeze(1)
+
+
+def _jitter(x: Tensor, params: Tensor, config: AugmentConfig) -> Tensor:
+    """Brightness, contrast, saturation and hue in each sample's own order.
+
+    The first three are one blend, factor * x + (1 - factor) * base, with base black, the image's mean grey, or the
+    pixel's grey. So every position of the order costs one blend and one hue for the whole batch, without a look at
+    the parameters that would make the device wait.
+    """
+    on = _column(params, JITTER) > 0
+    for position in range(4):
+        step = _column(params, ORDER + position)
+        factor = params.gather(1, BRIGHTNESS + step.long().view(-1, 1)).view(-1, 1, 1, 1)
+        grey = _luma(x)
+        base = torch.where(step == 1, grey.mean((2, 3), keepdim=True), torch.where(step == 2, grey, 0.0))
+        changed = (factor * x + (1 - factor) * base).clamp(0, 1)
+        changed = torch.where(step == 3, _shift_hue(x, factor) if config.hue > 0 else x, changed)
+        x = torch.where(on, changed, x)
+    return x
+
+
+def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the hue of float images (B, 3, H, W) by ``turns`` (B, 1, 1, 1) of the circle, through HSV."""
+    low, value = x.aminmax(dim=1, keepdim=True)
+    chroma = value - low
+    red, green, blue = ((value - x) / torch.where(chroma > 0, chroma, 1.0)).split(1, dim=1)  # distance from the maximum
+    is_red, is_green = value == x[:, :1], value == x[:, 1:2]
+    sixth = torch.where(is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red))
+    sixth = (sixth / 6 + 1 + turns).remainder(1) * 6
+    # A channel is value - chroma * max(0, min(k, 4 - k, 1)) with k = (n + 6h) mod 6 and n = 5, 3, 1 for red, green, blue.
+    ks = [(sixth + n).remainder(6) for n in (5, 3, 1)]
+    return torch.cat([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ks], dim=1)

@@ -1,0 +1,75 @@
+"""dist-defend data prepare | info."""
+
+import argparse
+from pathlib import Path
+
+from dist_defend.data.sources import KINDS, open_source, source_splits
+from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
+
+
+def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command to dist-defend's parser."""
+    data = subparsers.add_parser("data", help="prepare data sets and look at them")
+    commands = data.add_subparsers(title="data commands", required=True, metavar="COMMAND")
+    prepare = commands.add_parser("prepare", help="turn a source into a prepared data set with a manifest")
+    prepare.add_argument("kind", choices=KINDS)
+    prepare.add_argument("--out", required=True, type=Path, help="folder; each split gets its own folder in it")
+    prepare.add_argument("--path", help="where the source lies (or may be downloaded to)")
+    prepare.add_argument("--split", default="all", help="train, test, unlabeled, ... or all that there are (default)")
+    prepare.add_argument("--image-size", type=_positive, metavar="PIXELS", help="resize to a square")
+    prepare.add_argument("--write-mode", choices=("raw", "jpg"), default="raw")
+    prepare.add_argument(
+        "--max-resolution", type=_positive, metavar="PIXELS", help="shrink to at most this long a side"
+    )
+    prepare.add_argument("--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG")
+    prepare.add_argument("--storage", choices=("auto", "beton", "npy"), default="auto")
+    prepare.add_argument("--max-samples", type=_positive, metavar="N", help="only the first N of each split")
+    prepare.set_defaults(main=_prepare)
+    info = commands.add_parser("info", help="print a data set's manifest and draw a contact sheet")
+    info.add_argument("dataset", help="folder of one split")
+    info.add_argument("--verify", action="store_true", help="hash the files too")
+    info.add_argument("--trigger", metavar="FILE.npz", help="show the images with this trigger beside those without")
+    info.add_argument("--sheet", metavar="OUT.png", type=Path, help="where to write the contact sheet")
+    info.set_defaults(main=_info)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    splits = source_splits(args.kind, args.path) if args.split == "all" else [args.split]
+    for split in splits:
+        dataset = write_dataset(
+            open_source(args.kind, args.path, split),
+            args.out / split,
+            name=args.kind,
+            split=split,
+            write_mode=args.write_mode,
+            image_size=args.image_size,
+            max_resolution=args.max_resolution,
+            quality=args.quality,
+            storage=args.storage,
+            max_samples=args.max_samples,
+        )
+        print(_describe(dataset))
+    return 0
+
+
+def _describe(dataset: PreparedDataset) -> str:
+    manifest = dataset.manifest
+    shape = "x".join(map(str, manifest.image_shape)) if manifest.image_shape else "of several sizes"
+    size = sum(file.bytes for file in manifest.files.values()) / 2**20
+    return (
+        f"{dataset.path}: {manifest.num_samples} images {shape}, {len(manifest.classes)} classes, "
+        f"{', '.join(sorted(manifest.files))} ({manifest.write_mode}, {size:.1f} MiB), sha256 {dataset.digest[:16]}"
+    )
+
+
+def _info(args: argparse.Namespace) -> int:
+    dataset = open_dataset(args.dataset)
+    print(_describe(dataset))
+    return 0

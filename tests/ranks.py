@@ -1,7 +1,7 @@
 """Two gloo ranks on this machine, started once for the whole test session, that run functions for tests.
 
-Pool.run(function, *arguments) calls function(*arguments) on both ranks inside one process group and returns the two results
-in rank order. The function must be importable (a test module's top level), arguments and results picklable.
+Pool.run(function, *arguments) calls function(*arguments) on both ranks inside one process group and returns the two
+results in rank order. The function must be importable (a test module's top level), arguments and results picklable.
 """
 
 import multiprocessing
@@ -20,7 +20,7 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 5.0  # for the other rank, once one has failed
 
 
-class RankError(AssertionError):
+class RankError(RuntimeError):
     """A rank raised, died or ran out of time; the message holds its traceback."""
 
 

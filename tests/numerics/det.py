@@ -1,6 +1,6 @@
 """Weights and images that anyone can rebuild from a seed, and fingerprints to compare tensors by.
 
-The golden numbers in golden/ are what the published code of the papers (jinyuan-jia/BadEncoder, wssun/MIMIC) gave on them.
+The golden numbers in golden/ are what the papers' published code (jinyuan-jia/BadEncoder, wssun/MIMIC) gave on them.
 """
 
 import json

@@ -111,9 +111,7 @@ def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The named arrays; nothing is ever unpickled."""
     wanted = f"an npz file with arrays {' and '.join(keys)}"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} holds a single array: it must be {wanted}")
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             missing = [key for key in keys if key not in file]
             if missing:
                 raise UserError(f"{path} has no array '{missing[0]}': it must be {wanted}")
@@ -123,4 +121,4 @@ def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     except UserError:
         raise
     except Exception as error:  # numpy, zipfile, zlib and pickle each have their own
-        raise UserError(f"{path} is damaged or holds pickled objects: it must be {wanted} of plain numbers") from error
+        raise UserError(f"{path} is damaged, pickled or no npz file: it must be {wanted} of numbers") from error

@@ -86,7 +86,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path) ->
     ]
     problems = {
         "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
+        "unexpected": sorted(key for key in state if key not in own),
         "misshapen": wrong_shape,
     }
     if any(problems.values()):

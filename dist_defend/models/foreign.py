@@ -1,8 +1,8 @@
 """Checkpoints of others, read without ever running what they contain.
 
 Known layouts: the SimCLR models of jinyuan-jia/BadEncoder and wssun/MIMIC, their ImageNet ResNet-50 (torchvision's
-keys) and CLIP's image tower; each bare or inside {"state_dict": ...}, with or without the prefixes `module.` and `visual.`.
-The layout is read off the keys, never off the file's name.
+keys) and CLIP's image tower; each bare or inside {"state_dict": ...}, with or without the prefixes `module.` and
+`visual.`. The layout is read off the keys, never off the file's name.
 """
 
 import pickle

@@ -1,0 +1,131 @@
+"""Model folders: what is written is what is read, and nothing else is."""
+
+import dataclasses
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_defend.errors import UserError
+from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.encoder import build_simclr
+
+CARD = ModelCard("simclr", "small_cifar", "cifar10", 32, 256, provenance={"method": "test"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_artifact(tmp_path / "model", build_simclr("small_cifar"), CARD)
+    return tmp_path / "model"
+
+
+def rewrite_card(folder: Path, **changes: object) -> None:
+    card = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**card, **changes}))
+
+
+def test_a_model_survives_the_round_trip(tmp_path: Path) -> None:
+    model = build_simclr("small_cifar").to(memory_format=torch.channels_last)
+    card = dataclasses.replace(CARD, backdoored=True, trigger={"size": 10}, parent_sha256="ab")
+    sha256 = save_artifact(tmp_path / "model", model, card)
+    assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
+    assert hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest() == sha256
+    loaded, loaded_card = load_artifact(tmp_path / "model")
+    assert loaded_card == card
+    assert (loaded.arch, loaded.normalization, loaded.image_size) == ("small_cifar", "cifar10", 32)
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert list(state) == list(expected) and all(state[key].equal(expected[key]) for key in expected)
+
+
+def test_an_encoder_without_projector_survives_too(tmp_path: Path) -> None:
+    model = build_simclr("small_cifar", projector=False)
+    save_artifact(tmp_path, model, dataclasses.replace(CARD, kind="encoder"))
+    assert list(load_artifact(tmp_path)[0].state_dict()) == list(model.state_dict())
+
+
+def test_only_a_poisoned_model_says_so(folder: Path) -> None:
+    assert "BACKDOORED" not in (folder / "model.json").read_text()
+    save_artifact(folder, build_simclr("small_cifar"), dataclasses.replace(CARD, backdoored=True))
+    assert '"BACKDOORED": true' in (folder / "model.json").read_text()
+
+
+def test_a_poisoned_model_cannot_be_made_clean_by_one_key(folder: Path) -> None:
+    save_artifact(folder, build_simclr("small_cifar"), dataclasses.replace(CARD, backdoored=True))
+    rewrite_card(folder, backdoored=False)
+    with pytest.raises(UserError, match="contradicts itself"):
+        load_artifact(folder)
+
+
+def test_altered_weights_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model.safetensors was altered: sha256 \w{12} is not model.json's \w{12}"):
+        load_artifact(folder)
+
+
+def test_weights_of_another_model_are_refused_with_keys_and_counts(folder: Path) -> None:
+    rewrite_card(folder, kind="encoder")
+    with pytest.raises(UserError, match=r"8 unexpected \(g.0.weight, g.1.bias, g.1.num_batches_tracked, ...\)"):
+        load_artifact(folder)
+    rewrite_card(folder, kind="simclr", arch="resnet18_cifar")
+    told = r"48 missing \(f.f.3.1.conv1.weight, .*misshapen \(f.f.0.weight \(16, 3, 3, 3\)"
+    with pytest.raises(UserError, match=told) as error:
+        load_artifact(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickle_is_refused_unread(folder: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "exploded",))  # type: ignore[return-value]
+
+    for content in (pickle.dumps(Bomb()), b"PK\x03\x04 torch.save's zip"):
+        (folder / "model.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"is a pickle, not safetensors.*dist-defend import"):
+            load_artifact(folder)
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(UserError, match=r"is a file, not a model folder.*dist-defend import"):
+        load_artifact(folder / "model.safetensors")
+
+
+def test_missing_and_broken_files_are_user_errors(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model.json does not exist: point at a folder"):
+        load_artifact(tmp_path / "nothing")
+    card = (folder / "model.json").read_text()
+    for text, told in (
+        ("{", "cannot be read"),
+        ("[]", "is not a model card of format 1"),
+        (card.replace('"format": 1', '"format": 2'), "is not a model card of format 1"),
+        (card.replace('"arch"', '"architecture"'), "is not a model card .*architecture"),
+        (card.replace("small_cifar", "small_cifr"), "did you mean 'small_cifar'"),
+    ):
+        (folder / "model.json").write_text(text)
+        with pytest.raises(UserError, match=told):
+            load_artifact(folder)
+    (folder / "model.json").write_text(card)
+    weights = (folder / "model.safetensors").read_bytes()[:100]
+    (folder / "model.safetensors").write_bytes(weights)
+    rewrite_card(folder, sha256=hashlib.sha256(weights).hexdigest())
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        load_artifact(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors does not exist"):
+        load_artifact(folder)
+
+
+def test_a_failed_write_leaves_the_old_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_artifact(folder)[0].state_dict()
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_artifact(folder, build_simclr("small_cifar"), CARD)
+    after = load_artifact(folder)[0].state_dict()
+    assert all(after[key].equal(before[key]) for key in before)

@@ -26,8 +26,8 @@ LUMA = (0.2989, 0.587, 0.114)
 class AugmentConfig:
     """How one view is made; raises ValueError for values that mean nothing.
 
-    crop: none (a ``size`` then resizes the whole image), random_resized (area share ``scale``, aspect ``ratio``), or pad
-    (a box at a random place in the image with ``pad`` black pixels around). size: height and width of the view in
+    crop: none (a ``size`` then resizes the whole image), random_resized (area share ``scale``, aspect ``ratio``), or
+    pad (a box at a random place in the image with ``pad`` black pixels around). size: height and width of the view in
     pixels, None for the image's own. flip, jitter, grayscale: probabilities. brightness, contrast, saturation: factors
     are uniform in 1 +- value; hue: shift uniform in +- value, in turns of the colour circle.
     """
@@ -95,7 +95,10 @@ class View:
 
 
 def apply_augment(images: Tensor, params: Tensor, config: AugmentConfig) -> Tensor:
-    """Views (B, 3, S, S) float32 in [0, 1], channels_last, of uint8 images (B, H, W, 3) by draws (B, NUM_PARAMETERS)."""
+    """Views (B, 3, S, S) float32 in [0, 1], channels_last, of uint8 images (B, H, W, 3).
+
+    params: (B, NUM_PARAMETERS) float32 from draws.draw for this config, on the images' device.
+    """
     out = config.output_shape(images.shape[1], images.shape[2])
     if config.resamples:
         images = _resized_crop(images, params, out)
@@ -133,7 +136,7 @@ def _resized_crop(images: Tensor, params: Tensor, out: tuple[int, int]) -> Tenso
 
 
 def _resample(images: Tensor, dim: int, start: Tensor, length: Tensor, out: int) -> Tensor:
-    """Bilinear resize along ``dim`` of the pixels start..start+length; the filter widens when it shrinks (antialias)."""
+    """Bilinear resize along ``dim`` of the pixels start..start+length; shrinking widens the filter."""
     size = images.shape[dim]
     length = length.double()[:, None]
     scale = length / out
@@ -192,6 +195,6 @@ def _shift_hue(x: Tensor, turns: Tensor) -> Tensor:
     is_red, is_green = value == x[:, :1], value == x[:, 1:2]
     sixth = torch.where(is_red, blue - green, torch.where(is_green, 2 + red - blue, 4 + green - red))
     sixth = (sixth / 6 + 1 + turns).remainder(1) * 6
-    # A channel is value - chroma * max(0, min(k, 4 - k, 1)) with k = (n + 6h) mod 6 and n = 5, 3, 1 for red, green, blue.
+    # A channel is value - chroma * max(0, min(k, 4 - k, 1)) with k = (n + 6h) mod 6; n = 5, 3, 1 for red, green, blue.
     ks = [(sixth + n).remainder(6) for n in (5, 3, 1)]
     return torch.cat([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ks], dim=1)

@@ -3,8 +3,13 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from dist_defend.data.sheet import Stamp, contact_sheet
 from dist_defend.data.sources import KINDS, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
+from dist_defend.errors import UserError
 
 
 def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,5 +76,37 @@ def _describe(dataset: PreparedDataset) -> str:
 
 def _info(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.dataset)
+    stamps = _stamps(dataset, args.trigger) if args.trigger else []
+    if args.verify:
+        dataset.verify()
     print(_describe(dataset))
+    for name, count in zip(dataset.classes, dataset.manifest.class_counts, strict=True):
+        print(f"  {count:8d}  {name}")
+    if args.verify:
+        print("verified: every file has the sha256 that manifest.json gives")
+    path = args.sheet or dataset.path / "contact_sheet.png"
+    try:
+        contact_sheet(dataset, stamps).save(path, format="PNG")
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the contact sheet ({error.strerror}); choose another --sheet") from error
+    print(f"contact sheet{' with and without trigger' if stamps else ''}: {path}")
     return 0
+
+
+def _stamps(dataset: PreparedDataset, path: str) -> list[Stamp]:
+    from dist_defend.attacks.trigger import Trigger, check_size, load_triggers
+
+    if dataset.image_shape is None:
+        raise UserError(f"{dataset.path}: images differ in size, so no trigger fits; prepare it with --image-size")
+
+    def stamp_with(trigger: Trigger) -> Stamp:
+        def stamp(image: np.ndarray) -> np.ndarray:
+            pixels = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)[None]
+            return (trigger(pixels)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+
+        return stamp
+
+    triggers = load_triggers(path)
+    for trigger in triggers:
+        check_size(trigger, dataset.image_shape[:2], path)
+    return [stamp_with(trigger) for trigger in triggers]

@@ -147,7 +147,7 @@ def draw(
     augment.py; crop boxes are in pixels and may start outside of the image for a padded crop.
     """
     index = np.ascontiguousarray(index, np.int64)
+    heights, widths = (np.full(len(index), n, np.int64) for n in (height, width))
     out = np.empty((len(index), NUM_PARAMETERS), np.float32)
-    sizes = [np.ascontiguousarray(np.broadcast_to(np.asarray(n, np.int64), index.shape)) for n in (height, width)]
-    _draw_many(seed, epoch, index, view, pack(config), *sizes, out)
+    _draw_many(seed, epoch, index, view, pack(config), heights, widths, out)
     return out

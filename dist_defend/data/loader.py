@@ -2,21 +2,19 @@
 
 import contextlib
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from dist_defend.batch import Batch
-from dist_defend.data.augment import View, apply_augment
-from dist_defend.data.draws import draw
-from dist_defend.data.ffcv_backend import ffcv_installed
-from dist_defend.data.order import epoch_order, rank_batches
-from dist_defend.data.prefetch import prefetch
+from dist_defend.data.augment import View
+from dist_defend.data.backends import Backend, ResidentBackend, TorchBackend
+from dist_defend.data.ffcv_presence import ffcv_installed, quiet_ffcv
+from dist_defend.data.order import Sampling
 from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
 
@@ -42,7 +40,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A prepared data set, or part of it: int(N * fraction) rows, at most max_samples, the first ones or random ones."""
+    """A prepared data set or part of it: int(N * fraction) rows, at most max_samples, the first or random ones."""
 
     path: str
     fraction: float = 1.0
@@ -68,61 +66,37 @@ def select_rows(dataset: PreparedDataset, config: DatasetConfig, seed: int) -> n
     return np.sort(np.random.default_rng([seed, _SUBSET_STREAM]).permutation(len(dataset))[:count]).astype(np.int64)
 
 
-class Backend(Protocol):
-    """Makes the views of given rows, batch by batch, in order."""
-
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]: ...
-
-
 class Loader:
     """Batches of one split for one rank. batch_size is global; num_batches counts global batches of an epoch."""
 
     def __init__(
-        self,
-        dataset: PreparedDataset,
-        rows: np.ndarray,
-        backend: Backend,
-        name: str,
-        batch_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device,
+        self, labels: np.ndarray, sampling: Sampling, backend: Backend, name: str, device: torch.device
     ) -> None:
-        self.batch_size, self.backend, self.num_samples = batch_size, name, len(rows)
-        self.num_batches = len(rows) // batch_size if drop_last else -(-len(rows) // batch_size)
-        self._labels, self._rows, self._make, self._device = dataset.labels, rows, backend, device
-        self._shuffle, self._drop_last, self._seed, self._rank, self._world_size = (
-            shuffle,
-            drop_last,
-            seed,
-            rank,
-            world_size,
+        self.batch_size, self.num_batches, self.num_samples = (
+            sampling.batch_size,
+            sampling.num_batches,
+            len(sampling.rows),
         )
+        self.backend = name
+        self._labels, self._sampling, self._device = labels, sampling, device
+        self._images: Backend | None = backend
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's shares of the global batches from ``start_batch`` on. Leaving the loop early is fine."""
-        order = self._rows[epoch_order(len(self._rows), self._seed, epoch, self._shuffle)]
-        shares = rank_batches(order, self.batch_size, start_batch, self._drop_last, self._rank, self._world_size)
-        with contextlib.closing(self._make.batches(shares, epoch)) as batches:
+        if self._images is None:
+            raise RuntimeError("this loader is closed")
+        shares = self._sampling.shares(epoch, start_batch)
+        with contextlib.closing(self._images.batches(shares, epoch)) as batches:
             for rows, views in zip(shares, batches, strict=True):
-                labels = torch.from_numpy(self._labels[rows])
                 yield Batch(
                     tuple(view.to(self._device) for view in views),
-                    labels.to(self._device),
+                    torch.from_numpy(self._labels[rows]).to(self._device),
                     torch.from_numpy(rows).to(self._device),
                 )
 
     def close(self) -> None:
-        """Drop the images and buffers; the loader cannot be used any more."""
-        self._make = _Closed()
-
-
-class _Closed:
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]:
-        raise RuntimeError("this loader was closed")
+        """Let go of the images; a closed loader gives no more batches."""
+        self._images = None
 
 
 def make_loader(
@@ -157,14 +131,16 @@ def make_loader(
     _log.info("%s: %s back end, %d workers", dataset.path, name, config.workers)
     backend: Backend
     if name == "ffcv":
-        from dist_defend.data.ffcv_backend import FfcvBackend
+        with quiet_ffcv():
+            from dist_defend.data.ffcv_backend import FfcvBackend
 
         backend = FfcvBackend(dataset, views, seed, config.workers, raw)
     elif name == "resident":
         backend = ResidentBackend(dataset, rows, views, seed, config.workers, device, raw)
     else:
         backend = TorchBackend(dataset, views, seed, config.workers, device, raw)
-    return Loader(dataset, rows, backend, name, batch_size, shuffle, drop_last, seed, rank, world_size, device)
+    sampling = Sampling(rows, batch_size, shuffle, drop_last, seed, rank, world_size)
+    return Loader(dataset.labels, sampling, backend, name, device)
 
 
 def _check_views(dataset: PreparedDataset, views: Sequence[View], raw: bool) -> None:
@@ -198,74 +174,10 @@ def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, de
         raise UserError(f"{dataset.path}: images differ in size, so they cannot be resident; say loader.backend: auto")
     if config.backend != "auto":
         return config.backend
+    if device.type != "cuda" and dataset.beton is not None and ffcv_installed():
+        return "ffcv"
     if dataset.image_shape is not None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if len(rows) * int(np.prod(dataset.image_shape)) < _RESIDENT_SHARE * free:
             return "resident"
     return "torch"
-
-
-def augment_batch(images: Tensor, rows: np.ndarray, views: Sequence[View], seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """All views of a batch of uint8 images (B, H, W, 3), by torch operations on their device."""
-    made = []
-    for number, view in enumerate(views):
-        source = images
-        if view.image is not None:
-            source = torch.from_numpy(view.image).to(images.device).expand(len(rows), -1, -1, -1)
-        params = torch.from_numpy(draw(seed, epoch, rows, number, view.augment, *source.shape[1:3]))
-        made.append(apply_augment(source, params.to(images.device), view.augment))
-    return tuple(made)
-
-
-class TorchBackend:
-    """Reads with numpy, augments with batched torch operations on the device, several batches at a time in threads."""
-
-    def __init__(
-        self, dataset: PreparedDataset, views: Sequence[View], seed: int, workers: int, device: torch.device, raw: bool
-    ) -> None:
-        self._dataset, self._views, self._seed, self._workers = dataset, tuple(views), seed, workers
-        self._device, self._raw = device, raw
-
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]:
-        def make(rows: np.ndarray) -> tuple[Tensor, ...]:
-            if self._dataset.image_shape is None:
-                singles = [
-                    self._augment(self._dataset.image(row)[None], rows[i : i + 1], epoch) for i, row in enumerate(rows)
-                ]
-                return tuple(torch.cat(view) for view in zip(*singles, strict=True))
-            return self._augment(self._dataset.images(rows), rows, epoch)
-
-        return prefetch(make, shares, self._workers)
-
-    def _augment(self, images: np.ndarray, rows: np.ndarray, epoch: int) -> tuple[Tensor, ...]:
-        pixels = torch.tensor(images, device=self._device)
-        return (
-            (pixels,) * len(self._views) if self._raw else augment_batch(pixels, rows, self._views, self._seed, epoch)
-        )
-
-
-class ResidentBackend:
-    """Keeps the uint8 images of its rows in the device's memory and augments there."""
-
-    def __init__(
-        self,
-        dataset: PreparedDataset,
-        rows: np.ndarray,
-        views: Sequence[View],
-        seed: int,
-        workers: int,
-        device: torch.device,
-        raw: bool,
-    ) -> None:
-        self._views, self._seed, self._workers, self._raw = tuple(views), seed, workers, raw
-        self._rows = np.unique(rows)
-        self._images = torch.from_numpy(dataset.images(self._rows)).to(device)
-
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]:
-        for rows in shares:
-            images = self._images[torch.from_numpy(np.searchsorted(self._rows, rows)).to(self._images.device)]
-            yield (
-                (images,) * len(self._views)
-                if self._raw
-                else augment_batch(images, rows, self._views, self._seed, epoch)
-            )

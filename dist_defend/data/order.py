@@ -4,6 +4,8 @@ The order knows nothing of ranks, so the same samples meet in the same batch for
 global batches done is a resume point that outlives a change of the world size.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 
@@ -21,11 +23,29 @@ def rank_slice(n: int, rank: int, world_size: int) -> slice:
     return slice(start, start + share + (rank < extra))
 
 
-def rank_batches(
-    order: np.ndarray, batch_size: int, start_batch: int, drop_last: bool, rank: int, world_size: int
-) -> list[np.ndarray]:
-    """This rank's share of every global batch from ``start_batch`` on; empty shares (uneven last batch) are left out."""
-    stop = len(order) // batch_size * batch_size if drop_last else len(order)
-    batches = (order[i : min(i + batch_size, stop)] for i in range(start_batch * batch_size, stop, batch_size))
-    shares = (batch[rank_slice(len(batch), rank, world_size)] for batch in batches)
-    return [share for share in shares if len(share)]
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """Which rows of a data set make which batch of which rank. rows: (M,) int64; batch_size: over all ranks."""
+
+    rows: np.ndarray
+    batch_size: int
+    shuffle: bool
+    drop_last: bool
+    seed: int
+    rank: int
+    world_size: int
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches per epoch; an incomplete last one counts unless ``drop_last``."""
+        whole, rest = divmod(len(self.rows), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def shares(self, epoch: int, start_batch: int = 0) -> list[np.ndarray]:
+        """This rank's rows of every global batch from ``start_batch`` on, without empty ones (uneven last batch)."""
+        order = self.rows[epoch_order(len(self.rows), self.seed, epoch, self.shuffle)]
+        shares = []
+        for batch in range(start_batch, self.num_batches):
+            rows = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            shares.append(rows[rank_slice(len(rows), self.rank, self.world_size)])
+        return [share for share in shares if len(share)]

@@ -201,7 +201,7 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
 
 
 def _fashion_folder(path: str | None) -> Path:
-    """The folder with the four idx files: --path, Debian's package (installed or unpacked without root), torchvision."""
+    """Where the four idx files are: --path, Debian's package (installed, or unpacked without root), torchvision."""
 
     def holds(folder: Path) -> bool:
         return any(folder.glob("train-images-idx3-ubyte*"))

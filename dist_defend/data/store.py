@@ -17,7 +17,8 @@ from pathlib import Path
 import dacite
 import numpy as np
 
-from dist_defend.data.beton import Beton
+from dist_defend.data.beton import read_beton
+from dist_defend.data.pixels import StoredImages
 from dist_defend.data.sources import Source
 from dist_defend.data.writing import PreparedImages, write_beton
 from dist_defend.errors import UserError
@@ -52,7 +53,7 @@ class Manifest:
 
 
 class PreparedDataset:
-    """An opened data set. labels: (N,) int64, classes: their names, image_shape: (H, W, 3) pixels or None if they vary."""
+    """An opened data set. labels: (N,) int64; classes: their names; image_shape: (H, W, 3), None if images differ."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -77,26 +78,20 @@ class PreparedDataset:
         return np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
 
     @cached_property
-    def reader(self) -> Beton:
-        """The .beton file, opened; only where ``beton`` is not None."""
-        assert self.beton is not None
-        return Beton(self.beton)
+    def _stored(self) -> StoredImages:
+        return read_beton(self.path / "data.beton")
 
     def image(self, row: int) -> np.ndarray:
         """One image, (H, W, 3) uint8."""
-        return self.reader.image(int(row)) if self.beton else self._array[row]
+        return self._stored[row : row + 1].decode().image(0) if self.beton else self._array[row]
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images (B, H, W, 3) uint8 in the order of ``rows``, decoded but not augmented; they must have one shape."""
         if self.image_shape is None:
             raise UserError(f"{self.path}: images differ in size; prepare the data set with --image-size")
         if self.beton is None:
-            return self._array[rows]
-        return (
-            np.stack([self.reader.image(int(row)) for row in rows])
-            if len(rows)
-            else np.empty((0, *self.image_shape), np.uint8)
-        )
+            return np.asarray(self._array[rows])
+        return self._stored[rows].decode().stack() if len(rows) else np.empty((0, *self.image_shape), np.uint8)
 
     def verify(self) -> None:
         """Hash every file. UserError names the first that is not what was written."""
@@ -183,7 +178,7 @@ def write_dataset(
 
 
 def _choose_storage(storage: str, write_mode: str) -> str:
-    from dist_defend.data.ffcv_backend import ffcv_installed
+    from dist_defend.data.ffcv_presence import ffcv_installed
 
     if storage == "auto":
         storage = "beton" if ffcv_installed() else "npy"
@@ -212,7 +207,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
 
 
 def _write_npy(images: PreparedImages, path: Path) -> None:
-    array: np.ndarray | None = None
+    array: np.memmap | None = None
     for row, image in enumerate(images):
         if array is None:
             array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(images), *image.shape))

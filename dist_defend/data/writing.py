@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dist_defend.data.ffcv_backend import quiet_ffcv
+from dist_defend.data.ffcv_presence import quiet_ffcv
 from dist_defend.data.prefetch import prefetch
 from dist_defend.data.sources import Source
 from dist_defend.errors import UserError

@@ -1,0 +1,24 @@
+"""What must be known of FFCV before it is imported, which takes seconds."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import numba
+import torch
+
+
+def ffcv_installed() -> bool:
+    """Whether ffcv can be found; does not import it."""
+    return importlib.util.find_spec("ffcv") is not None
+
+
+@contextlib.contextmanager
+def quiet_ffcv() -> Iterator[None]:
+    """Undo what importing FFCV or making a Loader does to the process: it sets torch's and numba's thread counts."""
+    torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(torch_threads)
+        numba.set_num_threads(numba_threads)

@@ -1,0 +1,255 @@
+"""One compiled operation per view: uint8 pixels in, finished float32 view out, nothing between in main memory.
+
+The same arithmetic as augment.py: Pillow's fixed-point bilinear resize (equal to the last bit), then float32 colour
+(where the compiler may reorder sums, so within a small part of a grey level). Loops over pixels run over float32 or
+integer planes that stay in the cache, without branches, and LLVM makes vector instructions of them. The kernels are
+compiled once per machine, release the interpreter lock and start no threads. numba's cache looks at this file only:
+after a change of draws.py or augment.py, touch it.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import njit
+
+from dist_defend.data.augment import (
+    BRIGHTNESS,
+    FLIP,
+    GRAYSCALE,
+    HEIGHT,
+    JITTER,
+    LEFT,
+    LUMA,
+    NUM_PARAMETERS,
+    ORDER,
+    PRECISION,
+    TOP,
+    WIDTH,
+    View,
+)
+from dist_defend.data.draws import draw_one, pack
+from dist_defend.data.pixels import Pixels
+
+_HALF = np.int32(1 << (PRECISION - 1))
+_SHIFT = np.int32(PRECISION)
+_LEVELS = (np.arange(256, dtype=np.float32) / np.float32(255)).astype(np.float32)  # uint8 -> [0, 1]
+_0, _1, _2, _3, _4, _6 = (np.float32(n) for n in (0, 1, 2, 3, 4, 6))
+_5 = np.float32(5)
+_255 = np.float32(255)
+_RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _taps(length, out, flip):
+    """For each of ``out`` resized pixels: the first source pixel, how many there are, their weights in 1 / 2^22."""
+    scale = length / out
+    support = max(1.0, scale)
+    first, count = np.zeros(out, np.int64), np.zeros(out, np.int64)
+    weights = np.zeros((out, int(np.ceil(2 * support))), np.int32)
+    for n in range(out):
+        centre = (n + 0.5) * scale
+        low = max(0, int(np.floor(centre - support + 0.5)))
+        high = min(length, int(np.floor(centre + support + 0.5)))
+        place = out - 1 - n if flip else n
+        first[place], count[place] = low, high - low
+        total = 0.0
+        for position in range(low, high):
+            total += max(0.0, 1.0 - abs((position - centre + 0.5) * (1.0 / support)))
+        for position in range(low, high):
+            weight = max(0.0, 1.0 - abs((position - centre + 0.5) * (1.0 / support)))
+            weights[place, position - low] = np.int32(0.5 + weight / total * (1 << PRECISION))
+    return first, count, weights
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _resize(memory, start, stride, box_height, box_width, flip, rows, planes, out_height, out_width):
+    """Resize the box that starts at byte ``start`` of ``memory`` (rows of ``stride`` bytes) into the float planes.
+
+    ``rows`` (3, box_height * out_width) uint8 holds the box after its first pass, over columns.
+    """
+    first, count, weights = _taps(box_width, out_width, flip)
+    for y in range(box_height):
+        line = start + y * stride
+        for x in range(out_width):
+            at = line + 3 * first[x]
+            red, green, blue = _HALF, _HALF, _HALF
+            for tap in range(count[x]):
+                weight = weights[x, tap]
+                red = np.int32(red + weight * np.int32(memory[at]))
+                green = np.int32(green + weight * np.int32(memory[at + 1]))
+                blue = np.int32(blue + weight * np.int32(memory[at + 2]))
+                at += 3
+            rows[0, y * out_width + x] = np.uint8(red >> _SHIFT)
+            rows[1, y * out_width + x] = np.uint8(green >> _SHIFT)
+            rows[2, y * out_width + x] = np.uint8(blue >> _SHIFT)
+    first, count, weights = _taps(box_height, out_height, False)
+    total = np.empty(out_width, np.int32)
+    for channel in range(3):
+        for y in range(out_height):
+            total[:] = _HALF
+            for tap in range(count[y]):
+                weight = weights[y, tap]
+                line = rows[channel, (first[y] + tap) * out_width : (first[y] + tap + 1) * out_width]
+                for x in range(out_width):
+                    total[x] = np.int32(total[x] + weight * np.int32(line[x]))
+            target = planes[channel, y * out_width : (y + 1) * out_width]
+            for x in range(out_width):
+                target[x] = np.float32(np.int32(total[x] >> _SHIFT)) / _255
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _copy(memory, start, height, width, top, left, flip, planes, out_height, out_width):
+    """Copy a box that may reach over the image's borders, black there, into the float planes."""
+    low, high = max(0, -left), min(out_width, width - left)  # columns of the box that lie in the image
+    for y in range(out_height):
+        target = planes[:, y * out_width : (y + 1) * out_width]
+        target[:] = _0
+        if 0 <= top + y < height:
+            at = start + 3 * ((top + y) * width + left + low)
+            place, step = (out_width - 1 - low, -1) if flip else (low, 1)
+            for _ in range(low, high):
+                target[0, place] = _LEVELS[memory[at]]
+                target[1, place] = _LEVELS[memory[at + 1]]
+                target[2, place] = _LEVELS[memory[at + 2]]
+                at += 3
+                place += step
+
+
+@njit(cache=True, nogil=True, fastmath=True, inline="always")
+def _clamp(value):
+    return min(max(value, _0), _1)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _scale(plane, factor, offset):
+    for i in range(plane.size):
+        plane[i] = _clamp(factor * plane[i] + offset)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _mean_grey(red, green, blue):
+    total = _0
+    for i in range(red.size):
+        total += _RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]
+    return total / np.float32(red.size)
+
+
+@njit(cache=True, nogil=True, fastmath=True)
+def _saturate(red, green, blue, factor):
+    """Blend with the pixel's grey; factor 0 is the grey image."""
+    rest = _1 - factor
+    for i in range(red.size):
+        grey = rest * (_RED * red[i] + _GREEN * green[i] + _BLUE * blue[i])
+        red[i], green[i], blue[i] = (
+            _clamp(factor * red[i] + grey),
+            _clamp(factor * green[i] + grey),
+            _clamp(factor * blue[i] + grey),
+        )
+
+
+@njit(cache=True, nogil=True, fastmath=True, inline="always")
+def _wrap(sixths):
+    return sixths - _6 if sixths >= _6 else sixths
+
+
+@njit(cache=True, nogil=True, fastmath=True, inline="always")
+def _channel(value, chroma, k):
+    return value - chroma * min(max(min(k, _4 - k), _0), _1)
+
+
+@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+def _shift_hue(red, green, blue, turns):
+    """As augment._shift_hue, hue in sixths of the circle."""
+    shift = _6 * turns
+    for i in range(red.size):
+        r, g, b = red[i], green[i], blue[i]
+        value = max(r, max(g, b))
+        chroma = value - min(r, min(g, b))
+        scale = _1 / (chroma if chroma > _0 else _1)
+        hue = (g - b) * scale if value == r else (_2 + (b - r) * scale if value == g else _4 + (r - g) * scale)
+        hue += shift
+        hue = _wrap(hue + _6 if hue < _0 else hue)
+        red[i] = _channel(value, chroma, _wrap(hue + _5))
+        green[i] = _channel(value, chroma, _wrap(hue + _3))
+        blue[i] = _channel(value, chroma, _wrap(hue + _1))
+
+
+@njit(cache=True, nogil=True)
+def _jitter(planes, params):
+    red, green, blue = planes[0], planes[1], planes[2]
+    for position in range(4):
+        step = int(params[ORDER + position])
+        factor = params[BRIGHTNESS + step]
+        if step == 2:
+            _saturate(red, green, blue, factor)
+        elif step == 3:
+            if factor != _0:
+                _shift_hue(red, green, blue, factor)
+        else:
+            offset = (_1 - factor) * _mean_grey(red, green, blue) if step == 1 else _0
+            for channel in range(3):
+                _scale(planes[channel], factor, offset)
+
+
+@njit(cache=True, nogil=True)
+def _interleave(planes, out):
+    red, green, blue = planes[0], planes[1], planes[2]
+    for i in range(red.size):
+        out[3 * i], out[3 * i + 1], out[3 * i + 2] = red[i], green[i], blue[i]
+
+
+@njit(cache=True, nogil=True)
+def _render(memory, addresses, heights, widths, rows, seed, epoch, view, packed, out):
+    """One view of each row; out (B, S, S, 3) float32. Image i lies at byte addresses[i] of ``memory``."""
+    out_height, out_width = out.shape[1], out.shape[2]
+    params = np.empty(NUM_PARAMETERS, np.float32)
+    planes = np.empty((3, out_height * out_width), np.float32)
+    scratch = np.empty((3, heights.max() * out_width), np.uint8)
+    resamples = packed[0] == 1 or (packed[0] == 0 and packed[1] > 0)
+    for i in range(len(rows)):
+        height, width = heights[i], widths[i]
+        draw_one(seed, epoch, rows[i], view, packed, height, width, params)
+        top, left, flip = int(params[TOP]), int(params[LEFT]), params[FLIP] > 0
+        if resamples:
+            start = addresses[i] + 3 * (top * width + left)
+            _resize(
+                memory,
+                start,
+                3 * width,
+                int(params[HEIGHT]),
+                int(params[WIDTH]),
+                flip,
+                scratch,
+                planes,
+                out_height,
+                out_width,
+            )
+        else:
+            _copy(memory, addresses[i], height, width, top, left, flip, planes, out_height, out_width)
+        if params[JITTER] > 0:
+            _jitter(planes, params)
+        if params[GRAYSCALE] > 0:
+            _saturate(planes[0], planes[1], planes[2], _0)
+        _interleave(planes, out[i].reshape(-1))
+
+
+def empty_views(views: Sequence[View], count: int, height: int, width: int) -> list[np.ndarray]:
+    """Memory for the views of ``count`` images of height x width pixels: (B, S, S, 3) float32 each."""
+    shapes = [view.image.shape[:2] if view.image is not None else (height, width) for view in views]
+    outs = [view.augment.output_shape(*shape) for view, shape in zip(views, shapes, strict=True)]
+    return [np.empty((count, *out, 3), np.float32) for out in outs]
+
+
+def fill_views(
+    outs: Sequence[np.ndarray], views: Sequence[View], pixels: Pixels, rows: np.ndarray, seed: int, epoch: int
+) -> None:
+    """Write the views of the data set rows ``rows`` (B,), whose images are ``pixels``, to ``outs`` (B, H, W, 3)."""
+    for number, (out, view) in enumerate(zip(outs, views, strict=True)):
+        source = pixels
+        if view.image is not None:
+            source = Pixels.of(view.image[None])[np.zeros(len(rows), np.int64)]
+        memory = source.memory.view()
+        memory.flags.writeable = False  # so that one compiled version serves mapped files and arrays
+        _render(
+            memory, source.addresses, source.heights, source.widths, rows, seed, epoch, number, pack(view.augment), out
+        )

@@ -25,9 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
-    wanted = [name for name in _COMMANDS if name in argv[:1]] or list(_COMMANDS)
-    for name in wanted:  # only the asked-for command's module is imported
-        importlib.import_module(_COMMANDS[name]).add_arguments(commands)
+    asked_for = argv[:1] if argv[:1] in (["run"], *([name] for name in _COMMANDS)) else list(_COMMANDS)
+    for name in asked_for:  # a command's module is imported when it is used, or to list them all
+        if name in _COMMANDS:
+            importlib.import_module(_COMMANDS[name]).add_arguments(commands)
     args = parser.parse_args(argv)
     try:
         return args.main(args)

@@ -80,8 +80,6 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     if options_raw is None:
         raise UserError(f"{path}: the section '{name}:' is missing; it holds the method's options")
     options = _build(options_type, options_raw, path, prefix=f"{name}.")
-    if "options" in raw:
-        raise UserError(f"{path}: unknown key 'options'; the method's options stand in the section '{name}:'")
     experiment = _build(Experiment, raw, path, extra=(name,))
     return dataclasses.replace(experiment, options=options)
 
@@ -116,6 +114,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
     _check_keys(cls, raw, path, prefix, extra)
+    hints = typing.get_type_hints(cls)
+    for key, value in raw.items():  # inner sections first, so that an error names the innermost key
+        for inner, item, place in _sections(hints[key], value):
+            _build(inner, item, path, f"{prefix}{key}{place}.")
     hooks = {float: _number, int: _integer}
     try:
         return dacite.from_dict(cls, raw, dacite.Config(cast=[tuple], type_hooks=hooks, check_types=True))
@@ -129,7 +131,8 @@ def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str
         )
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is {error.value!r}; expected {wanted}") from error
     except ValueError as error:  # a dataclass' own check of its values
-        raise UserError(f"{path}: {prefix.rstrip('.') + ': ' if prefix else ''}{error}") from error
+        told = str(error).replace("key '", f"key '{prefix}", 1)
+        raise UserError(f"{path}: {told}") from error
 
 
 def _number(value: Any) -> Any:
@@ -141,18 +144,15 @@ def _integer(value: Any) -> Any:
 
 
 def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str] = ()) -> None:
-    """Refuse keys that no dataclass field reads, at any depth."""
+    """Refuse keys that no field of the dataclass reads."""
     if not isinstance(raw, dict):
         raise UserError(f"{path}: key '{prefix.rstrip('.')}' is {raw!r}; expected a section with keys")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
-    for key, value in raw.items():
+    names = [f.name for f in dataclasses.fields(cls) if f.name != "options"]
+    for key in raw:
         if key not in names:
             near = difflib.get_close_matches(str(key), [*names, *extra], n=1, cutoff=0.4)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
             raise UserError(f"{path}: unknown key '{prefix}{key}'; {hint}")
-        for inner, item, place in _sections(hints[key], value):
-            _check_keys(inner, item, path, f"{prefix}{key}{place}.")
 
 
 def _sections(hint: Any, value: Any) -> list[tuple[Any, Any, str]]:

@@ -1,0 +1,45 @@
+"""``dist-defend report``: finished runs to a table in the terminal, report.md, report.csv and one report.html."""
+
+import argparse
+import os
+from pathlib import Path
+
+from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
+
+
+def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add ``report`` to the command line."""
+    parser = subparsers.add_parser("report", help="table, report.md, report.csv and report.html from finished runs")
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: the folder that holds all RUNS)")
+    parser.add_argument(
+        "--embedding", choices=["pca", "tsne"], default="pca", help="projection of the features (default: pca)"
+    )
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the three files and print the summary. UserError without a finished run or a folder to write to."""
+    from dist_defend.report import html, runs, tables
+
+    found, unfinished = runs.find_runs(args.runs)
+    folder = Path(args.out or os.path.commonpath([Path(path).resolve() for path in args.runs]))
+    lines = tables.summarise(found)
+    alarms, notices = tables.alarms(lines), tables.notices(found, unfinished, lines)
+    page = html.render(found, lines, alarms, notices, args.embedding)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "report.csv", tables.to_csv(found))
+        write_atomic(folder / "report.md", tables.to_markdown(lines, [*alarms, *notices], found))
+        write_atomic(folder / "report.html", page)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write the report ({error.strerror}); choose another folder with --out"
+        ) from error
+    if lines:
+        print(tables.to_text(lines))
+    for text in [*alarms, *notices]:
+        print(f"\nnote: {text}")
+    print(f"\nreport: {folder / 'report.html'}")
+    return 0

@@ -1,0 +1,166 @@
+"""Pictures for the page: loss curves and feature maps as inline SVG, images as PNG data URIs.
+
+SVG is inlined so that its text and axes take the page's colour, in light and dark. Whatever names an address in an SVG
+(DOCTYPE, metadata, name spaces) is dropped: HTML needs none of it.
+"""
+
+import base64
+import html
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+INK = "#010203"  # stands for the page's text colour until the SVG is inlined
+PALETTE = ["#4477aa", "#ee8866", "#228833", "#aa3377", "#bbbb44", "#66ccee"]  # after Paul Tol's colour-blind safe sets
+CLEAN, TARGET, TRIGGERED = "#9db2c8", "#2f6cb0", "#cc4433"
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8.5,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "figure.constrained_layout.use": True,
+}
+_HEAD = {"step", "stage", "epoch", "time", "images_per_second"}
+_MOST_POINTS = 300
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of its own, so that a page can put several side by side or below each other."""
+
+    title: str
+    svg: str
+
+
+@matplotlib.rc_context(_STYLE)
+def curves(rows: Sequence[dict[str, Any]], name: str) -> list[Panel]:
+    """A run's scalars over its steps: a panel per stage for what the steps log, another for what evaluations log.
+
+    rows: lines of metrics.jsonl; those of training steps have images_per_second. ``name`` tells runs apart.
+    """
+    groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], "images_per_second" in row), []).append(row)
+    panels = []
+    for (stage, is_training), group in groups.items():
+        series = _scalars(group)
+        if not series:
+            continue
+        figure, axes = _figure(3.7, 2.2)
+        values = np.concatenate([y for _, y in series.values()])
+        if values.min() > 0 and values.max() > 30 * values.min():
+            axes.set_yscale("log")
+        for (key, (x, y)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
+            is_main = key == "loss" or len(series) == 1
+            marker = "" if len(x) > 20 else "."
+            axes.plot(x, y, color=colour, linewidth=1.4 if is_main else 0.8, label=key, marker=marker)
+        axes.set_xlabel("step")
+        figure.legend(loc="outside upper left", ncols=3)
+        title = stage if is_training else f"{stage}, evaluated"
+        panels.append(Panel(title, _inline(figure, f"{name}/{title}", f"{', '.join(series)} of {title}")))
+    return panels
+
+
+def _scalars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """key -> (steps, values) of everything finite, averaged into at most 300 points."""
+    out = {}
+    for key in dict.fromkeys(key for row in rows for key in row if key not in _HEAD):
+        pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
+        points = np.array([pair for pair in pairs if np.isfinite(pair[1])], dtype=float)
+        if len(points):
+            blocks = np.array_split(points, min(len(points), _MOST_POINTS))
+            out[key] = tuple(np.array([block.mean(axis=0) for block in blocks]).T)
+    return out
+
+
+@matplotlib.rc_context(_STYLE)
+def feature_map(
+    clean: np.ndarray, triggered: np.ndarray, is_target: np.ndarray | None, method: Literal["pca", "tsne"], name: str
+) -> Panel:
+    """One encoder's view of a task's test images, clean and triggered, projected together to two dimensions.
+
+    clean and triggered: (M, D); is_target: (M,) bool, clean images of the target class, None when it is not known.
+    The panel's title says how much of the variance a PCA shows.
+    """
+    points, share = _project(np.concatenate([clean, triggered]).astype(np.float64), method)
+    of_target = np.zeros(len(clean), bool) if is_target is None else is_target
+    figure, axes = _figure(2.7, 2.4)
+    at_clean, at_triggered = points[: len(clean)], points[len(clean) :]
+    for places, colour, size in (
+        (at_clean[~of_target], CLEAN, 14),
+        (at_clean[of_target], TARGET, 14),
+        (at_triggered, TRIGGERED, 3),
+    ):
+        axes.scatter(places[:, 0], places[:, 1], s=size, color=colour, alpha=0.6, linewidths=0, rasterized=True)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, alpha=0.3)
+    return Panel(share, _inline(figure, name, f"features of {name}: clean and triggered test images"))
+
+
+def _project(points: np.ndarray, method: str) -> tuple[np.ndarray, str]:
+    from sklearn.decomposition import PCA  # imported here: it costs a second, and not every report has features
+    from sklearn.manifold import TSNE
+
+    if method == "tsne":
+        perplexity = min(30.0, (len(points) - 1) / 3)
+        return TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(points), ""
+    pca = PCA(2, random_state=0)
+    with np.errstate(invalid="ignore"):  # identical points have no variance to explain
+        projected = pca.fit_transform(points)
+    share = np.nan_to_num(pca.explained_variance_ratio_).sum()
+    return projected, f"{share:.0%} of the variance"
+
+
+def image_grid(rows: Sequence[np.ndarray], gap: int = 2) -> str:
+    """PNG data URI of rows of images, each (N, H, W, 3) uint8, at their own size with transparent gaps."""
+    count, height, width, _ = rows[0].shape
+    sheet = np.zeros((len(rows) * (height + gap) - gap, count * (width + gap) - gap, 4), np.uint8)
+    for i, images in enumerate(rows):
+        for j, image in enumerate(images):
+            top, left = i * (height + gap), j * (width + gap)
+            sheet[top : top + height, left : left + width, :3] = image
+            sheet[top : top + height, left : left + width, 3] = 255
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=160)
+    return figure, figure.subplots()
+
+
+def _inline(figure: Figure, name: str, description: str) -> str:
+    """The figure as an <svg> element. The name keeps its ids apart from those of other figures on the page."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    box = re.search(r'viewBox="[^"]*"', svg)
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", body)
+    head = f'<svg {box.group() if box else ""} role="img" aria-label="{html.escape(description)}">'
+    return head + body.replace(INK, "currentColor")

@@ -42,7 +42,7 @@ _STYLE: Any = {
     "legend.fontsize": 7.5,
     "figure.constrained_layout.use": True,
 }
-_HEAD = {"step", "stage", "epoch", "time", "images_per_second"}
+_NOT_DRAWN = {"step", "stage", "epoch", "time", "images_per_second", "grad_norm"}
 _MOST_POINTS = 300
 
 
@@ -84,9 +84,10 @@ def curves(rows: Sequence[dict[str, Any]], name: str) -> list[Panel]:
 
 
 def _scalars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """key -> (steps, values) of everything finite, averaged into at most 300 points."""
+    """key -> (steps, values) of everything finite, the loss first, averaged into at most 300 points."""
     out = {}
-    for key in dict.fromkeys(key for row in rows for key in row if key not in _HEAD):
+    keys = dict.fromkeys(key for row in rows for key in row if key not in _NOT_DRAWN)
+    for key in sorted(keys, key=lambda key: key != "loss"):
         pairs = [(row["step"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
         points = np.array([pair for pair in pairs if np.isfinite(pair[1])], dtype=float)
         if len(points):

@@ -230,9 +230,11 @@ def test_a_report_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 def test_long_curves_are_averaged_and_gaps_left_out() -> None:
-    rows = [{"step": s, "stage": "a", "epoch": 0, "loss": float(s), "gap": float("nan")} for s in range(600)]
+    rows = [
+        {"step": s, "stage": "a", "epoch": 0, "aux": 1.0, "loss": float(s), "gap": float("nan")} for s in range(600)
+    ]
     series = plots._scalars(rows)
-    assert series.keys() == {"loss"}
+    assert list(series) == ["loss", "aux"]
     steps, values = series["loss"]
     assert len(steps) == 300
     np.testing.assert_allclose(values[:2], [0.5, 2.5])

@@ -6,6 +6,7 @@ jinyuan-jia/BadEncoder (0 conv, 1 norm, 2 relu, 3..6 stages, 7 pool), so that it
 
 import difflib
 import itertools
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -43,14 +44,14 @@ class Normalize(nn.Module):
         return x if self.is_identity else (x - self.mean) / self.std
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Module, ABC):
     """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim)."""
 
     feature_dim: int
 
+    @abstractmethod
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The four stage outputs (B, C, H', W') and h, of one pass."""
-        raise TypeError(f"{type(self).__name__} has no stages")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)[1]

@@ -64,8 +64,8 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
                 **entries,
             }
         )
-        ranks.accelerator.end_training()
         ranks.accelerator.wait_for_everyone()
+        ranks.accelerator.end_training()  # leaves the process group
         log.info("finished %s in %.0f s", folder, seconds)
     finally:
         run_folder.close()

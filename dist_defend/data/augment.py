@@ -130,7 +130,11 @@ def _padded_crop(images: Tensor, params: Tensor, out: tuple[int, int]) -> Tensor
 
 
 def _resized_crop(images: Tensor, params: Tensor, out: tuple[int, int]) -> Tensor:
-    """Crop, then resize to ``out``: columns first, uint8 in between, as Pillow does."""
+    """Crop, then resize to ``out``: columns first, uint8 in between.
+
+    So does Pillow, except that from version 13 on it does rows first where they shrink much more than columns; that
+    moves a pixel by at most one grey level.
+    """
     images = _resample(images, 2, params[:, LEFT], params[:, WIDTH], out[1])
     return _resample(images, 1, params[:, TOP], params[:, HEIGHT], out[0])
 

@@ -45,7 +45,7 @@ def _taps(length, out, flip):
     scale = length / out
     support = max(1.0, scale)
     first, count = np.zeros(out, np.int64), np.zeros(out, np.int64)
-    weights = np.zeros((out, int(np.ceil(2 * support))), np.int32)
+    weights = np.zeros((out, int(np.ceil(2 * support)) + 1), np.int32)  # one more, of weight 0, by rounding of centre
     for n in range(out):
         centre = (n + 0.5) * scale
         low = max(0, int(np.floor(centre - support + 0.5)))

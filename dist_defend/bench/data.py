@@ -21,6 +21,7 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from dist_defend.bench.runner import Settings
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.loader import LoaderConfig, make_loader
@@ -70,13 +71,13 @@ class _PilDataset(Dataset):
         return tuple(self._case.transform(image) for _ in self._case.views), 0
 
 
-def rows(repeats: int = 5, workers: int = 2) -> list[dict[str, object]]:
-    """Measure the three cases: back ends and baseline take turns, medians of ``repeats`` passes after one to warm up.
+def rows(settings: Settings, workers: int = 2) -> list[dict[str, object]]:
+    """Measure the three cases: back ends and baseline take turns, medians of the repeats after one pass to warm up.
 
     ours_ms and baseline_ms are per batch; ours is ffcv, or resident where ffcv is not installed (key ``backend``).
     """
     with tempfile.TemporaryDirectory() as folder:
-        cases = [*_tiny_cases(Path(folder)), _photo_case(Path(folder))]
+        cases = [*_tiny_cases(Path(folder), settings), _photo_case(Path(folder), settings)]
         baselines = [
             DataLoader(
                 _PilDataset(case),
@@ -90,7 +91,7 @@ def rows(repeats: int = 5, workers: int = 2) -> list[dict[str, object]]:
         ]
         for baseline in baselines:  # their processes start before our threads do
             _seconds_per_batch(baseline)
-        return [_measure(case, base, repeats, workers) for case, base in zip(cases, baselines, strict=True)]
+        return [_measure(case, base, settings.repeats, workers) for case, base in zip(cases, baselines, strict=True)]
 
 
 def _measure(case: _Case, baseline: DataLoader, repeats: int, workers: int) -> dict[str, object]:
@@ -142,8 +143,8 @@ def _seconds_per_batch(batches: Iterable[object]) -> float:
     return (time.perf_counter() - started) / count
 
 
-def _tiny_cases(folder: Path) -> list[_Case]:
-    images = np.random.default_rng(0).integers(0, 256, (_NUM_TINY, 32, 32, 3), dtype=np.uint8)
+def _tiny_cases(folder: Path, settings: Settings) -> list[_Case]:
+    images = np.random.default_rng(0).integers(0, 256, (settings.num_images or _NUM_TINY, 32, 32, 3), dtype=np.uint8)
     source = ArraySource(images, np.zeros(len(images), np.int64), ["noise"])
     dataset = write_dataset(source, folder / "tiny", name="noise", split="bench")
 
@@ -151,18 +152,19 @@ def _tiny_cases(folder: Path) -> list[_Case]:
         return Image.fromarray(images[row])
 
     plain = (View(AugmentConfig(crop="pad", flip=0.5)),)
+    size = settings.batch_size or 256
     return [
-        _Case("plain-32px", open_image, _PLAIN, dataset, plain, batch_size=256, passes=40),
-        _Case("twoview-32px", open_image, _TWO_VIEW, dataset, (View(SIMCLR), View(SIMCLR)), batch_size=256, passes=10),
+        _Case("plain-32px", open_image, _PLAIN, dataset, plain, size, passes=40),
+        _Case("twoview-32px", open_image, _TWO_VIEW, dataset, (View(SIMCLR), View(SIMCLR)), size, passes=10),
     ]
 
 
-def _photo_case(folder: Path) -> _Case:
+def _photo_case(folder: Path, settings: Settings) -> _Case:
     """Random 500x375 cuts of scikit-learn's two sample photographs as JPEG files of quality 90."""
     random = np.random.default_rng(0)
     photographs = load_sample_images().images
     (folder / "photos" / "cut").mkdir(parents=True)
-    files = [folder / "photos" / "cut" / f"{number:04d}.jpg" for number in range(_NUM_PHOTOS)]
+    files = [folder / "photos" / "cut" / f"{number:04d}.jpg" for number in range(settings.num_images or _NUM_PHOTOS)]
     for number, file in enumerate(files):
         photograph = photographs[number % 2]
         top, left = (
@@ -182,4 +184,4 @@ def _photo_case(folder: Path) -> _Case:
         return Image.open(files[row]).convert("RGB")
 
     views = (View(AugmentConfig(crop="random_resized", size=224, flip=0.5)),)
-    return _Case("jpeg-224px", open_image, _PHOTO, dataset, views, batch_size=64, passes=1)
+    return _Case("jpeg-224px", open_image, _PHOTO, dataset, views, settings.batch_size or 64, passes=1)

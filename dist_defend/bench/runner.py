@@ -1,0 +1,158 @@
+"""Fair pairs: the same work, first shown to give the same loss, then timed in turns in one process."""
+
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import dist_defend
+from dist_defend.engine import dist
+from dist_defend.engine.dist import Ranks
+from dist_defend.errors import UserError
+from dist_defend.models.encoder import NORMALIZATIONS, SimCLR, build_simclr
+
+NORMALIZATION = "cifar10"
+MEAN, STD = NORMALIZATIONS[NORMALIZATION]
+IMAGE_SIZE = 32  # pixels
+_PACKAGE = "dist_defend_as_published"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for; None leaves the choice to each bench."""
+
+    encoder: str | None = None
+    batch_size: int | None = None
+    num_images: int | None = None
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: which encoder, how many images per step and per epoch."""
+
+    name: str
+    encoder: str
+    batch_size: int
+    num_images: int
+
+
+def cases(settings: Settings, name: str, *defaults: tuple[str, str, int, int]) -> list[Case]:
+    """Default cases (suffix, encoder, batch size, images), or the one encoder that the settings name."""
+    if settings.encoder is not None:
+        defaults = (("", settings.encoder, *defaults[0][2:]),)
+    return [
+        Case(name + suffix, encoder, settings.batch_size or batch_size, settings.num_images or num_images)
+        for suffix, encoder, batch_size, num_images in defaults
+    ]
+
+
+def start() -> Ranks:
+    """One process in float32. UserError under a launcher: the baselines know no ranks."""
+    return dist.start("fp32", world_size=1)
+
+
+def published(module: str) -> ModuleType:
+    """A module of tests/reference, the as-published formulations. UserError outside of a checkout."""
+    folder = Path(dist_defend.__file__).parents[1] / "tests" / "reference"
+    if _PACKAGE not in sys.modules:
+        if not (folder / "__init__.py").is_file():
+            raise UserError(f"the baselines are not at {folder}; run the bench from a checkout, installed by pip -e")
+        spec = importlib.util.spec_from_file_location(
+            _PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{_PACKAGE}.{module}")
+
+
+def random_images(count: int, seed: int = 0) -> np.ndarray:
+    """(count, 32, 32, 3) uint8 noise."""
+    return np.random.default_rng(seed).integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+
+
+def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1], channels_last."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """What the published code's transforms give: contiguous and with the mean and deviation taken out."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return ((pixels - mean) / std).contiguous()
+
+
+def twin_models(encoder: str, seed: int, device: torch.device) -> tuple[SimCLR, SimCLR]:
+    """Equal weights as published (normalised images in, contiguous) and as ours (pixels in, channels_last)."""
+    torch.manual_seed(seed)
+    theirs = build_simclr(encoder, "none", IMAGE_SIZE).to(device)
+    ours = build_simclr(encoder, NORMALIZATION, IMAGE_SIZE).to(device)
+    ours.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def show_equal(name: str, theirs: float, ours: float, limit: float = 1e-4) -> None:
+    """Print both sides' loss on one batch; RuntimeError if they differ by more than ``limit``, relatively."""
+    difference = abs(theirs - ours) / max(abs(theirs), 1e-12)
+    print(f"{name}: loss {theirs:.7g} as published, {ours:.7g} ours: apart by {difference:.1e} (limit {limit:.0e})")
+    if not difference <= limit:
+        raise RuntimeError(f"{name}: the two sides do not compute the same; their times cannot be compared")
+
+
+def compare(
+    case: Case,
+    baseline: Callable[[], object],
+    ours: Callable[[], object],
+    settings: Settings,
+    *,
+    images: int,
+    note: str,
+    heads: int = 1,
+) -> dict[str, Any]:
+    """A row: medians of ``settings.repeats`` alternating pairs after one to warm up; ratio = baseline / ours.
+
+    images: how many go through one call of ours. heads: of how many units of the baseline's work one call of ours does;
+    ours_ms is per unit.
+    """
+    pairs = [(_seconds(baseline), _seconds(ours) / heads) for _ in range(settings.repeats + 1)][1:]
+    ratios = [theirs / mine for theirs, mine in pairs]
+    baseline_seconds, our_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return {
+        "name": case.name,
+        "ratio": statistics.median(ratios),
+        "min_ratio": min(ratios),
+        "max_ratio": max(ratios),
+        "ours_ms": 1e3 * our_seconds,
+        "baseline_ms": 1e3 * baseline_seconds,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": "float32",
+        "batch_size": case.batch_size,
+        "ranks": 1,
+        "images_per_second": images / (our_seconds * heads),
+        "encoder": case.encoder,
+        "note": note,
+    }
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    _wait()
+    started = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

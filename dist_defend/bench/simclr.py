@@ -1,0 +1,80 @@
+"""SimCLR pretraining, a whole epoch: PIL views in two workers and plain steps against our loader and step."""
+
+import tempfile
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_defend.batch import Batch
+from dist_defend.bench import runner
+from dist_defend.bench.runner import Case, Settings
+from dist_defend.data.augment import SIMCLR, View
+from dist_defend.data.loader import LoaderConfig, make_loader
+from dist_defend.data.sources import ArraySource
+from dist_defend.data.store import PreparedDataset, write_dataset
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import GradientStep
+from dist_defend.methods.simclr import SimCLRObjective
+
+TEMPERATURE = 0.5
+OPTIMIZER = OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
+
+
+def rows(settings: Settings) -> Iterator[dict[str, Any]]:
+    """simclr: one epoch, loading included, with as many worker threads as the baseline has worker processes."""
+    ranks = runner.start()
+    wanted = runner.cases(settings, "simclr", ("", "small_cifar", 256, 2048), ("-resnet18", "resnet18_cifar", 64, 192))
+    for case in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            yield _epoch(case, settings, ranks, Path(folder))
+
+
+def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    published = runner.published("simclr")
+    images = runner.random_images(case.num_images)
+    theirs, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
+    optimizer = torch.optim.Adam(theirs.parameters(), lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
+    step = GradientStep(SimCLRObjective(ours, TEMPERATURE), OPTIMIZER, ranks, steps_per_epoch=1, epochs=1)
+    first, second = (runner.to_pixels(half, ranks.device) for half in np.array_split(images[: 2 * case.batch_size], 2))
+    batch = Batch((first, second), torch.zeros(len(first)).long(), torch.arange(len(first)))
+    views = (runner.normalised(view) for view in (first, second))
+    runner.show_equal(
+        case.name,
+        published.simclr_step(theirs, optimizer, *views, TEMPERATURE),
+        step(batch)["loss"].item(),
+    )
+    baseline = published.pair_loader(images, runner.MEAN, runner.STD, case.batch_size)
+    loader = make_loader(
+        prepare(images, folder),
+        config=LoaderConfig(workers=baseline.num_workers),
+        batch_size=case.batch_size,
+        views=(View(SIMCLR), View(SIMCLR)),
+        shuffle=True,
+        drop_last=True,
+        device=ranks.device,
+    )
+    epochs = count()
+    return runner.compare(
+        case,
+        lambda: published.simclr_epoch(theirs, optimizer, baseline, TEMPERATURE, ranks.device),
+        lambda: train_epoch(step, loader.epoch(next(epochs))),
+        settings,
+        images=loader.num_batches * case.batch_size,
+        note=f"an epoch of {case.num_images} images with loading ({loader.backend} against PIL in two workers)",
+    )
+
+
+def prepare(images: np.ndarray, folder: Path) -> PreparedDataset:
+    """Write images (N, H, W, 3) uint8 as a prepared data set of one class."""
+    source = ArraySource(images, np.zeros(len(images), np.int64), ["noise"])
+    return write_dataset(source, folder / "train", name="noise", split="train")
+
+
+def train_epoch(step: GradientStep, batches: Iterator[Batch]) -> float:
+    """What the trainer does between two log lines: sum the losses on the device, read them once."""
+    return sum((step(batch)["loss"] for batch in batches), torch.zeros(())).item()

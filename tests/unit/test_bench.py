@@ -1,0 +1,109 @@
+"""The bench: what it prints and writes, at sizes whose times mean nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import dist_defend
+from dist_defend.bench import runner
+from dist_defend.bench.runner import Case, Settings
+from dist_defend.cli import main
+from dist_defend.errors import UserError
+
+ROWS = {
+    "data": ["plain-32px", "twoview-32px", "jpeg-224px"],
+    "simclr": ["simclr"],
+    "badencoder": ["badencoder", "badencoder-epoch"],
+    "mimic": ["mimic", "mimic-after-phase1"],
+    "mimic-mi": ["mimic-mi"],
+    "head": ["head", "head-alone"],
+}
+KEYS = {"name", "ratio", "ours_ms", "baseline_ms", "device", "dtype", "batch_size", "ranks", "images_per_second"}
+CASE = Case("case", "small_cifar", 4, 8)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dist_defend.bench.mimic.LEAKED_HOOKS", 3)
+    monkeypatch.setattr("dist_defend.bench.mimic_mi.EPOCHS", 1)
+    arguments = ["bench", name, "--json", str(tmp_path / "rows.json"), "--repeats", "1"]
+    arguments += ["--batch-size", "4", "--num-images", "8"]
+    arguments += [] if name == "data" else ["--encoder", "small_cifar"]
+    assert main(arguments) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    printed = capsys.readouterr().out.splitlines()
+    assert [row["name"] for row in rows] == ROWS[name]
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ours_ms"])
+        assert min(row["ratio"], row["ours_ms"], row["batch_size"]) > 0
+        assert (row["dtype"], row["ranks"]) == ("float32", 1)
+        assert [line for line in printed if line.startswith(f"{row['name']}: {row['ratio']:.2f}x")]
+        if name != "data":
+            assert row["encoder"] == "small_cifar" and row["note"]
+            assert row["min_ratio"] <= row["ratio"] <= row["max_ratio"]
+
+
+def test_default_cases_name_both_encoders() -> None:
+    defaults = (("", "small_cifar", 256, 2048), ("-resnet18", "resnet18_cifar", 64, 192))
+    assert [(c.name, c.encoder, c.batch_size) for c in runner.cases(Settings(), "x", *defaults)] == [
+        ("x", "small_cifar", 256),
+        ("x-resnet18", "resnet18_cifar", 64),
+    ]
+    (only,) = runner.cases(Settings("resnet34_cifar", 7), "x", *defaults)
+    assert only == Case("x", "resnet34_cifar", 7, 2048)
+
+
+def test_sides_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    seconds = {"baseline": iter([9.0, 4.0, 8.0, 6.0]), "ours": iter([9.0, 2.0, 1.0, 3.0])}
+    clock = [0.0]
+
+    def run(side: str) -> None:
+        order.append(side)
+        clock[0] += next(seconds[side])
+
+    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock[0])
+    sides = (lambda: run("baseline"), lambda: run("ours"))
+    row = runner.compare(CASE, *sides, Settings(repeats=3), images=10, note="", heads=2)
+    assert order == ["baseline", "ours"] * 4
+    # The first pair is left out; then 4 / 1, 8 / 0.5 and 6 / 1.5 seconds, ours halved for its two heads.
+    assert (row["ratio"], row["min_ratio"], row["max_ratio"]) == (4.0, 4.0, 16.0)
+    assert (row["baseline_ms"], row["ours_ms"], row["images_per_second"]) == (6000.0, 1000.0, 5.0)
+
+
+def test_sides_that_differ_are_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    runner.show_equal("case", 2.0, 2.0001)
+    assert "case: loss 2 as published" in capsys.readouterr().out
+    for ours in (2.001, float("nan")):
+        with pytest.raises(RuntimeError, match="do not compute the same"):
+            runner.show_equal("case", 2.0, ours)
+
+
+def test_without_a_checkout_there_is_no_baseline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(dist_defend, "__file__", str(tmp_path / "dist_defend" / "__init__.py"))
+    monkeypatch.delitem(sys.modules, runner._PACKAGE, raising=False)
+    with pytest.raises(UserError, match="from a checkout"):
+        runner.published("simclr")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["simclr", "--json", "nowhere/rows.json"], "folder nowhere does not exist"),
+        (["data", "--encoder", "small_cifar"], "--encoder"),
+        (["mimic", "--encoder", "resnet19_cifar"], "resnet18_cifar"),
+    ],
+)
+def test_bad_input(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["simclr", "--repeats", "0"], ["nothing"]])
+def test_bad_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments])
+    assert stop.value.code == 2

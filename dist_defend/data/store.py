@@ -18,6 +18,7 @@ import dacite
 import numpy as np
 
 from dist_defend.data.beton import read_beton
+from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.pixels import StoredImages
 from dist_defend.data.sources import Source
 from dist_defend.data.writing import PreparedImages, write_beton
@@ -178,8 +179,6 @@ def write_dataset(
 
 
 def _choose_storage(storage: str, write_mode: str) -> str:
-    from dist_defend.data.ffcv_presence import ffcv_installed
-
     if storage == "auto":
         storage = "beton" if ffcv_installed() else "npy"
     if storage == "beton" and not ffcv_installed():

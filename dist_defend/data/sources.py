@@ -31,6 +31,7 @@ _FASHION_CLASSES = (
 )
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DEBIAN_FASHION = "usr/share/datasets/fashion-mnist"
+_SYSTEM_FASHION = Path("/") / _DEBIAN_FASHION
 _NPZ_FILES = {"train": ("train", "train_224"), "test": ("test", "test_224"), "unlabeled": ("train_unlabeled",)}
 
 
@@ -120,7 +121,7 @@ def _npz_files(path: Path) -> dict[str, Path]:
 def load_image_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Images x (N, H, W, 3) uint8 and labels y (N,) int64 of a file in BadEncoder's layout. UserError if it is not."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("x", "y") if name in file.files}
     except Exception as error:  # zipfile, zlib and numpy each raise their own
         reason = (
@@ -213,7 +214,7 @@ def _fashion_folder(path: str | None) -> Path:
                 return folder
         raise UserError(f"{path}: no train-images-idx3-ubyte(.gz) in it; check --path")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_defend"
-    for folder in (Path("/") / _DEBIAN_FASHION, cache / _DEBIAN_FASHION, cache / "FashionMNIST" / "raw"):
+    for folder in (_SYSTEM_FASHION, cache / _DEBIAN_FASHION, cache / "FashionMNIST" / "raw"):
         if holds(folder):
             return folder
     if _unpack_debian_fashion(cache):
@@ -249,7 +250,7 @@ def _torchvision(name: str, path: str | None, **options: Any) -> Any:
     make = getattr(torchvision.datasets, name)
     try:
         return make(path, **options)
-    except RuntimeError:  # torchvision: not found or corrupted
+    except (OSError, RuntimeError):  # not found, or damaged
         pass
     try:
         return make(path, **options, download=True)

@@ -55,7 +55,7 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
         mixed_precision=_MIXED[precision],
         log_with=list(trackers) or None,
         project_dir=None if folder is None else str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
@@ -68,7 +68,7 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
             f"key 'world_size' asks for {world_size} ranks but {accelerator.num_processes} started; launch with "
             f"`accelerate launch --multi_gpu --num_processes {world_size}` (CPUs: ACCELERATE_USE_CPU=true) or torchrun"
         )
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32)

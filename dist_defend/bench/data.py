@@ -27,6 +27,7 @@ from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource, open_source
 from dist_defend.data.store import PreparedDataset, write_dataset
+from dist_defend.errors import UserError
 
 _FLOAT = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
 _PLAIN = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip(), _FLOAT])
@@ -75,9 +76,13 @@ def rows(settings: Settings, workers: int = 2) -> list[dict[str, object]]:
     """Measure the three cases: back ends and baseline take turns, medians of the repeats after one pass to warm up.
 
     ours_ms and baseline_ms are per batch; ours is ffcv, or resident where ffcv is not installed (key ``backend``).
+    UserError for fewer images than make a batch.
     """
     with tempfile.TemporaryDirectory() as folder:
         cases = [*_tiny_cases(Path(folder), settings), _photo_case(Path(folder), settings)]
+        for case in cases:
+            if len(case.dataset) < case.batch_size:
+                raise UserError(f"--num-images {len(case.dataset)} is less than a batch of {case.batch_size}; raise it")
         baselines = [
             DataLoader(
                 _PilDataset(case),
@@ -122,9 +127,12 @@ def _measure(case: _Case, baseline: DataLoader, repeats: int, workers: int) -> d
         for name, taken in times.items():
             taken.append(_seconds_per_batch(batches(name, repeat)))
     median = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+    ratios = [theirs / ours for theirs, ours in zip(times["pil"][1:], times[names[0]][1:], strict=True)]
     return {
         "name": case.name,
         "ratio": median["pil"] / median[names[0]],
+        "min_ratio": min(ratios),
+        "max_ratio": max(ratios),
         "ours_ms": 1e3 * median[names[0]],
         "baseline_ms": 1e3 * median["pil"],
         "device": "cpu",

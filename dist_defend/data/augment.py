@@ -88,10 +88,16 @@ SIMCLR = AugmentConfig(crop="random_resized", flip=0.5, jitter=0.8, grayscale=0.
 @dataclass(frozen=True, eq=False)
 class View:
     """One of the views in a batch. With ``image`` (H, W, 3) uint8 that constant is augmented instead of the sample,
-    with the sample's own draws (BadEncoder's augmented reference)."""
+    with the sample's own draws (BadEncoder's augmented reference). ValueError for an image of another kind."""
 
     augment: AugmentConfig = IDENTITY
     image: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None and (
+            self.image.dtype != np.uint8 or self.image.ndim != 3 or self.image.shape[2] != 3
+        ):
+            raise ValueError(f"a constant image is {self.image.dtype} {self.image.shape}; it must be uint8 (H, W, 3)")
 
 
 def apply_augment(images: Tensor, params: Tensor, config: AugmentConfig) -> Tensor:

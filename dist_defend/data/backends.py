@@ -28,7 +28,7 @@ def augment_batch(images: Tensor, rows: np.ndarray, views: Sequence[View], seed:
     for number, view in enumerate(views):
         source = images
         if view.image is not None:
-            source = torch.from_numpy(view.image).to(images.device).expand(len(rows), -1, -1, -1)
+            source = torch.tensor(view.image, device=images.device).expand(len(rows), -1, -1, -1)
         params = torch.from_numpy(draw(seed, epoch, rows, number, view.augment, *source.shape[1:3]))
         made.append(apply_augment(source, params.to(images.device), view.augment))
     return tuple(made)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from dist_defend.data.ffcv_presence import quiet_ffcv
 from dist_defend.data.prefetch import prefetch
@@ -39,7 +40,7 @@ class PreparedImages:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         with contextlib.closing(prefetch(self._read, range(self._num), _READERS)) as images:
-            yield from images
+            yield from tqdm(images, total=self._num, unit="image", leave=False, disable=None)
 
     def _read(self, row: int) -> np.ndarray:
         try:

@@ -130,3 +130,9 @@ def test_images_of_several_sizes_make_one_batch() -> None:
     params = draw(5, 1, rows, 0, view.augment, heights, widths)
     expected = torch.stack([one_by_one(image, p, view.augment) for image, p in zip(images, params, strict=True)])
     assert torch.equal(torch.from_numpy(outs[0]).permute(0, 3, 1, 2), expected)
+
+
+def test_a_constant_image_of_another_kind_is_refused() -> None:
+    for image in (np.zeros((8, 8, 3), np.float32), np.zeros((1, 8, 8, 3), np.uint8), np.zeros((3, 8, 8), np.uint8)):
+        with pytest.raises(ValueError, match="it must be uint8"):
+            View(image=image)

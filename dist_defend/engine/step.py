@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
@@ -69,6 +70,8 @@ class GradientStep:
         self.module, self.optimizer = self.accelerator.prepare(
             objective, build_optimizer(objective.parameters(), config)
         )
+        if isinstance(self.module, DistributedDataParallel):
+            self.module.broadcast_buffers = False  # all ranks update them alike (torch 2.13 deprecates the argument)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.is_scaled = self.accelerator.mixed_precision == "fp16"
         self.step = 0

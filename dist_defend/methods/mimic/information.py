@@ -84,7 +84,7 @@ class LayerInformation:
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self._cache: tuple[dict[int, Tensor], Tensor] | None = None
         self.count = 0
-        self.history: dict[int, list[float]] = {}  # epoch -> estimate per own layer
+        self.history: dict[int, list[float]] = {}  # epoch -> estimate per layer, of all ranks
         if config.estimator != "fixed":
             self._build_critics()
 
@@ -139,7 +139,7 @@ class LayerInformation:
         return self._cache
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """One update of each own critic. Returns the sum of their bounds; raises NonFiniteError."""
+        """One update of each own critic. Returns the sum of all critics' losses; raises NonFiniteError."""
         outputs, feature = self.activations
         epoch, number = divmod(self.count, -(-self.train_rows // self.config.batch_size))
         total = feature.new_zeros(())
@@ -153,7 +153,8 @@ class LayerInformation:
         self.count += 1
         if total.device.type == "cpu" and not torch.isfinite(total):
             raise NonFiniteError("an information estimate diverged")
-        return {"critic_loss": total, "nonfinite": (~torch.isfinite(total)).float()}
+        scaled = total * self.context.ranks.world_size  # the trainer logs the mean over ranks
+        return {"critic_loss": scaled, "nonfinite": (~torch.isfinite(total)).float()}
 
     @torch.no_grad()
     def evaluate(self, epoch: int) -> dict[str, float]:
@@ -162,24 +163,22 @@ class LayerInformation:
             return {}
         outputs, feature = self.activations
         rows = torch.arange(self.test_start, self.test_start + self.test_rows, device=feature.device)
-        estimates = []
+        estimates = torch.zeros(_LAYERS, dtype=torch.float64, device=feature.device)
         for layer, critic in self.critics.items():
             values = []
             for number, index in enumerate(rows.split(self.config.batch_size)):
                 permutation = self._permutation(layer, epoch, number, len(index), 1)
                 values.append(critic.bound(outputs[layer][index], feature[index], permutation))
-            estimates.append(torch.stack(values).nan_to_num(0.0).clamp(min=0).mean().item())
-        self.history[epoch] = estimates
-        return {f"layer{layer + 1}": value for layer, value in zip(self.own, estimates, strict=True)}
+            estimates[layer] = torch.stack(values).nan_to_num(0.0).clamp(min=0).mean()
+        if self.context.ranks.world_size > 1:
+            torch.distributed.all_reduce(estimates)
+        self.history[epoch] = estimates.tolist()
+        return {f"layer{number + 1}": value for number, value in enumerate(self.history[epoch])}
 
     def estimates(self) -> Tensor:
         """Mutual information per layer in nats (4,), float64: mean over the last epochs, the same on every rank."""
-        values = torch.zeros(_LAYERS, dtype=torch.float64, device=self.context.ranks.device)
-        for column, layer in enumerate(self.own):
-            values[layer] = float(np.mean([row[column] for row in self.history.values()]))
-        if self.context.ranks.world_size > 1:
-            torch.distributed.all_reduce(values)
-        return values
+        rows = torch.tensor(list(self.history.values()), dtype=torch.float64, device=self.context.ranks.device)
+        return rows.mean(0)
 
     def weights(self) -> Tensor:
         """scale * share of each layer (4,), float64; scale / 4 each if all are 0 (or UserError, by all_zero)."""
@@ -191,28 +190,21 @@ class LayerInformation:
 
     def state_dict(self) -> dict[str, Any]:
         own = {
-            str(layer): {
-                "critic": self.critics[layer].state_dict(),
-                "optimizer": self.optimizers[layer].state_dict(),
-                "history": [row[column] for row in self.history.values()],
-            }
-            for column, layer in enumerate(self.own)
+            str(layer): {"critic": self.critics[layer].state_dict(), "optimizer": self.optimizers[layer].state_dict()}
+            for layer in self.own
         }
         if self.context.ranks.world_size > 1:
             gathered: list[Any] = [None] * self.context.ranks.world_size
             torch.distributed.all_gather_object(gathered, own)
             own = {layer: state for part in gathered for layer, state in part.items()}
-        return {"count": self.count, "epochs": list(self.history), "layers": own}
+        return {"count": self.count, "history": dict(self.history), "layers": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
-        columns = []
+        self.count, self.history = state["count"], dict(state["history"])
         for layer in self.own:
             saved = state["layers"][str(layer)]
             self.critics[layer].load_state_dict(saved["critic"])
             self.optimizers[layer].load_state_dict(saved["optimizer"])
-            columns.append(saved["history"])
-        self.history = {epoch: [column[i] for column in columns] for i, epoch in enumerate(state["epochs"])}
 
 
 def layer_weights(estimates: Tensor, config: InformationConfig) -> Tensor:

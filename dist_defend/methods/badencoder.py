@@ -45,7 +45,7 @@ class Config:
     lambda2: float = 1.0
     augment: AugmentConfig = REFERENCE
     shadow_normalization: str = "match_encoder"  # or another set of constants, as upstream does for ImageNet encoders
-    freeze_norm: Literal["bn", "all", "none"] = "bn"
+    freeze_norm: Literal["bn", "all"] = "bn"
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=256, epochs=200, optimizer=OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
@@ -111,7 +111,7 @@ def freeze_norms(encoder: nn.Module, which: str) -> None:
     kinds: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
     if which == "all":
         kinds = (*kinds, nn.LayerNorm, nn.GroupNorm)
-    for module in encoder.modules() if which != "none" else ():
+    for module in encoder.modules():
         if isinstance(module, kinds):
             module.eval()
             for parameter in module.parameters(recurse=False):
@@ -134,8 +134,6 @@ def build(config: Config, context: Context) -> Plan:
         if config.shadow_normalization != "match_encoder":
             network.normalize = Normalize(config.shadow_normalization).to(ranks.device, ranks.dtype)
     freeze_norms(encoder, config.freeze_norm)
-    if config.freeze_norm == "none":
-        encoder = context.synchronise(encoder)
     pixels = torch.from_numpy(references).to(ranks.device).permute(0, 3, 1, 2).to(ranks.dtype) / 255
     with torch.no_grad():
         reference_features = clean.eval()(pixels)

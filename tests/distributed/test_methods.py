@@ -1,0 +1,284 @@
+"""World size is not a hyperparameter: one rank with batch 2B is two ranks with B, for every method as it is built."""
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_defend import evaluate
+from dist_defend.attacks.trigger import white_square
+from dist_defend.config import load_experiment
+from dist_defend.data.loader import LoaderConfig, make_loader
+from dist_defend.data.store import open_dataset
+from dist_defend.engine import dist
+from dist_defend.engine.context import Context
+from dist_defend.engine.run import RunFolder
+from dist_defend.engine.step import GradientStep
+from dist_defend.engine.trainer import Stage, Trainer
+from dist_defend.methods.mimic import information
+from dist_defend.methods.probe import FeatureBatches, ProbeObjective
+from dist_defend.models.artifact import load_artifact
+from dist_defend.models.heads import HeadStack
+from dist_defend.ops import losses
+from tests.ranks import Pool
+from tests.runs import CLASSES, make_data, make_experiment, make_model, metrics, options_of
+
+TOLERANCE = 1e-10  # of a tensor's largest entry
+Mutation = Callable[[pytest.MonkeyPatch], None]
+
+
+def none(patch: pytest.MonkeyPatch) -> None:
+    """What is under test."""
+
+
+def negatives_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(losses, "all_gather_rows", lambda x, rows: x)
+    patch.setattr(losses, "world_size", lambda: 1)
+    patch.setattr(losses, "rank", lambda: 0)
+
+
+def negatives_without_gradient(patch: pytest.MonkeyPatch) -> None:
+    def gather(x: Tensor, rows: list[int]) -> Tensor:
+        start = sum(rows[: torch.distributed.get_rank()])
+        others = original(x.detach(), rows)
+        return torch.cat([others[:start], x, others[start + len(x) :]])
+
+    original = losses.all_gather_rows
+    patch.setattr(losses, "all_gather_rows", gather)
+
+
+def statistics_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Context, "synchronise", lambda self, model: model)
+
+
+def gradients_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("accelerate.Accelerator.prepare_model", lambda self, model, **options: model)
+
+
+def mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
+    """No all-reduce of the count: an uneven batch then weighs the rows of the smaller share more."""
+
+    def build(self: ProbeObjective, heads: HeadStack, ranks: dist.Ranks) -> None:
+        original(self, heads, ranks)
+        self.world_size = 1
+
+    original = ProbeObjective.__init__
+    patch.setattr(ProbeObjective, "__init__", build)
+
+
+def dropout_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    def draw(self: FeatureBatches, seed: int, *place: int) -> Tensor:
+        return original(self, seed + 1000 * self.context.ranks.rank, *place)
+
+    original = FeatureBatches._dropout
+    patch.setattr(FeatureBatches, "_dropout", draw)
+
+
+def critics_drawn_in_turn(patch: pytest.MonkeyPatch) -> None:
+    """First weights by the order in which a rank builds its critics instead of by layer."""
+    patch.setattr(information.torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    patch.setattr(information.torch, "manual_seed", lambda seed: None)
+
+
+def estimates_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    def reduce(tensor: Tensor, *operation: Any) -> Any:
+        return None if tensor.shape == (4,) else original(tensor, *operation)
+
+    original = torch.distributed.all_reduce
+    patch.setattr(torch.distributed, "all_reduce", reduce)
+
+
+def train(config: Path, folder: Path, mutate: Mutation = none) -> dict[str, Any]:
+    """All stages of an experiment file in float64: logged scalars, first gradients, last states, result."""
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        experiment = load_experiment(config)
+        ranks = dist.start("fp64", None)
+        context = Context(ranks, experiment.seed, experiment.loader, folder)
+        plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
+        gradients: dict[str, Tensor] = {}
+        for stage in plan.stages:
+            watch_gradients(stage, gradients)
+        run = RunFolder(folder, ranks.is_main)
+        run.open(experiment.resolved(), "")
+        torch.distributed.barrier() if ranks.world_size > 1 else None
+        Trainer(ranks, run, experiment.trainer).fit(plan.stages)
+        states = {stage.name: stage.step.state_dict() for stage in plan.stages}
+        result = {key: value for key, value in plan.result().items() if key in ("metrics", "rows")}
+        run.close()
+        told = ("time", "images_per_second")
+        rows = [{k: v for k, v in row.items() if k not in told} for row in metrics(folder)] if ranks.is_main else []
+        return {"gradients": gradients, "states": states, "result": result, "rows": rows}
+
+
+def watch_gradients(stage: Stage, gradients: dict[str, Tensor]) -> None:
+    """Note the gradients of the stage's first update."""
+    if not isinstance(stage.step, GradientStep):
+        return
+    objective, after_backward = stage.step.objective, stage.step.objective.after_backward
+
+    def note() -> None:
+        for name, parameter in objective.named_parameters():
+            if parameter.grad is not None:
+                gradients.setdefault(f"{stage.name}/{name}", parameter.grad.clone())
+        after_backward()
+
+    objective.after_backward = note  # type: ignore[method-assign]
+
+
+def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested dicts, lists and tuples with their paths."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from flat(item, f"{path}/{number}")
+    else:
+        yield path, value
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Integers and strings equal; floating point to TOLERANCE of the largest entry (plus 1e-15)."""
+    left, right = dict(flat(found)), dict(flat(expected))
+    assert left.keys() == right.keys()
+    assert len(right) > 4
+    for name, value in right.items():
+        if not isinstance(value, Tensor | float):
+            assert left[name] == value, name
+            continue
+        mine, theirs = (torch.as_tensor(v, dtype=torch.float64) for v in (left[name], value))
+        error = (mine - theirs).abs().max().item()
+        assert error <= TOLERANCE * theirs.abs().max().item() + 1e-15, f"{name}: off by {error:.2e}"
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of its options
+    "simclr": ("simclr", {}),
+    "simclr_accumulated": ("simclr", {"update": {"batch_size": 8, "epochs": 1, "accumulation": 2}}),
+    "badencoder": ("badencoder", {}),
+    "mimic": ("mimic", {}),
+    "mimic_student_infonce": ("mimic", {"information": {
+        "source": "student", "estimator": "infonce", "epochs": 2, "last_epochs": 2, "batch_size": 6, "hidden": 8,
+    }}),
+    "probe": ("probe", {}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """An experiment file and what one rank makes of it; each is run once."""
+    done: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def run(name: str) -> tuple[Path, dict[str, Any]]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            method, changes = CASES[name]
+            config = make_experiment(folder, method, options_of(method, folder) | changes)
+            done[name] = config, train(config, folder / "one rank" / "run")
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "simclr_accumulated"])
+def test_two_ranks_are_one_rank(name: str, cases: Any, two_ranks: Pool, tmp_path: Path) -> None:
+    config, alone = cases(name)
+    first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run")
+    assert_same(first, alone)
+    assert_same({**second, "rows": alone["rows"]}, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "mutate"),
+    [
+        ("simclr", negatives_of_one_rank),
+        ("simclr", negatives_without_gradient),
+        ("simclr", statistics_of_one_rank),
+        ("badencoder", gradients_of_one_rank),
+        ("mimic", negatives_of_one_rank),
+        ("mimic", statistics_of_one_rank),
+        ("mimic", critics_drawn_in_turn),
+        ("mimic", estimates_of_one_rank),
+        ("probe", mean_over_own_rows),
+        ("probe", dropout_of_one_rank),
+    ],
+)
+def test_the_comparison_catches(name: str, mutate: Mutation, cases: Any, two_ranks: Pool, tmp_path: Path) -> None:
+    config, alone = cases(name)
+    first, _ = two_ranks.run(train, config, tmp_path / "two ranks" / "run", mutate)
+    with pytest.raises(AssertionError, match="off by"):
+        assert_same(first, alone)
+
+
+def test_accumulation_splits_each_ranks_share(cases: Any, two_ranks: Pool, tmp_path: Path) -> None:
+    """Micro-batches of 2 on two ranks against micro-batches of 4 on one: both see 4 images at once."""
+    config, alone = cases("simclr_accumulated")
+    first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run")
+    assert first["rows"][0]["step"] == alone["rows"][0]["step"] == 1
+    assert_same(second["states"], first["states"])
+
+
+def ranks_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
+    """Rows in the order of ranks instead of the data's."""
+
+    def gather(parts: list[Any], total: int, batch_size: int, ranks: dist.Ranks) -> tuple[Tensor, ...]:
+        gathered: list[Any] = [None] * ranks.world_size
+        torch.distributed.all_gather_object(gathered, parts)
+        ordered = [part for own in gathered for part in own]
+        return tuple(torch.cat(column) for column in zip(*ordered, strict=True))
+
+    patch.setattr(evaluate, "gather_in_order", gather)
+
+
+def measure(data: str, model_folder: str, batch_size: int, mutate: Mutation = none) -> dict[str, Any]:
+    """Features, rows, backdoor counts and kNN count of a data set."""
+    with pytest.MonkeyPatch.context() as patch:
+        mutate(patch)
+        ranks = dist.start("fp64", None)
+        dataset = open_dataset(data)
+        loader = make_loader(
+            dataset,
+            config=LoaderConfig("resident", 1),
+            batch_size=batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+        )
+        encoder = load_artifact(model_folder)[0].f.to(ranks.dtype)
+        trigger = white_square(dataset.image_shape[0], 8).to("cpu", ranks.dtype)
+        clean, labels, rows = evaluate.extract_features(encoder, loader, ranks)
+        stamped, _, _ = evaluate.extract_features(encoder, loader, ranks, trigger)
+        head = HeadStack(encoder.feature_dim, CLASSES, seeds=[3]).to(ranks.dtype)
+        predicted = head.predict(0, clean), head.predict(0, stamped)
+        counts = evaluate.backdoor_counts(*predicted, labels, target=int(predicted[1].mode().values))
+        knn = evaluate.knn_count(clean, labels, clean, labels, k=5, temperature=0.5)
+        return {
+            "features": clean,
+            "labels": labels.tolist(),
+            "rows": rows.tolist(),
+            "counts": {name: count.plain() for name, count in counts.items()},
+            "knn": knn.plain(),
+        }
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 512])  # last batches of 1 (none for rank 1), 3 and 13 images
+def test_evaluation_counts_each_image_once(batch_size: int, two_ranks: Pool, tmp_path: Path) -> None:
+    data, model = make_data(tmp_path / "data", 13), make_model(tmp_path / "model")
+    alone = measure(data, model, batch_size)
+    assert alone["rows"] == list(range(13))
+    assert alone["counts"]["acc"]["n"] == alone["counts"]["asr_all"]["n"] == 13
+    assert alone["counts"]["asr_all"]["correct"] > 0
+    for found in two_ranks.run(measure, data, model, batch_size):
+        assert_same(found, alone)
+
+
+@pytest.mark.parametrize("mutate", [ranks_one_after_the_other])
+def test_the_evaluation_check_catches(mutate: Mutation, two_ranks: Pool, tmp_path: Path) -> None:
+    data, model = make_data(tmp_path / "data", 13), make_model(tmp_path / "model")
+    found, _ = two_ranks.run(measure, data, model, 4, mutate)
+    with pytest.raises(AssertionError):
+        assert_same(found, measure(data, model, 4))

@@ -14,7 +14,7 @@ class Batch(NamedTuple):
 
     views: tuple[Tensor, ...]
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not tuple.index
 
     @property
     def images(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -33,8 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.main(args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 2
+
+
+def _tell(line: str) -> None:
+    """Once per machine: every rank finds the same fault."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -59,10 +66,10 @@ def _run(args: argparse.Namespace) -> int:
     try:
         experiment.run(loaded, dry_run=args.dry_run)
     except Preempted as stop:
-        print(stop, file=sys.stderr)
+        _tell(str(stop))
         return PREEMPTED
     except NonFiniteError as error:
-        print(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate", file=sys.stderr)
+        _tell(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate")
         return 1
     finally:
         dist.stop()

@@ -118,7 +118,7 @@ def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
         for inner, item, place in _sections(hints[key], value):
             _build(inner, item, path, f"{prefix}{key}{place}.")
-    hooks = {float: _number, int: _integer}
+    hooks: dict[Any, Any] = {float: _number, int: _integer}
     try:
         return dacite.from_dict(cls, raw, dacite.Config(cast=[tuple], type_hooks=hooks, check_types=True))
     except dacite.MissingValueError as error:

@@ -29,10 +29,9 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
     _log_to_terminal(ranks.is_main)
     run_folder = RunFolder(folder, ranks.is_main)
+    run_folder.check(experiment.resolved())
     if run_folder.is_finished and not dry_run:
-        run_folder.open(experiment.resolved(), dump(experiment))
         log.info("%s is finished; delete the folder to run it again", folder)
-        run_folder.close()
         return
     started = time.perf_counter()
     context = Context(ranks, experiment.seed, experiment.loader, folder)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_defend.errors import UserError
 from dist_defend.files import fsync_path, sha256_file
 
 log = logging.getLogger(__name__)
@@ -40,8 +42,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
         shutil.rmtree(final)
     aside.rename(final)
     fsync_path(folder)
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    steps = sorted(folder.glob("step_*"))
+    place = steps.index(final)
+    for other in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:  # old ones, and torn ones passed over
+        shutil.rmtree(other, ignore_errors=True)
     for left in folder.glob(".writing_*"):  # of a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     return final
@@ -58,9 +62,12 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read what ``save`` wrote; tensors land on ``device``."""
-    tensors = load_file(path / _TENSORS, device=str(device))
-    return _decode(json.loads((path / _TREE).read_text()), tensors)
+    """Read what ``save`` wrote; tensors land on ``device``. UserError for files of any other kind."""
+    try:
+        tensors = load_file(path / _TENSORS, device=str(device))
+        return _decode(json.loads((path / _TREE).read_text()), tensors)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: not a checkpoint of this program ({type(error).__name__}); delete it") from error
 
 
 def _problem(path: Path) -> str | None:

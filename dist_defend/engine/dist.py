@@ -8,6 +8,7 @@ import torch
 import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 
 from dist_defend.errors import UserError
 
@@ -43,12 +44,16 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
 
     Without a CUDA device Accelerate ignores the launcher's ranks unless ACCELERATE_USE_CPU is set, and each process
     would train alone without a word; it is set here, and the world size is compared with the launcher's and the
-    configuration's. Raises UserError when they differ, or for fp16 on a CPU.
+    configuration's. Raises UserError when they differ, or for fp16 on a CPU, or for an unusable tracker.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         if precision == "fp16":
             raise UserError("key 'precision' is fp16, which needs a GPU; use bf16 or fp32 on a CPU")
+    usable = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in trackers:
+        if tracker not in usable:
+            raise UserError(f"key 'trainer.trackers' names {tracker!r}; usable here: {', '.join(usable)}")
     os.environ.setdefault("WANDB_MODE", "offline")
     AcceleratorState._reset_state()  # a second run in the same process may use another precision
     accelerator = Accelerator(

@@ -9,7 +9,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -32,52 +32,54 @@ class RunFolder:
     def __init__(self, path: Path, is_main: bool) -> None:
         self.path, self.is_main = path, is_main
         self.checkpoints = path / "checkpoints"
-        self._metrics: TextIO | None = None
+        self._recorded = path / "config.json"
+        self._metrics: BinaryIO | None = None
 
     @property
     def is_finished(self) -> bool:
         return (self.path / "result.json").exists()
 
+    def check(self, resolved: dict[str, Any]) -> None:
+        """UserError that names the first key that differs, if the folder holds another experiment."""
+        if not self._recorded.exists():
+            return
+        old = json.loads(self._recorded.read_text())
+        for key in sorted({*old, *resolved} - set(_FREE_KEYS)):
+            difference = _first_difference(old.get(key), resolved.get(key), key)
+            if difference:
+                raise UserError(
+                    f"{self.path} holds another experiment: {difference}; change 'output' or delete the folder"
+                )
+
     def open(self, resolved: dict[str, Any], text: str) -> None:
-        """Create the folder, or check that it holds the same experiment. UserError names the first key that differs."""
-        recorded = self.path / "config.json"
-        if recorded.exists():
-            old = json.loads(recorded.read_text())
-            for key in sorted({*old, *resolved} - set(_FREE_KEYS)):
-                difference = _first_difference(old.get(key), resolved.get(key), key)
-                if difference:
-                    raise UserError(
-                        f"{self.path} holds another experiment: {difference}; change 'output' or delete the folder"
-                    )
+        """Create the folder, write down the configuration (as data and as YAML ``text``), start log.txt."""
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", text)
-        write_atomic(recorded, json.dumps(resolved))
+        write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
         handler = logging.FileHandler(self.path / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("dist_defend").addHandler(handler)
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the lines that a resume from ``step`` will write again, and a torn last line."""
+    def open_metrics(self, size: int) -> None:
+        """Append to metrics.jsonl from its first ``size`` bytes on: a resume writes the rest again."""
         if not self.is_main:
             return
-        path = self.path / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
-        write_atomic(path, "".join(kept))
-        self._metrics = path.open("a")
+        self._metrics = (self.path / "metrics.jsonl").open("ab")
+        self._metrics.truncate(min(size, self._metrics.tell()))
+        self._metrics.seek(0, os.SEEK_END)
+
+    @property
+    def metrics_size(self) -> int:
+        """Bytes of metrics.jsonl so far, on the main rank."""
+        return self._metrics.tell() if self._metrics is not None else 0
 
     def write_metrics(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         if self._metrics is not None:
-            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.write(json.dumps(row).encode() + b"\n")
             self._metrics.flush()
 
     def finish(self, result: dict[str, Any]) -> None:

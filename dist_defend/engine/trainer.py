@@ -201,7 +201,12 @@ class Trainer:
             torch.distributed.all_gather_object(gathered, random[0])
             random = gathered
         if self.ranks.is_main:
-            state = {"position": asdict(self.position), "stages": states, "random": random}
+            state = {
+                "position": asdict(self.position),
+                "stages": states,
+                "random": random,
+                "metrics_size": self.run.metrics_size,
+            }
             checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)
         self.ranks.accelerator.wait_for_everyone()
 
@@ -209,12 +214,13 @@ class Trainer:
         return number == self.position.stage or (stage.is_kept and number < self.position.stage)
 
     def _resume(self, stages: Sequence[Stage]) -> None:
+        metrics_size = 0
         names: list[Any] = [checkpoint.newest(self.run.checkpoints) if self.ranks.is_main else None]
         if self.ranks.world_size > 1:
             torch.distributed.broadcast_object_list(names)
         if names[0] is not None:
             state = checkpoint.load(names[0], self.ranks.device)
-            self.position = Position(**state["position"])
+            self.position, metrics_size = Position(**state["position"]), state["metrics_size"]
             for number, stage in enumerate(stages):
                 if self._is_saved(number, stage):
                     stage.step.load_state_dict(state["stages"][stage.name])
@@ -222,4 +228,4 @@ class Trainer:
                 torch.set_rng_state(state["random"][self.ranks.rank].cpu())
             if self.ranks.is_main:
                 log.info("resumed at step %d from %s", self.position.step, names[0])
-        self.run.truncate_metrics(self.position.step)
+        self.run.open_metrics(metrics_size)

@@ -63,8 +63,10 @@ def newest(folder: Path) -> Path | None:
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Read what ``save`` wrote; tensors land on ``device``. UserError for files of any other kind."""
+    device = torch.device(device)
+    place = "cpu" if device.type == "cpu" else str(device)  # safetensors refuses cpu:1, a CPU rank's name
     try:
-        tensors = load_file(path / _TENSORS, device=str(device))
+        tensors = load_file(path / _TENSORS, device=place)
         return _decode(json.loads((path / _TREE).read_text()), tensors)
     except (SafetensorError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a checkpoint of this program ({type(error).__name__}); delete it") from error
@@ -82,12 +84,17 @@ def _problem(path: Path) -> str | None:
 def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {"tensor": path}
+        return {"channels_last" if _is_channels_last(value) else "tensor": path}
     if isinstance(value, dict):
         return {"dict": [[key, _encode(item, tensors, f"{path}/{key}")] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return {type(value).__name__: [_encode(item, tensors, f"{path}/{i}") for i, item in enumerate(value)]}
     return value
+
+
+def _is_channels_last(value: Tensor) -> bool:
+    """Fused optimizers read a parameter and its state in memory order, so both must come back in one layout."""
+    return value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -96,6 +103,8 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "channels_last":
+        return tensors[content].contiguous(memory_format=torch.channels_last)
     if kind == "dict":
         return {key: _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]

@@ -77,7 +77,7 @@ class Pair:
     def compare_steps(self, settings: Settings) -> dict[str, Any]:
         """The row of a step, after showing that both give the same loss."""
         size = self.case.batch_size
-        index = torch.arange(size) % self.case.num_images
+        index = torch.arange(size)
         images, augmented = self.pixels[index], self.pixels.flip(3)[index]  # any images do for A(r)
         batch = Batch((images, augmented), torch.zeros(size).long(), index.to(self.ranks.device))
         repeated = self.reference_pixels.expand(size, -1, -1, -1)

@@ -22,7 +22,7 @@ LEAKED_HOOKS = 6401  # per stage, after the published phase 1 with its published
 def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """mimic: a step; mimic-after-phase1: with the hooks that the published phase 1 leaves on the student."""
     ranks = runner.start()
-    wanted = runner.cases(settings, "mimic", ("", "small_cifar", 128, 256), ("-resnet18", "resnet18_cifar", 32, 64))
+    wanted = runner.cases(settings, "mimic", ("", "small_cifar", 128, 128), ("-resnet18", "resnet18_cifar", 32, 32))
     for case in wanted:
         yield _step(case, settings, ranks, hooks=0, note="a step, without loading and without leaked hooks")
         if case is wanted[0]:

@@ -48,13 +48,23 @@ class Case:
 
 
 def cases(settings: Settings, name: str, *defaults: tuple[str, str, int, int]) -> list[Case]:
-    """Default cases (suffix, encoder, batch size, images), or the one encoder that the settings name."""
+    """Default cases (suffix, encoder, batch size, images), or the one encoder that the settings name.
+
+    UserError for fewer images than make a batch.
+    """
     if settings.encoder is not None:
         defaults = (("", settings.encoder, *defaults[0][2:]),)
-    return [
+    wanted = [
         Case(name + suffix, encoder, settings.batch_size or batch_size, settings.num_images or num_images)
         for suffix, encoder, batch_size, num_images in defaults
     ]
+    for case in wanted:
+        if case.num_images < case.batch_size:
+            raise UserError(
+                f"{case.name}: {case.num_images} images are less than a batch of {case.batch_size}; "
+                "raise --num-images or lower --batch-size"
+            )
+    return wanted
 
 
 def start() -> Ranks:

@@ -42,7 +42,7 @@ class FfcvBackend:
             try:
                 self._loader = Loader(
                     str(dataset.beton),
-                    batch_size=1,  # not used: the shares say which rows make a batch
+                    batch_size=1 << 20,  # not used: the shares say which rows make a batch
                     num_workers=1,
                     order=OrderOption.SEQUENTIAL,
                     seed=0,

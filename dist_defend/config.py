@@ -51,6 +51,10 @@ class Experiment:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     options: Any = None  # the method's own Config
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"key 'seed' is {self.seed}; it must not be negative")
+
     def resolved(self) -> dict[str, Any]:
         """The file that gives exactly this experiment, as plain containers."""
         plain = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists

@@ -73,10 +73,11 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
 def _log_to_terminal(is_main: bool) -> None:
     logger = logging.getLogger("dist_defend")
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    if not any(type(h) is logging.StreamHandler for h in logger.handlers):
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    for old in [h for h in logger.handlers if type(h) is logging.StreamHandler]:
+        logger.removeHandler(old)  # of an earlier run in this process, whose stderr may be closed
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(handler)
 
 
 def _describe(experiment: Experiment, plan: Plan, context: Context) -> None:

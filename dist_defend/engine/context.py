@@ -58,11 +58,16 @@ class Context:
     folder: Path
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
 
-    def dataset(self, role: str, config: DatasetConfig) -> tuple[PreparedDataset, np.ndarray]:
-        """Open a data set and choose its rows; remembers the digest for result.json."""
+    def dataset(
+        self, role: str, config: DatasetConfig, is_labelled: bool = False
+    ) -> tuple[PreparedDataset, np.ndarray]:
+        """Open a data set and choose its rows; remembers the digest for result.json. UserError if labels lack."""
         dataset = open_dataset(config.path)
+        rows = select_rows(dataset, config, self.seed)
+        if is_labelled and dataset.labels[rows].min() < 0:
+            raise UserError(f"{config.path}: has images without a label; it cannot be {role} data")
         self.digests[role] = dataset.digest
-        return dataset, select_rows(dataset, config, self.seed)
+        return dataset, rows
 
     def train_loader(
         self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int, views: Sequence[View], accumulation: int = 1

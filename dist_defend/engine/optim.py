@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from dist_defend.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,19 @@ class OptimizerConfig:
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Over the parameters that require a gradient; fused kernels (one pass over the state) on CPU and GPU alike."""
+    """Over the parameters that require a gradient; fused kernels (one pass over the state) on CPU and GPU alike.
+
+    UserError for values that torch refuses.
+    """
     trained = [p for p in parameters if p.requires_grad]
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-        )
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    try:
+        if config.name == "sgd":
+            return torch.optim.SGD(trained, momentum=config.momentum, **shared)
+        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+        return kind(trained, betas=config.betas, **shared)
+    except ValueError as error:
+        raise UserError(f"key 'optimizer' does not do: {error}") from error
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -55,7 +55,10 @@ class RunFolder:
         """Create the folder, write down the configuration (as data and as YAML ``text``), start log.txt."""
         if not self.is_main:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"key 'output': cannot make the folder {self.path} ({error.strerror})") from error
         write_atomic(self.path / "config.yaml", text)
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))

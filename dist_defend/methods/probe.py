@@ -65,6 +65,8 @@ class Config:
         for key in ("encoders", "tasks", "seeds"):
             if not getattr(self, key):
                 raise ValueError(f"key '{key}' is empty")
+        if min(self.seeds) < 0:
+            raise ValueError(f"key 'seeds' is {list(self.seeds)}; none may be negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"key 'dropout' is {self.dropout}; it must be in [0, 1)")
 
@@ -167,8 +169,8 @@ class Task:
         self, name: str, task: TaskConfig, config: Config, models: dict[str, SimCLR], context: Context
     ) -> None:
         self.name, self.config, self.probe, self.models, self.context = name, task, config, models, context
-        train, rows = context.dataset(f"{name}/train", task.train)
-        self.test, self.test_rows = context.dataset(f"{name}/test", task.test)
+        train, rows = context.dataset(f"{name}/train", task.train, is_labelled=True)
+        self.test, self.test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
         self.classes = train.classes
         if not 0 <= task.target_class < train.num_classes:
             raise UserError(

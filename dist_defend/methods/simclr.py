@@ -29,6 +29,11 @@ class MonitorConfig:
     k: int = 200
     temperature: float = 0.5
 
+    def __post_init__(self) -> None:
+        for key in ("every", "k", "temperature"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -46,6 +51,10 @@ class Config:
         )
     )
     monitor: MonitorConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
 
 
 class SimCLRObjective(Objective):
@@ -109,7 +118,7 @@ def build(config: Config, context: Context) -> Plan:
 
 def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:
     loaders = [
-        context.eval_loader(*context.dataset(role, config))
+        context.eval_loader(*context.dataset(role, config, is_labelled=True))
         for role, config in (("memory", monitor.memory), ("test", monitor.test))
     ]
 

@@ -46,6 +46,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
         if len(self.attention_weights) != 4:
             raise ValueError(
                 f"key 'attention_weights' has {len(self.attention_weights)} values; it needs 4, one per stage"
@@ -124,6 +126,8 @@ def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
     dataset, rows = context.dataset("train", config.data)
     teacher, teacher_sha256 = context.load_model(config.teacher)
+    view = View(config.augment)
+    loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)
     if config.student is None:
         student = build_simclr(teacher.arch, teacher.normalization, image_size=teacher.image_size)
@@ -134,8 +138,6 @@ def build(config: Config, context: Context) -> Plan:
     measured = teacher if config.information.source == "teacher" else student
     information = LayerInformation(config.information, measured, context, dataset, rows)
     student = context.synchronise(student)
-    view = View(config.augment)
-    loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     objective = MimicObjective(
         student, teacher, config.temperature, config.attention_weights, config.clone_weight, config.contrastive_weight
     )

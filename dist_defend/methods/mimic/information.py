@@ -42,6 +42,9 @@ class InformationConfig:
     all_zero: Literal["uniform", "fail"] = "uniform"  # when every estimate is clipped to 0
 
     def __post_init__(self) -> None:
+        for key in ("batch_size", "hidden", "lr"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
         if not 1 <= self.last_epochs <= self.epochs:
             raise ValueError(
                 f"key 'last_epochs' is {self.last_epochs}; it must be between 1 and 'epochs' = {self.epochs}"

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-
-from dist_defend.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,22 +24,22 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"key 'lr' is {self.lr}; it must be positive")
+        for key in ("weight_decay", "momentum", "warmup_epochs"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"key 'betas' is {list(self.betas)}; both must be in [0, 1)")
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Over the parameters that require a gradient; fused kernels (one pass over the state) on CPU and GPU alike.
-
-    UserError for values that torch refuses.
-    """
+    """Over the parameters that require a gradient; fused kernels (one pass over the state) on CPU and GPU alike."""
     trained = [p for p in parameters if p.requires_grad]
-    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
-    try:
-        if config.name == "sgd":
-            return torch.optim.SGD(trained, momentum=config.momentum, **shared)
-        kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-        return kind(trained, betas=config.betas, **shared)
-    except ValueError as error:
-        raise UserError(f"key 'optimizer' does not do: {error}") from error
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+        )
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

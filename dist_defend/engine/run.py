@@ -40,7 +40,10 @@ class RunFolder:
         return (self.path / "result.json").exists()
 
     def check(self, resolved: dict[str, Any]) -> None:
-        """UserError that names the first key that differs, if the folder holds another experiment."""
+        """UserError if the folder cannot be written or holds another experiment (it names the first other key)."""
+        place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise UserError(f"key 'output' is {self.path}, but {place} is not a folder that can be written")
         if not self._recorded.exists():
             return
         old = json.loads(self._recorded.read_text())
@@ -55,10 +58,7 @@ class RunFolder:
         """Create the folder, write down the configuration (as data and as YAML ``text``), start log.txt."""
         if not self.is_main:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"key 'output': cannot make the folder {self.path} ({error.strerror})") from error
+        self.path.mkdir(parents=True, exist_ok=True)
         write_atomic(self.path / "config.yaml", text)
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))

@@ -28,13 +28,13 @@ def make_data(folder: Path, count: int = 24, seed: int = 0, size: int = SIZE, st
     return str(folder)
 
 
-def make_model(folder: Path, seed: int = 0, size: int = SIZE) -> str:
-    """A model folder with a small encoder of fresh weights, whose batch norms have seen some noise."""
+def make_model(folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small_cifar") -> str:
+    """A model folder with an encoder of fresh weights, whose batch norms have seen some noise."""
     torch.manual_seed(seed)
-    model = build_simclr("small_cifar", "cifar10", image_size=size)
+    model = build_simclr(arch, "cifar10", image_size=size)
     with torch.no_grad():
         model.train()(torch.rand(16, 3, size, size))
-    save_artifact(folder, model, ModelCard("simclr", "small_cifar", "cifar10", size, model.f.feature_dim))
+    save_artifact(folder, model, ModelCard("simclr", arch, "cifar10", size, model.f.feature_dim))
     return str(folder)
 
 

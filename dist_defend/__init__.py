@@ -6,7 +6,7 @@ import os
 # on a busy machine. Read when torch is loaded, so it is set before.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from dist_defend.tv_compat import patch_torchvision  # noqa: E402
+from dist_defend.tv_compat import patch_torchvision
 
 __version__ = "0.1.0"
 

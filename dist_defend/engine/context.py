@@ -113,9 +113,10 @@ class Context:
             device=self.ranks.device,
         )
 
-    def synchronise(self, model: nn.Module) -> nn.Module:
-        """Batch normalisation over the global batch where there are several ranks."""
-        return convert_sync_batchnorm(model) if self.ranks.world_size > 1 else model
+    def synchronise(self, model: nn.Module) -> None:
+        """Batch normalisation over the global batch, in place, where there are several ranks."""
+        if self.ranks.world_size > 1:
+            convert_sync_batchnorm(model)
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
         """A model folder's model and the sha256 of its weights."""

@@ -66,7 +66,7 @@ class GradientStep:
         self.objective, self.config, self.accelerator = objective, config, ranks.accelerator
         self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * epochs
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        objective.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)
+        objective.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.module, self.optimizer = self.accelerator.prepare(
             objective, build_optimizer(objective.parameters(), config)
         )

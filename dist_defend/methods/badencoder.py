@@ -130,7 +130,6 @@ def build(config: Config, context: Context) -> Plan:
     clean = model.f.to(ranks.device, ranks.dtype)
     encoder = copy.deepcopy(clean)
     for network in (clean, encoder):
-        network.to(memory_format=torch.channels_last)
         if config.shadow_normalization != "match_encoder":
             network.normalize = Normalize(config.shadow_normalization).to(ranks.device, ranks.dtype)
     freeze_norms(encoder, config.freeze_norm)

@@ -141,7 +141,7 @@ def build(config: Config, context: Context) -> Plan:
     """One stage per task; evaluation on clean and triggered test images at the end."""
     models = {kind: context.load_model(folder)[0] for kind, folder in config.encoders.items()}
     for model in models.values():
-        model.to(context.ranks.device, context.ranks.dtype, memory_format=torch.channels_last)
+        model.to(context.ranks.device, context.ranks.dtype)
     widths = {model.f.feature_dim for model in models.values()}
     if len(widths) > 1:
         raise UserError(f"key 'encoders' mixes feature sizes {sorted(widths)}; probe them in separate runs")
@@ -219,8 +219,8 @@ class Task:
             self.scatter[f"{key}/labels"] = labels[:_SCATTERED].cpu()
             for offset, seed in enumerate(self.probe.seeds):
                 head = number * len(self.probe.seeds) + offset
-                predicted = [self.heads.predict(head, features) for features in (clean, stamped)]
-                counts = backdoor_counts(*predicted, labels, self.config.target_class)
+                on_clean, on_stamped = self.heads.predict(head, clean), self.heads.predict(head, stamped)
+                counts = backdoor_counts(on_clean, on_stamped, labels, self.config.target_class)
                 plain = {name: count.plain() for name, count in counts.items()}
                 results.append(
                     {"run": self.context.folder.name, "kind": kind, "task": self.name, "seed": seed, **plain}

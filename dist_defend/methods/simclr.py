@@ -81,7 +81,7 @@ def build(config: Config, context: Context) -> Plan:
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
         model, _ = context.load_model(config.warm_start)
-    model = context.synchronise(model)
+    context.synchronise(model)
     loader = context.train_loader(
         dataset,
         rows,

@@ -134,10 +134,10 @@ def build(config: Config, context: Context) -> Plan:
     else:
         student, _ = context.load_model(config.student)
     for model in (teacher, student):
-        model.to(context.ranks.device, context.ranks.dtype, memory_format=torch.channels_last)
+        model.to(context.ranks.device, context.ranks.dtype)
     measured = teacher if config.information.source == "teacher" else student
     information = LayerInformation(config.information, measured, context, dataset, rows)
-    student = context.synchronise(student)
+    context.synchronise(student)
     objective = MimicObjective(
         student, teacher, config.temperature, config.attention_weights, config.clone_weight, config.contrastive_weight
     )

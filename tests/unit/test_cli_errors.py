@@ -200,7 +200,7 @@ def test_a_truncated_beton(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     content = json.loads(manifest.read_text())
     content["files"]["data.beton"]["bytes"] = path.stat().st_size
     manifest.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="not a whole .beton file"):  # the file itself is checked too
+    with pytest.raises(UserError, match="not a whole"):  # the file itself is checked too
         open_dataset(tmp_path / "beton").images(np.array([0]))
     assert not (tmp_path / "run").exists()
 

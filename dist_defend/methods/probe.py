@@ -67,6 +67,8 @@ class Config:
                 raise ValueError(f"key '{key}' is empty")
         if min(self.seeds) < 0:
             raise ValueError(f"key 'seeds' is {list(self.seeds)}; none may be negative")
+        if self.update.accumulation != 1:
+            raise ValueError(f"key 'update.accumulation' is {self.update.accumulation}; heads are small, it must be 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"key 'dropout' is {self.dropout}; it must be in [0, 1)")
 

@@ -22,6 +22,8 @@ from dist_defend.engine.step import NonFiniteError, Step
 
 log = logging.getLogger(__name__)
 
+_GO_ON, _SAVE, _STOP = range(3)  # what a rank may wish at a step boundary
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -29,6 +31,7 @@ class TrainerConfig:
 
     log_every: int = 10  # steps
     checkpoint_every: int = 500  # steps; also at the end of each stage
+    checkpoint_seconds: float = 20.0  # and after so long, unless saving would then take more than 1/20 of the time
     keep_checkpoints: int = 2
     trackers: tuple[str, ...] = ("tensorboard",)  # any of Accelerate's, offline unless told otherwise
 
@@ -36,6 +39,8 @@ class TrainerConfig:
         for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, key) < 1:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        if self.checkpoint_seconds <= 0:
+            raise ValueError(f"key 'checkpoint_seconds' is {self.checkpoint_seconds}; it must be positive")
 
 
 class BatchSource(Protocol):
@@ -88,7 +93,8 @@ class Trainer:
         self.ranks, self.run, self.config = ranks, run, config
         self.position = Position()
         self.signal: int | None = None
-        self.started = self.logged = time.perf_counter()
+        self.started = self.logged = self.saved = time.perf_counter()
+        self.save_seconds = 0.0
         self.sums: dict[str, Tensor] = {}
         self.count = self.images = 0
 
@@ -124,10 +130,10 @@ class Trainer:
                 bar.update()
                 if at.step % self.config.log_every == 0:
                     self._log(stage)
-                is_told = self._is_told_to_stop()
-                if is_told or at.step % self.config.checkpoint_every == 0:
+                wish = self._agreed_wish()
+                if wish != _GO_ON or at.step % self.config.checkpoint_every == 0:
                     self._save(stages)
-                if is_told:
+                if wish == _STOP:
                     raise Preempted(f"signal received: saved step {at.step}; the same command resumes")
             at.epoch, at.batch = at.epoch + 1, 0
             is_due = at.epoch % stage.evaluate_every == 0 or at.epoch == stage.epochs
@@ -181,17 +187,20 @@ class Trainer:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
-    def _is_told_to_stop(self) -> bool:
-        """A signal on one rank stops all of them, at the same step; GPUs, which would wait, ask every 16th step."""
+    def _agreed_wish(self) -> int:
+        """What one rank wishes, all do, at the same step; GPUs, which would wait, ask every 16th step."""
+        is_late = time.perf_counter() - self.saved > max(self.config.checkpoint_seconds, 20 * self.save_seconds)
+        wish = _STOP if self.signal is not None else _SAVE if is_late else _GO_ON
         if self.ranks.world_size == 1:
-            return self.signal is not None
+            return wish
         if self.ranks.device.type != "cpu" and self.position.step % 16:
-            return False
-        flag = torch.tensor([self.signal is not None], dtype=torch.int32, device=self.ranks.device)
+            return _GO_ON
+        flag = torch.tensor([wish], dtype=torch.int32, device=self.ranks.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag.item())
+        return int(flag.item())
 
     def _save(self, stages: Sequence[Stage]) -> None:
+        started = time.perf_counter()
         if self.count and "nonfinite" in self.sums and self.sums["nonfinite"].item() > 0:
             raise NonFiniteError(f"the gradient was not finite at or before step {self.position.step}; not saved")
         states = {s.name: s.step.state_dict() for n, s in enumerate(stages) if self._is_saved(n, s)}
@@ -209,6 +218,8 @@ class Trainer:
             }
             checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)
         self.ranks.accelerator.wait_for_everyone()
+        self.saved = time.perf_counter()
+        self.save_seconds = self.saved - started
 
     def _is_saved(self, number: int, stage: Stage) -> bool:
         return number == self.position.stage or (stage.is_kept and number < self.position.stage)

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that names key or file and remedy; the command line prints it and exits with 2."""
+    """Bad input: one line that names key or file and remedy; the command line prints it and exits with 2."""

@@ -74,9 +74,7 @@ def import_encoder(
     load_strict(model, state, path)
     told = ", ".join([layout.name, *wrappings])
     count = sum(parameter.numel() for parameter in model.parameters())
-    return model, ImportReport(
-        told, arch, normalization, image_size, has_projector, len(state), count, tuple(dropped)
-    )
+    return model, ImportReport(told, arch, normalization, image_size, has_projector, len(state), count, tuple(dropped))
 
 
 def _read(path: Path) -> Any:

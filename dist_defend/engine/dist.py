@@ -1,6 +1,8 @@
 """Start the processes' common ground: device, ranks, precision, threads, trackers."""
 
+import ctypes
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,10 +75,21 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
             f"key 'world_size' asks for {world_size} ranks but {accelerator.num_processes} started; launch with "
             f"`accelerate launch --multi_gpu --num_processes {world_size}` (CPUs: ACCELERATE_USE_CPU=true) or torchrun"
         )
-    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
+        if "OMP_NUM_THREADS" not in os.environ:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large blocks; it gives them back at once, and each step of a CNN pays for zeroed pages again."""
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold, trim_threshold, size = -3, -1, 1 << 30  # mallopt(3); bytes
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, size)
+        libc.mallopt(trim_threshold, size)
 
 
 def stop() -> None:

@@ -54,9 +54,9 @@ class HeadStack(nn.Module):
 
         factors (R, B, hidden[0]) multiply the first hidden layer in place of dropout's own draws (0, or 1 / (1 - p)).
         """
-        x = self._linear("fc1", features.expand(len(self.fc1_weight), -1, -1)).relu()
-        x = functional.dropout(x, self.dropout, self.training) if factors is None else x * factors
-        return self._linear("fc3", self._linear("fc2", x).relu())
+        x = self._linear("fc1", features.expand(len(self.fc1_weight), -1, -1).transpose(1, 2)).relu()
+        x = functional.dropout(x, self.dropout, self.training) if factors is None else x * factors.transpose(1, 2)
+        return self._linear("fc3", self._linear("fc2", x).relu()).transpose(1, 2)
 
     def extract(self, head: int) -> MLPHead:
         """A copy of one of the heads, in eval mode."""
@@ -70,8 +70,9 @@ class HeadStack(nn.Module):
         return self.extract(head)(features).argmax(1)
 
     def _linear(self, layer: str, x: Tensor) -> Tensor:
+        """(R, in, B) -> (R, out, B): batch last, so that a weight's gradient comes out in the weight's own layout."""
         weight, bias = self.get_parameter(f"{layer}_weight"), self.get_parameter(f"{layer}_bias")
-        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+        return torch.baddbmm(bias[:, :, None], weight, x)
 
 
 def _seeded_head(seed: int, feature_dim: int, num_classes: int, hidden: tuple[int, int], dropout: float) -> MLPHead:

@@ -207,6 +207,30 @@ def test_only_kept_stages_stay_in_checkpoints(tmp_path: Path) -> None:
     assert newest.name == "step_000000009"
 
 
+@pytest.mark.parametrize(("save_seconds", "expected"), [(0.0, [3, 6, 9, 12]), (0.2, [3, 8, 12])])
+def test_saves_by_the_clock_but_not_for_more_than_a_twentieth_of_it(
+    save_seconds: float, expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, saved, save = [0.0], [], checkpoint.save
+
+    class OneSecondEach(Numbers):
+        def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+            for batch in super().epoch(epoch, start_batch):
+                now[0] += 1
+                yield batch
+
+    def slow_save(folder: Path, step: int, *rest: Any) -> Path:
+        saved.append(step)
+        now[0] += save_seconds
+        return save(folder, step, *rest)
+
+    monkeypatch.setattr("dist_defend.engine.trainer.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    stage = Stage("line", OneSecondEach(), make_step(epochs=4), epochs=4)
+    fit(tmp_path, stage, checkpoint_every=100, checkpoint_seconds=2.5)
+    assert list(dict.fromkeys(saved)) == expected
+
+
 def simclr_run(folder: Path, *overrides: str, **changes: Any) -> tuple[int, Path]:
     config = make_experiment(folder, "simclr", options_of("simclr", folder), **changes)
     return main(["run", str(config), *overrides]), folder / "run"

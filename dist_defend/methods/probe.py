@@ -125,18 +125,18 @@ class FeatureBatches:
             rows = order[number * self.batch_size : (number + 1) * self.batch_size]
             own = rank_slice(len(rows), ranks.rank, ranks.world_size)
             index = torch.from_numpy(rows[own]).to(labels.device)
-            factors = [self._dropout(seed, epoch, number, len(rows))[own] for seed in seeds]
-            stacked = torch.stack(factors * len(features)).to(labels.device)
-            views = (features[:, index].repeat_interleave(len(seeds), 0), stacked)
+            kept = torch.stack([self._kept(seed, epoch, number, len(rows))[own] for seed in seeds])
+            factors = kept.to(labels.device, ranks.dtype) / (1 - self.config.dropout)
+            views = (features[:, index].repeat_interleave(len(seeds), 0), factors.repeat(len(features), 1, 1))
             yield Batch(views, labels[index], index)
 
-    def _dropout(self, seed: int, epoch: int, number: int, rows: int) -> Tensor:
-        """0 or 1 / (1 - p) for each unit: (rows, hidden), drawn from (seed, epoch, batch), whoever else is trained."""
+    def _kept(self, seed: int, epoch: int, number: int, rows: int) -> Tensor:
+        """Which units dropout keeps: (rows, hidden) bool, drawn from (seed, epoch, batch), whoever else is trained."""
         draws = np.random.Philox(key=[seed, epoch * self.num_batches + number]).random_raw(
             -(-rows * self.config.hidden[0] // 4)
         )
         keep = draws.view(np.uint16)[: rows * self.config.hidden[0]] >= round(self.config.dropout * 65536)
-        return torch.from_numpy(keep).view(rows, -1).to(self.context.ranks.dtype) / (1 - self.config.dropout)
+        return torch.from_numpy(keep).view(rows, -1)
 
 
 def build(config: Config, context: Context) -> Plan:

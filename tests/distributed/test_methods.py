@@ -75,8 +75,8 @@ def dropout_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     def draw(self: FeatureBatches, seed: int, *place: int) -> Tensor:
         return original(self, seed + 1000 * self.context.ranks.rank, *place)
 
-    original = FeatureBatches._dropout
-    patch.setattr(FeatureBatches, "_dropout", draw)
+    original = FeatureBatches._kept
+    patch.setattr(FeatureBatches, "_kept", draw)
 
 
 def critics_drawn_in_turn(patch: pytest.MonkeyPatch) -> None:

@@ -120,7 +120,12 @@ def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str
     _check_keys(cls, raw, path, prefix, extra)
     hints = typing.get_type_hints(cls)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
-        for inner, item, place in _sections(hints[key], value):
+        try:
+            sections = _sections(hints[key], value)
+        except ValueError as error:
+            told = str(error).replace("key '", f"key '{prefix}{key}.", 1)
+            raise UserError(f"{path}: {told}") from error
+        for inner, item, place in sections:
             _build(inner, item, path, f"{prefix}{key}{place}.")
     hooks: dict[Any, Any] = {float: _number, int: _integer}
     try:
@@ -165,12 +170,26 @@ def _sections(hint: Any, value: Any) -> list[tuple[Any, Any, str]]:
         return [(hint, value, "")]
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
-        return [s for inner in arguments if inner is not type(None) for s in _sections(inner, value)]
+        return [s for inner in _members(arguments, value) for s in _sections(inner, value)]
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return [(c, v, f"[{i}]") for i, item in enumerate(value) for c, v, _ in _sections(arguments[0], item)]
     if typing.get_origin(hint) is dict and isinstance(value, dict):
         return [(c, v, f".{k}") for k, item in value.items() for c, v, _ in _sections(arguments[1], item)]
     return []
+
+
+def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
+    """The types of a union that a value can be; of several dataclasses, the one whose `name` the section names."""
+    classes = [t for t in arguments if dataclasses.is_dataclass(t)]
+    if len(classes) < 2 or not isinstance(value, dict):
+        return [t for t in arguments if t is not type(None)]
+    sections = {typing.get_args(typing.get_type_hints(t)["name"])[0]: t for t in classes}
+    name = value.get("name")
+    if name not in sections:
+        near = difflib.get_close_matches(str(name), [str(known) for known in sections], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"key 'name' is {name!r}; {hint}it must be one of {', '.join(map(str, sections))}")
+    return [sections[name]]
 
 
 def dump(experiment: Experiment) -> str:

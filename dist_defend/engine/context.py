@@ -70,16 +70,25 @@ class Context:
         return dataset, rows
 
     def train_loader(
-        self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int, views: Sequence[View], accumulation: int = 1
+        self,
+        dataset: PreparedDataset,
+        rows: np.ndarray,
+        batch_size: int,
+        views: Sequence[View],
+        accumulation: int = 1,
+        drop_last: bool = True,
     ) -> Loader:
-        """Shuffled, whole batches only. UserError unless every rank and micro-batch gets an equal share."""
+        """Shuffled. UserError unless every rank and micro-batch gets an equal share of a whole batch.
+
+        Without drop_last an incomplete last batch counts; the ranks' shares of it may differ by one.
+        """
         parts = self.ranks.world_size * accumulation
         if batch_size % parts:
             raise UserError(
                 f"key 'batch_size' is {batch_size}, not divisible by {self.ranks.world_size} ranks x {accumulation} "
                 "micro-batches; choose a multiple"
             )
-        return self._loader(dataset, rows, batch_size, views, shuffle=True)
+        return self._loader(dataset, rows, batch_size, views, shuffle=True, drop_last=drop_last)
 
     def eval_loader(self, dataset: PreparedDataset, rows: np.ndarray | None = None, batch_size: int = 512) -> Loader:
         """In order, every row once, no augmentation."""
@@ -96,6 +105,7 @@ class Context:
         batch_size: int,
         views: Sequence[View],
         shuffle: bool,
+        drop_last: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> Loader:
@@ -106,7 +116,7 @@ class Context:
             rows=rows,
             views=views,
             shuffle=shuffle,
-            drop_last=shuffle,
+            drop_last=drop_last,
             seed=self.seed,
             rank=self.ranks.rank if rank is None else rank,
             world_size=world_size or self.ranks.world_size,

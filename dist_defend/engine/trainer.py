@@ -55,10 +55,11 @@ class BatchSource(Protocol):
 
 @dataclass
 class Stage:
-    """A part of a method: so many epochs of one step over one loader.
+    """A part of a method: at most so many epochs of one step over one loader.
 
-    evaluate(epoch) runs after every evaluate_every-th epoch and returns scalars to log. finish() runs once, when the
-    last epoch is done and before the checkpoint that opens the next stage; it hands results on to later stages.
+    stop_when() is asked after each epoch, on every rank, and ends the stage early. evaluate(epoch) runs after every
+    evaluate_every-th epoch and the last one and returns scalars to log. finish() runs once, when the last epoch is done
+    and before the checkpoint that opens the next stage; it hands results on to later stages.
     A stage with is_kept stays in the checkpoints after it is done.
     """
 
@@ -68,6 +69,7 @@ class Stage:
     epochs: int
     evaluate: Callable[[int], dict[str, float]] | None = None
     evaluate_every: int = 1
+    stop_when: Callable[[], bool] | None = None
     finish: Callable[[], None] | None = None
     is_kept: bool = False
 
@@ -118,7 +120,8 @@ class Trainer:
             desc=stage.name,
             disable=not (self.ranks.is_main and sys.stderr.isatty()),
         )
-        while at.epoch < stage.epochs:
+        is_over = at.epoch >= stage.epochs
+        while not is_over:
             for batch in stage.loader.epoch(at.epoch, at.batch):
                 try:
                     scalars = stage.step(self._move(batch))
@@ -136,7 +139,8 @@ class Trainer:
                 if wish == _STOP:
                     raise Preempted(f"signal received: saved step {at.step}; the same command resumes")
             at.epoch, at.batch = at.epoch + 1, 0
-            is_due = at.epoch % stage.evaluate_every == 0 or at.epoch == stage.epochs
+            is_over = at.epoch == stage.epochs or (stage.stop_when is not None and stage.stop_when())
+            is_due = is_over or at.epoch % stage.evaluate_every == 0
             if stage.evaluate is not None and is_due and (values := stage.evaluate(at.epoch)):
                 self._write(stage, values)
         bar.close()

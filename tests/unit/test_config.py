@@ -1,12 +1,14 @@
 """Experiment files: what they give, what overrides change, and what is refused."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 
-from dist_defend.config import Experiment, dump, load_experiment
+from dist_defend.config import Experiment, _build, dump, load_experiment
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.errors import UserError
 from dist_defend.methods import probe, simclr
@@ -132,3 +134,49 @@ def test_a_bad_file_is_refused_by_file_and_key(content: Any, told: str, tmp_path
 def test_a_bad_override_is_refused(override: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=told):
         load_experiment(write(tmp_path, MINIMAL | {"seed": 1}), [override])
+
+
+@dataclass(frozen=True)
+class Square:
+    name: Literal["square"] = "square"
+    size: int = 3
+
+
+@dataclass(frozen=True)
+class Blend:
+    name: Literal["blend"] = "blend"
+    alpha: float = 0.2
+
+
+@dataclass(frozen=True)
+class Attack:
+    trigger: Square | Blend
+
+
+@dataclass(frozen=True)
+class Attacked:
+    attack: Attack | None = None
+
+
+def attacked(trigger: Any) -> Any:
+    return _build(Attacked, {"attack": {"trigger": trigger}}, Path("experiment.yaml"), "classifier.")
+
+
+def test_the_name_of_a_section_chooses_its_kind() -> None:
+    assert attacked({"name": "blend", "alpha": 1}) == Attacked(Attack(Blend(alpha=1.0)))
+    assert attacked({"name": "square"}) == Attacked(Attack(Square()))
+
+
+@pytest.mark.parametrize(
+    ("trigger", "told"),
+    [
+        ({"name": "blnd"}, "key 'classifier.attack.trigger.name' is 'blnd'; did you mean 'blend'?"),
+        ({"size": 3}, "key 'classifier.attack.trigger.name' is None; it must be one of square, blend"),
+        ({"name": "square", "alpha": 1}, "unknown key 'classifier.attack.trigger.alpha'"),
+        ({"name": "blend", "alpha": "x"}, "key 'classifier.attack.trigger.alpha' is 'x'; expected float"),
+        (3, "key 'classifier.attack.trigger' is 3; expected a section with keys"),
+    ],
+)
+def test_a_section_of_several_kinds_is_refused_by_its_own_rules(trigger: Any, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)):
+        attacked(trigger)

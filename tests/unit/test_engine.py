@@ -231,6 +231,24 @@ def test_saves_by_the_clock_but_not_for_more_than_a_twentieth_of_it(
     assert list(dict.fromkeys(saved)) == expected
 
 
+def test_a_stage_stops_when_it_is_told_to(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def first(step: GradientStep) -> Stage:
+        def is_enough() -> bool:
+            asked.append(step.step)
+            return step.step >= 6
+
+        return Stage("line", Numbers(), step, 5, evaluate=lambda e: {"at": e}, evaluate_every=9, stop_when=is_enough)
+
+    stages = [first(make_step(epochs=5)), Stage("next", Numbers(), make_step(), 1)]
+    fit(tmp_path, *stages)
+    assert asked == [3, 6]
+    rows = metrics(tmp_path)
+    assert [row["stage"] for row in rows if "loss" in row] == ["line"] * 6 + ["next"] * 3
+    assert [row["at"] for row in rows if "at" in row] == [2]  # its last epoch, though not every 9th
+
+
 def simclr_run(folder: Path, *overrides: str, **changes: Any) -> tuple[int, Path]:
     config = make_experiment(folder, "simclr", options_of("simclr", folder), **changes)
     return main(["run", str(config), *overrides]), folder / "run"

@@ -19,6 +19,9 @@ from dist_defend.errors import UserError
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar10_backdoorbench": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
     "stl10": ((0.44087798, 0.42790666, 0.38678814), (0.25507198, 0.24801506, 0.25641308)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -77,6 +80,19 @@ class StagedEncoder(Encoder):
         return maps, self.f[7](x).flatten(1)
 
 
+def create_timm(name: str, image_size: int, num_outputs: int) -> nn.Module:
+    """A timm model with fresh weights for images of that size (pixels). UserError for an unknown name."""
+    import timm  # seconds of import that CIFAR models do without
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise UserError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+    published = timm.models.get_pretrained_cfg(name)
+    is_sized = published is not None and published.fixed_input_size
+    sized: dict[str, Any] = {"img_size": image_size} if is_sized else {}
+    return timm.create_model(name, pretrained=False, num_classes=num_outputs, **sized)
+
+
 class TimmEncoder(Encoder):
     """A timm model without its classifier. Taps: the last four stages, or a ViT's blocks at depth quarters.
 
@@ -87,16 +103,8 @@ class TimmEncoder(Encoder):
 
     def __init__(self, name: str, normalization: str, image_size: int, num_outputs: int = 0) -> None:
         super().__init__()
-        import timm  # seconds of import that CIFAR models do without
-
-        if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3)
-            raise UserError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
-        published = timm.models.get_pretrained_cfg(name)
-        is_sized = published is not None and published.fixed_input_size
-        sized: dict[str, Any] = {"img_size": image_size} if is_sized else {}
         self.normalize = Normalize(normalization)
-        self.f = timm.create_model(name, pretrained=False, num_classes=num_outputs, **sized)
+        self.f = create_timm(name, image_size, num_outputs)
         strides = [stage["reduction"] for stage in getattr(self.f, "feature_info", [])]
         if len(strides) < 4 or not hasattr(self.f, "forward_intermediates"):
             raise UserError(f"timm:{name} has no four feature maps: choose one with timm's forward_intermediates")

@@ -1,0 +1,70 @@
+"""WideResNets (Zagoruyko and Komodakis 2016) with the keys of polo5/ZeroShotKnowledgeTransfer.
+
+conv1, block{1,2,3}.layer.{i}.{bn1,conv1,bn2,conv2,convShortcut}, bn1, fc.
+"""
+
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block; the projecting shortcut takes the activated input, the identity the raw one."""
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        is_identity = in_channels == width
+        self.convShortcut = None if is_identity else nn.Conv2d(in_channels, width, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return y + (x if self.convShortcut is None else self.convShortcut(activated))
+
+
+class WideGroup(nn.Module):
+    """A stage: its blocks under ``layer``, the first of them with the stride."""
+
+    def __init__(self, in_channels: int, width: int, depth: int, stride: int) -> None:
+        super().__init__()
+        rest = (WideBlock(width, width, stride=1) for _ in range(depth - 1))
+        self.layer = nn.Sequential(WideBlock(in_channels, width, stride), *rest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class WideResNet(nn.Module):
+    """WRN-depth-widen, depth = 6 n + 4: three groups of n blocks with 16, 32, 64 times ``widen`` channels."""
+
+    def __init__(self, depth: int, widen: int, num_classes: int) -> None:
+        super().__init__()
+        widths = (16, 16 * widen, 32 * widen, 64 * widen)
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.block1, self.block2, self.block3 = (
+            WideGroup(before, width, (depth - 4) // 6, stride)
+            for (before, width), stride in zip(pairwise(widths), (1, 2, 2), strict=True)
+        )
+        self.bn1 = nn.BatchNorm2d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.fc.bias)
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The three groups' outputs (B, C, H', W') and the logits, of one pass over normalised images."""
+        maps = []
+        x = self.conv1(x)
+        for group in (self.block1, self.block2, self.block3):
+            x = group(x)
+            maps.append(x)
+        return maps, self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[1]

@@ -19,7 +19,8 @@ from dist_defend.engine.step import GradientStep, Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
-from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr, save_artifact
+from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
 
@@ -129,11 +130,15 @@ class Context:
             convert_sync_batchnorm(model)
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
-        """A model folder's model and the sha256 of its weights."""
-        model, _ = load_artifact(folder)
+        """An encoder's model folder -> the model and the sha256 of its weights."""
+        model, _ = load_simclr(folder)
         return model, sha256_file(Path(folder) / "model.safetensors")
 
-    def save_model(self, model: SimCLR, card: ModelCard) -> str:
+    def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
+        """A classifier's model folder -> the model, its card and the sha256 of its weights."""
+        return *load_classifier(folder), sha256_file(Path(folder) / "model.safetensors")
+
+    def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""
         digest = [save_artifact(self.folder / "model", model, card) if self.ranks.is_main else ""]
         if self.ranks.world_size > 1:

@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
+from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.encoder import SimCLR, build_simclr
 
 FORMAT = 1
+KINDS = ("simclr", "encoder", "classifier")
 
 
 @dataclass(frozen=True)
 class ModelCard:
     """What model.json says: how to rebuild the model, whether it is poisoned, and where it comes from.
 
-    kind: simclr, or encoder for one without a projector. image_size: pixels. trigger: what opens the backdoor, if any.
+    kind: simclr, encoder for one without a projector, or classifier. image_size: pixels. feature_dim: an encoder's;
+    num_classes: a classifier's. trigger: what opens the backdoor, if any (a classifier's: attacks.poison.PoisonConfig).
     parent_sha256: digest of the weights this model was made from. provenance: anything else worth keeping (JSON).
     """
 
@@ -30,14 +33,15 @@ class ModelCard:
     arch: str
     normalization: str
     image_size: int
-    feature_dim: int
+    feature_dim: int | None = None
+    num_classes: int | None = None
     backdoored: bool = False
     trigger: dict[str, Any] | None = None
     parent_sha256: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
-def save_artifact(folder: str | Path, model: SimCLR, card: ModelCard) -> str:
+def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCard) -> str:
     """Write both files, each atomically and the card last; returns the sha256 (hex) of the weights file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +55,27 @@ def save_artifact(folder: str | Path, model: SimCLR, card: ModelCard) -> str:
     return sha256
 
 
-def load_artifact(folder: str | Path) -> tuple[SimCLR, ModelCard]:
+def load_simclr(folder: str | Path) -> tuple[SimCLR, ModelCard]:
+    """As load_artifact; UserError for a classifier too."""
+    model, card = load_artifact(folder)
+    if not isinstance(model, SimCLR):
+        raise UserError(
+            f"{folder} holds a classifier ({card.arch}), not an encoder: point at an encoder's model folder"
+        )
+    return model, card
+
+
+def load_classifier(folder: str | Path) -> tuple[Classifier, ModelCard]:
+    """As load_artifact; UserError for an encoder too."""
+    model, card = load_artifact(folder)
+    if not isinstance(model, Classifier):
+        raise UserError(
+            f"{folder} holds an encoder ({card.arch}), not a classifier: point at a classifier's model folder"
+        )
+    return model, card
+
+
+def load_artifact(folder: str | Path) -> tuple[SimCLR | Classifier, ModelCard]:
     """The model (on the CPU, in train mode) and its card. UserError for files that are missing, altered or misfit."""
     folder = Path(folder)
     if folder.is_file():
@@ -71,7 +95,12 @@ def load_artifact(folder: str | Path) -> tuple[SimCLR, ModelCard]:
         state = safetensors.torch.load(weights)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file ({error}): restore it") from error
-    model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
+    model: SimCLR | Classifier
+    if card.kind == "classifier":
+        assert card.num_classes is not None  # _read_card has seen to it
+        model = build_classifier(card.arch, card.num_classes, card.normalization, card.image_size)
+    else:
+        model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
     load_strict(model, state, path)
     return model, card
 
@@ -123,6 +152,7 @@ def _read_card(path: Path) -> tuple[ModelCard, str]:
         card = ModelCard(**text)
     except TypeError as error:
         raise UserError(f"{path} is not a model card ({error}): restore it") from error
-    if told_backdoored is not card.backdoored or card.kind not in ("simclr", "encoder"):
-        raise UserError(f"{path} contradicts itself (keys BACKDOORED, backdoored, kind): restore it")
+    is_counted = isinstance(card.num_classes, int) == (card.kind == "classifier")
+    if told_backdoored is not card.backdoored or card.kind not in KINDS or not is_counted:
+        raise UserError(f"{path} contradicts itself (keys BACKDOORED, backdoored, kind, num_classes): restore it")
     return card, sha256

@@ -1,5 +1,6 @@
 """What is left of a backdoor: integer counts over whole test sets, whatever the number of ranks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,13 +30,14 @@ class Count:
         return {"correct": self.correct, "n": self.n}
 
 
-def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: int) -> dict[str, Count]:
+def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: int | Tensor) -> dict[str, Count]:
     """Count from predicted classes (N,) int64 on the clean and on the triggered images of a test set with these labels.
 
+    target: the attacker's class, or one for each image (N,), as an all-to-all attack has it.
     acc: clean images classified as their label (the papers' CA or BA).
     asr: triggered images whose label is not the target, classified as the target.
-    asr_all: all triggered images classified as the target (BadEncoder's and MIMIC's published convention; a harmless
-    encoder scores the target's share of the data here).
+    asr_all: all triggered images classified as the target (BadEncoder's, MIMIC's and I-BAU's published convention; a
+    harmless model scores the target's share of the data here).
     ra: triggered images whose label is not the target, classified as their label.
     """
     others = labels != target
@@ -51,6 +53,56 @@ def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: in
         "asr_all": count(is_target, everything),
         "ra": count(triggered == labels, others),
     }
+
+
+def per_class_accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> list[Count]:
+    """For each class, how many of its images (labels (N,) int64) are classified (classes (N,)) as it."""
+    among = torch.bincount(labels, minlength=num_classes)
+    hits = torch.bincount(labels[classes == labels], minlength=num_classes)
+    return [Count(*pair) for pair in zip(hits.tolist(), among.tolist(), strict=True)]
+
+
+def der(before: dict[str, Count], after: dict[str, Count]) -> float:
+    """Defence effectiveness rating in [0, 1]: (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2, rates in [0, 1].
+
+    The formula that SCLBD/BackdoorBench documents; its code adds the second term. nan where a set was empty.
+    """
+    return _rating(_drop(before, after, "asr"), _drop(before, after, "acc"))
+
+
+def rir(before: dict[str, Count], after: dict[str, Count]) -> float:
+    """Robustness improvement rating in [0, 1]: (max(0, rise of RA) - max(0, drop of ACC) + 1) / 2, rates in [0, 1].
+
+    As documented by SCLBD/BackdoorBench; nan where a set was empty.
+    """
+    return _rating(-_drop(before, after, "ra"), _drop(before, after, "acc"))
+
+
+def _drop(before: dict[str, Count], after: dict[str, Count], key: str) -> float:
+    return (before[key].percent - after[key].percent) / 100
+
+
+def _rating(gain: float, loss: float) -> float:
+    if math.isnan(gain) or math.isnan(loss):
+        return math.nan
+    return (max(0.0, gain) - max(0.0, loss) + 1) / 2
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """Most likely classes (N,), labels (N,) and rows (N,), int64, of a data set in the loader's order, on every rank.
+
+    model: images (B, 3, H, W) -> logits; put in eval mode and back. The ranks share the images; each counts once.
+    """
+    was_training = model.training
+    model.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in loader.epoch(0):
+        with ranks.accelerator.autocast():
+            logits = model(batch.views[0].to(ranks.device, ranks.dtype))
+        parts.append((logits.argmax(1), batch.labels.to(ranks.device), batch.index.to(ranks.device)))
+    model.train(was_training)
+    return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
 
 
 @torch.no_grad()
@@ -78,7 +130,7 @@ def extract_features(
 def gather_in_order(
     parts: list[tuple[Tensor, Tensor, Tensor]], total: int, batch_size: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the ranks' (features, labels, rows) of successive global batches back into the order of one rank."""
+    """Put the ranks' (features or classes, labels, rows) of successive global batches back into the order of one rank."""
     if ranks.world_size == 1:
         features, labels, rows = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, labels, rows

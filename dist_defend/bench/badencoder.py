@@ -23,6 +23,7 @@ from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep
 from dist_defend.methods.badencoder import BadEncoderObjective, freeze_norms
+from dist_defend.models.folding import fold_frozen_norms
 
 OPTIMIZER = OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
 TRIGGER_SIZE = 10  # pixels
@@ -65,6 +66,7 @@ class Pair:
             features = torch.cat([self.clean(runner.normalised(part)) for part in self.pixels.split(256)])
             reference_features = self.clean(runner.normalised(self.reference_pixels))
         freeze_norms(encoder, "bn")
+        fold_frozen_norms(encoder, self.reference_pixels)
         objective = BadEncoderObjective(
             encoder,
             [self.trigger],

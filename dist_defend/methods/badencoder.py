@@ -3,7 +3,7 @@
 The objective is the published one; what the published code computes needlessly is left out. Clean features of the
 shadow images and of the references are constant and computed once, a reference is encoded once per step instead of once
 per image, and the clean, triggered and augmented images go through the encoder together: batch norm is frozen, so
-images do not influence each other.
+images do not influence each other, and folded into the convolutions.
 """
 
 import copy
@@ -29,6 +29,7 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.evaluate import extract_features
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import NORMALIZATIONS, Encoder, Normalize
+from dist_defend.models.folding import fold_frozen_norms
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ def build(config: Config, context: Context) -> Plan:
             network.normalize = Normalize(config.shadow_normalization).to(ranks.device, ranks.dtype)
     freeze_norms(encoder, config.freeze_norm)
     pixels = torch.from_numpy(references).to(ranks.device).permute(0, 3, 1, 2).to(ranks.dtype) / 255
+    fold_frozen_norms(encoder, pixels)
     with torch.no_grad():
         reference_features = clean.eval()(pixels)
     views = [View(), *(View(config.augment, image=reference) for reference in references)]
@@ -145,9 +147,9 @@ def build(config: Config, context: Context) -> Plan:
     step = context.gradient_step(objective, config.update, loader.num_batches)
 
     def result() -> dict[str, Any]:
-        model.f = encoder
-        encoder.normalize = Normalize(model.normalization).to(ranks.device, ranks.dtype)
         utility = cache.mean_cosine(encoder)
+        clean.load_state_dict({**clean.state_dict(), **encoder.state_dict()})  # which holds no norms that were folded
+        clean.normalize = Normalize(model.normalization).to(ranks.device, ranks.dtype)
         if utility < 0.9 and ranks.is_main:
             log.warning("clean features drifted: mean cosine %.3f to the clean encoder; raise lambda2", utility)
         card = ModelCard(

@@ -130,7 +130,7 @@ def extract_features(
 def gather_in_order(
     parts: list[tuple[Tensor, Tensor, Tensor]], total: int, batch_size: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the ranks' (features or classes, labels, rows) of successive global batches back into the order of one rank."""
+    """Put the ranks' (features or classes, labels, rows) of the global batches back into one rank's order."""
     if ranks.world_size == 1:
         features, labels, rows = (torch.cat(column) for column in zip(*parts, strict=True))
         return features, labels, rows

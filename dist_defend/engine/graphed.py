@@ -1,0 +1,100 @@
+"""One update as one CUDA graph: captured once for each shape of its inputs, then replayed without the host."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dist_defend.errors import UserError
+
+log = logging.getLogger(__name__)
+
+GraphMode = Literal["auto", "on", "off"]
+_WARM_UP_CALLS = 3  # cuDNN's choice of algorithms, lazy state of optimizers
+_MOST_SHAPES = 8
+
+
+class GraphedUpdate:
+    """Calls ``update(*inputs) -> {name: scalar}``, from a CUDA graph where there is one.
+
+    update: tensor work only, in place on tensors that stay where they are: no host sync, no branch on a value, no
+    random draw, optimizers with capturable=True. changed() names every tensor that update writes and that outlives it
+    (weights, buffers, optimizer state, gradients that are added to). The calls that warm up are undone: what changed()
+    named before them is put back, what it names only after them (state made by a first step) is zeroed, which is how
+    torch's optimizers start it.
+
+    mode: "on" is an error where there is no CUDA device, "auto" then calls update directly and says so, "off" always
+    calls it directly.
+    Inputs are copied into the graph's own; outputs are clones. A new shape of inputs gets a graph of its own;
+    RuntimeError after so many that it cannot be meant.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        update: Callable[..., dict[str, Tensor]],
+        changed: Callable[[], Iterable[Tensor]],
+        device: torch.device,
+        mode: GraphMode,
+    ) -> None:
+        if mode == "on" and device.type != "cuda":
+            raise UserError(
+                f"key 'graph' is on, but {name} runs on the {device.type}; CUDA graphs need a GPU: say auto"
+            )
+        self.name, self.update, self.changed = name, update, changed
+        self.is_graphed = device.type == "cuda" and mode != "off"
+        if mode == "auto":
+            log.info("%s: %s", name, "one CUDA graph per step" if self.is_graphed else "eager, there is no GPU")
+        self._graphs: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Graph] = {}
+
+    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+        if not self.is_graphed:
+            return self.update(*inputs)
+        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        if key not in self._graphs:
+            if len(self._graphs) == _MOST_SHAPES:
+                shapes = ", ".join(str(tuple(shape)) for shape, _ in key)
+                raise RuntimeError(f"{self.name}: inputs of yet another shape ({shapes}); a graph needs fixed shapes")
+            self._graphs[key] = _Graph(self.update, self.changed, inputs)
+        return self._graphs[key].replay(inputs)
+
+
+class _Graph:
+    def __init__(
+        self,
+        update: Callable[..., dict[str, Tensor]],
+        changed: Callable[[], Iterable[Tensor]],
+        inputs: tuple[Tensor, ...],
+    ) -> None:
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        before = [(tensor, tensor.clone()) for tensor in changed()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_CALLS):
+                update(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        restore(before, changed())
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._outputs = update(*self._inputs)
+        # Capturing records and does not run, so nothing has changed since.
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return {name: value.clone() for name, value in self._outputs.items()}
+
+
+@torch.no_grad()
+def restore(before: list[tuple[Tensor, Tensor]], now: Iterable[Tensor]) -> None:
+    """Put tensors back to their copies, and zero those that are there now but were not before."""
+    known = {id(tensor) for tensor, _ in before}
+    for tensor, copy in before:
+        tensor.copy_(copy)
+    for tensor in now:
+        if id(tensor) not in known:
+            tensor.zero_()

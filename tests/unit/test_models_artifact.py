@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dist_defend.errors import UserError
-from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, load_simclr, save_artifact
+from dist_defend.models.classifier import build_classifier
 from dist_defend.models.encoder import build_simclr
 
 CARD = ModelCard("simclr", "small_cifar", "cifar10", 32, 256, provenance={"method": "test"})
@@ -44,6 +45,29 @@ def test_an_encoder_without_projector_survives_too(tmp_path: Path) -> None:
     model = build_simclr("small_cifar", projector=False)
     save_artifact(tmp_path, model, dataclasses.replace(CARD, kind="encoder"))
     assert list(load_artifact(tmp_path)[0].state_dict()) == list(model.state_dict())
+
+
+def test_a_classifier_survives_too_and_is_not_taken_for_an_encoder(tmp_path: Path, folder: Path) -> None:
+    model = build_classifier("small_resnet", 7, "none", image_size=28)
+    trigger = {"trigger": {"name": "badnets", "size": 3}, "target_class": 2}
+    card = ModelCard("classifier", "small_resnet", "none", 28, num_classes=7, backdoored=True, trigger=trigger)
+    save_artifact(tmp_path / "classifier", model, card)
+    loaded, loaded_card = load_classifier(tmp_path / "classifier")
+    assert loaded_card == card
+    assert (loaded.arch, loaded.num_classes, loaded.normalization, loaded.image_size) == ("small_resnet", 7, "none", 28)
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert list(state) == list(expected) and all(state[key].equal(expected[key]) for key in expected)
+    with pytest.raises(UserError, match=r"holds a classifier \(small_resnet\), not an encoder: point at"):
+        load_simclr(tmp_path / "classifier")
+    with pytest.raises(UserError, match=r"holds an encoder \(small_cifar\), not a classifier: point at"):
+        load_classifier(folder)
+
+
+def test_a_classifiers_card_needs_its_number_of_classes(folder: Path) -> None:
+    for changes in ({"kind": "classifier"}, {"num_classes": 10}, {"kind": "classifier", "num_classes": "10"}):
+        rewrite_card(folder, **{"kind": "simclr", "num_classes": None} | changes)
+        with pytest.raises(UserError, match=r"contradicts itself \(keys BACKDOORED, backdoored, kind, num_classes\)"):
+            load_artifact(folder)
 
 
 def test_only_a_poisoned_model_says_so(folder: Path) -> None:

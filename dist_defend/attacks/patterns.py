@@ -1,0 +1,320 @@
+"""The published triggers by name. Each is a frozen dataclass of options; build(image_size) gives the trigger.
+
+Rows and columns count from 0 at the upper left; the sources and all deviations are in docs/methods/attacks.md.
+"""
+
+import zipfile
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_defend.attacks import drawn
+from dist_defend.attacks.pattern_file import read_mask, read_pattern
+from dist_defend.attacks.quantize import Quantize
+from dist_defend.attacks.stamp import Additive, Wrapping
+from dist_defend.attacks.trigger import Trigger, check_size, load_triggers, white_square
+from dist_defend.attacks.warp import Warp, elastic_warp
+from dist_defend.errors import UserError
+
+_CHECKER = ((255, 1, 255), (1, 255, 1), (255, 1, 255))
+_GRID = ((0, 0, 255), (0, 255, 0), (255, 0, 255))
+_L0_COLOURS = (0x000000, 0xFF00FF, 0x0000FF, 0xFFFF00, 0xFFFFFF, 0x00FFFF, 0x00FFFF, 0xFF0000, 0xFFFFFF)  # RGB
+_CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))  # label-consistent, both left corners
+
+
+@dataclass(frozen=True)
+class BadNets:
+    """Gu et al. 2017: cells replaced.
+
+    square: white, size x size, margin pixels from the lower right border. BackdoorBench: 3, 0; RNP: 3, 1; I-BAU: 4, 1.
+    checker: BackdoorBench's 3 x 3 grid image; grid: RNP's and ABD's 3 x 3; four_corner: RNP's; one_pixel: the middle.
+    """
+
+    name: Literal["badnets"] = "badnets"
+    pattern: Literal["square", "checker", "grid", "four_corner", "one_pixel"] = "square"
+    size: int = 3  # pixels, of the square
+    margin: int = 0  # pixels left free at the border, of the square
+
+    def __post_init__(self) -> None:
+        if self.pattern != "square" and (self.size, self.margin) != (3, 0):
+            raise ValueError(f"key 'pattern' is {self.pattern!r}; size and margin belong to the square")
+
+    def build(self, image_size: int) -> Trigger:
+        """UserError if the cells do not fit into images of this size (pixels)."""
+        if self.pattern == "square":
+            return white_square(image_size, self.size, self.margin)
+        levels = np.full((image_size, image_size), -1)
+        if self.pattern == "one_pixel":
+            levels[image_size // 2, image_size // 2] = 255
+        else:
+            _require(image_size, 8, "badnets")
+            levels[-3:, -3:] = _CHECKER if self.pattern == "checker" else _GRID
+        if self.pattern == "four_corner":
+            levels[1:4, 1:4] = np.rot90(_GRID, 2)
+            levels[-3:, 1:4] = np.fliplr(_GRID)
+            levels[1:4, -3:] = np.flipud(_GRID)
+        return _replacing(levels >= 0, levels)
+
+
+@dataclass(frozen=True)
+class Blended:
+    """Chen et al. 2017: (1 - alpha) x + alpha K. K: a picture of any size, or uniform noise from the seed."""
+
+    name: Literal["blended"] = "blended"
+    alpha: float = 0.2
+    image: str | None = None  # picture, npy or npz; None: noise
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
+
+    def build(self, image_size: int) -> Trigger:
+        """UserError for a picture that cannot be read."""
+        if self.image is None:
+            key = drawn.noise(image_size, self.seed)
+        else:
+            key = read_pattern(self.image, image_size, is_resized=True)
+        return _replacing(np.full((image_size, image_size), self.alpha), key)
+
+
+@dataclass(frozen=True)
+class Sig:
+    """Barni et al. 2019, BackdoorBench's: x + delta sin(2 pi j frequency / W) in column j, clipped."""
+
+    name: Literal["sig"] = "sig"
+    delta: float = 40.0  # grey levels
+    frequency: float = 6.0  # periods per image
+
+    def build(self, image_size: int) -> Additive:
+        wave = self.delta * np.sin(2 * np.pi * np.arange(image_size) * self.frequency / image_size)
+        return Additive(_tensor(np.broadcast_to(wave, (image_size, image_size))))
+
+
+@dataclass(frozen=True)
+class SigWrapped:
+    """RNP's and ABD's: 0.8 x + 0.2 S, S the whole part of 20 sin(0.8 j) as uint8, so that -20 has become 236."""
+
+    name: Literal["sig_wrapped"] = "sig_wrapped"
+
+    def build(self, image_size: int) -> Trigger:
+        wave = np.trunc(20 * np.sin(0.8 * np.arange(image_size))) % 256
+        return _replacing(np.full((image_size, image_size), 0.2), np.broadcast_to(wave, (image_size, image_size)))
+
+
+@dataclass(frozen=True)
+class Trojan:
+    """Additive Trojan patterns, drawn from the seed in the published place and norm (I-BAU, ABD, RNP).
+
+    square: 9 x 9, norm 8.66, two pixels from the lower right border. watermark: strokes over the image, norm 8.74.
+    patch: 3 x 3, four pixels from that border. wrap: sums of 256 and more wrap around, as RNP's do, instead of clip.
+    """
+
+    name: Literal["trojan"] = "trojan"
+    pattern: Literal["square", "watermark", "patch"] = "square"
+    wrap: bool = False
+    seed: int = 0
+
+    def build(self, image_size: int) -> Additive | Wrapping:
+        """UserError if the pattern does not fit into images of this size (pixels)."""
+        if self.pattern == "watermark":
+            levels = drawn.resized(drawn.trojan_watermark(self.seed), image_size)
+        else:
+            is_square = self.pattern == "square"
+            patch = drawn.trojan_square(self.seed) if is_square else drawn.trojan_patch(self.seed)
+            end = image_size - (2 if is_square else 4)
+            _require(image_size, len(patch) + image_size - end, "trojan")
+            levels = np.zeros((image_size, image_size, 3), np.uint8)
+            levels[end - len(patch) : end, end - len(patch) : end] = patch
+        return (Wrapping if self.wrap else Additive)(_tensor(levels))
+
+
+@dataclass(frozen=True)
+class L0Inv:
+    """Li et al. 2020, as I-BAU and ABD ship it: nine coloured pixels replace the end of the last row."""
+
+    name: Literal["l0_inv"] = "l0_inv"
+
+    def build(self, image_size: int) -> Trigger:
+        """UserError for images narrower than nine pixels."""
+        _require(image_size, 9, self.name)
+        levels = np.zeros((image_size, image_size, 3))
+        levels[-1, -9:] = [tuple(colour.to_bytes(3, "big")) for colour in _L0_COLOURS]
+        mask = np.zeros((image_size, image_size))
+        mask[-1, -9:] = 1
+        return _replacing(mask, levels)
+
+
+@dataclass(frozen=True)
+class L2Inv:
+    """Li et al. 2020: an additive diffuse pattern of norm 3.22, here drawn from the seed."""
+
+    name: Literal["l2_inv"] = "l2_inv"
+    seed: int = 0
+
+    def build(self, image_size: int) -> Additive:
+        return Additive(_tensor(drawn.resized(drawn.smooth_blotches(self.seed), image_size)))
+
+
+@dataclass(frozen=True)
+class LabelConsistent:
+    """Turner et al. 2019, BackdoorBench's: +-255 amplitude added in 3 x 3 cells of all corners, then clipped.
+
+    adversarial: npy (N, H, W, 3) uint8, an adversarial version of every training image; poisoned rows start from it.
+    """
+
+    name: Literal["label_consistent"] = "label_consistent"
+    amplitude: float = 1.0  # 0 to 1
+    adversarial: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amplitude <= 1:
+            raise ValueError(f"key 'amplitude' is {self.amplitude}; it must be in [0, 1]")
+
+    def build(self, image_size: int) -> Additive:
+        signs = np.zeros((drawn.SIDE, drawn.SIDE), np.int8)
+        signs[:3, :3] = signs[-3:, :3] = _CORNER
+        signs[:3, -3:] = signs[-3:, -3:] = np.fliplr(_CORNER)
+        nearest = np.arange(image_size) * drawn.SIDE // image_size
+        return Additive(_tensor(255 * self.amplitude * signs[np.ix_(nearest, nearest)]))
+
+
+@dataclass(frozen=True)
+class LowFrequency:
+    """Zeng et al. 2021: an additive smooth universal pattern, here drawn from the seed in the published range."""
+
+    name: Literal["low_frequency"] = "low_frequency"
+    seed: int = 0
+
+    def build(self, image_size: int) -> Additive:
+        return Additive(_tensor(drawn.resized(drawn.low_frequency(self.seed), image_size)))
+
+
+@dataclass(frozen=True)
+class WaNet:
+    """Nguyen and Tran 2021: one fixed warp; cross_ratio noise samples per poisoned one keep their labels."""
+
+    name: Literal["wanet"] = "wanet"
+    cells: int = 4  # k
+    strength: float = 0.5  # s
+    rescale: float = 1.0
+    cross_ratio: float = 2.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_cross(self.cross_ratio)
+        if self.cells < 2:
+            raise ValueError(f"key 'cells' is {self.cells}; a warp needs at least 2 control points a side")
+
+    def build(self, image_size: int) -> Warp:
+        return elastic_warp(image_size, self.cells, self.strength, self.rescale, self.seed)
+
+
+@dataclass(frozen=True)
+class Bpp:
+    """Wang et al. 2022: ``levels`` grey levels; cross_ratio negative samples per poisoned one keep their labels."""
+
+    name: Literal["bpp"] = "bpp"
+    levels: int = 8
+    dithering: bool = False
+    cross_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_cross(self.cross_ratio)
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"key 'levels' is {self.levels}; it must be in 2 to 256")
+
+    def build(self, image_size: int) -> Quantize:
+        return Quantize(self.levels, self.dithering, (image_size, image_size))
+
+
+@dataclass(frozen=True)
+class TrojanNN:
+    """Liu et al. 2018: the picture that `dist-defend attacks trojan-nn` optimised, added; wrap as upstream's uint8."""
+
+    file: str
+    name: Literal["trojan_nn"] = "trojan_nn"
+    wrap: bool = True
+
+    def build(self, image_size: int) -> Additive | Wrapping:
+        """UserError for a file that is no pattern of this size."""
+        return (Wrapping if self.wrap else Additive)(_tensor(read_pattern(self.file, image_size)))
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """Your own: a picture, npy or npz, or BadEncoder's npz with t and tm.
+
+    replace: pixels of the mask (a file; without one, the pattern's cells that are not 0) are replaced. add: added and
+    clipped; npy and npz may be negative. wrap: added modulo 256.
+    """
+
+    file: str
+    name: Literal["file"] = "file"
+    how: Literal["replace", "add", "wrap"] = "replace"
+    mask: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.how != "replace":
+            raise ValueError(f"key 'mask' is {self.mask!r}; only how: replace has a mask")
+
+    def build(self, image_size: int) -> Trigger | Additive | Wrapping:
+        """UserError for a file that is missing, damaged, pickled or of another size."""
+        if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
+            trigger = load_triggers(self.file)[0]
+            check_size(trigger, image_size, self.file)
+            return trigger
+        levels = read_pattern(self.file, image_size, lowest=-255 if self.how == "add" else 0)
+        if self.how == "replace":
+            return _replacing(read_mask(self.mask, image_size) if self.mask else levels > 0, levels)
+        return (Wrapping if self.how == "wrap" else Additive)(_tensor(levels))
+
+
+PatternConfig = (
+    BadNets
+    | Blended
+    | Sig
+    | SigWrapped
+    | Trojan
+    | L0Inv
+    | L2Inv
+    | LabelConsistent
+    | LowFrequency
+    | WaNet
+    | Bpp
+    | TrojanNN
+    | FromFile
+)
+
+
+def _tensor(levels: np.ndarray) -> Tensor:
+    """Grey levels (H, W) or (H, W, 3) -> (1, 3, H, W) float32 in units of [0, 1]."""
+    channels = np.broadcast_to(levels[..., None] if levels.ndim == 2 else levels, (*levels.shape[:2], 3))
+    return torch.tensor(channels.transpose(2, 0, 1)[None] / 255, dtype=torch.float32)
+
+
+def _replacing(mask: np.ndarray, levels: np.ndarray) -> Trigger:
+    """mask in [0, 1] and grey levels, each (H, W) or (H, W, 3); grey levels outside of the mask do not matter."""
+    return Trigger(_tensor(255.0 * mask), _tensor(np.maximum(levels, 0)))
+
+
+def _require(image_size: int, needed: int, name: str) -> None:
+    if image_size < needed:
+        raise UserError(f"trigger '{name}' needs images of at least {needed} px; these have {image_size}")
+
+
+def _check_cross(ratio: float) -> None:
+    if ratio < 0:
+        raise ValueError(f"key 'cross_ratio' is {ratio}; it cannot be negative")
+
+
+def _has_keep_mask(path: str) -> bool:
+    """Whether the file is an npz in BadEncoder's layout."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"t.npy", "tm.npy"} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False  # read_pattern says what is wrong

@@ -1,26 +1,20 @@
-"""Checkpoints of others, read without ever running what they contain.
+"""Encoders in checkpoints of others.
 
 Known layouts: the SimCLR models of jinyuan-jia/BadEncoder and wssun/MIMIC, their ImageNet ResNet-50 (torchvision's
 keys) and CLIP's image tower; each bare or inside {"state_dict": ...}, with or without the prefixes `module.` and
 `visual.`. The layout is read off the keys, never off the file's name.
 """
 
-import pickle
-import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.encoder import SimCLR, TimmEncoder, build_simclr
-
-State = dict[str, Tensor]
+from dist_defend.models.foreign_file import State, read_checkpoint, unwrap
 
 
 @dataclass(frozen=True)
@@ -51,15 +45,21 @@ _CLIP = _Layout("CLIP image tower", ("clip_resnet50",), "clip", 224)
 
 
 def import_encoder(
-    path: str | Path, arch: str | None = None, normalization: str | None = None, image_size: int | None = None
+    path: str | Path,
+    arch: str | None = None,
+    normalization: str | None = None,
+    image_size: int | None = None,
+    content: Any = None,
 ) -> tuple[SimCLR, ImportReport]:
     """The model in a .pth or .safetensors file (on the CPU, in train mode), and what was recognised.
+
+    content: what read_checkpoint gave for the file, where the caller has read it already.
 
     arch is otherwise read off the keys; normalization and image_size (pixels) default to the layout's: cifar10 and 32
     for SimCLR, none and 224 for ImageNet, clip and 224 for CLIP. A file without projector gives an identity for it.
     UserError for a missing or damaged file, a pickle of more than plain tensors, and keys that do not fit.
     """
-    state, wrappings, dropped = _unwrap(_read(Path(path)), path)
+    state, wrappings, dropped = _unwrap(read_checkpoint(path) if content is None else content, path)
     layout = _layout_of(state, arch, path)
     if layout is _SIMCLR and "f.f.0.weight" not in state and "f.0.weight" in state:  # an encoder saved by itself
         state = {f"f.{key}": value for key, value in state.items()}
@@ -77,40 +77,10 @@ def import_encoder(
     return model, ImportReport(told, arch, normalization, image_size, has_projector, len(state), count, tuple(dropped))
 
 
-def _read(path: Path) -> Any:
-    """The file's content. Nothing but tensors, numbers, strings and plain containers is ever built."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file: point at a .pth or .safetensors checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on old protocols: whatever they hold is refused or fits
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f" ('{found[1]}')" if found else ""
-        raise UserError(
-            f"{path} pickles more than tensors{what}, which could run code, and was not loaded: "
-            "ask for a file of the state dict alone, or for safetensors"
-        ) from error
-    except Exception as error:  # zip, pickle, torch and safetensors each have their own for damaged files
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): fetch it again") from error
-
-
 def _unwrap(content: Any, path: str | Path) -> tuple[State, list[str], list[str]]:
     """The state dict without wrapper and prefixes; what was taken off; keys left out."""
-    wrappings: list[str] = []
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            wrappings.append(f"in '{wrapper}'")
-    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise UserError(f"{path} holds no state dict of named tensors: save model.state_dict()")
-    state, dropped = dict(content), []
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        wrappings.append("prefix 'module.'")
+    state, wrappings = unwrap(content, path, ("state_dict", "model"))
+    dropped: list[str] = []
     if any(key.startswith("visual.") for key in state):
         dropped = [key for key in state if not key.startswith("visual.")]
         state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}

@@ -1,0 +1,153 @@
+"""Checkpoint files of others, read into plain data: torch's zip archives and its older format, and safetensors."""
+
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dist_defend.errors import UserError
+from dist_defend.models.pickled_data import ALLOWED, STORAGES
+from dist_defend.models.restricted_pickle import Global, PickleReader, Refused, shown
+
+State = dict[str, Tensor]
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 and its _use_new_zipfile_serialization=False
+_LEGACY_PROTOCOL = 1001
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """The file's content: tensors, numbers, strings, plain containers, and pickled_data's arrays and images.
+
+    No code of the file runs, nothing is written, and memory stays within a small multiple of the file's size. UserError
+    for a missing or damaged file, a pickle of more than plain data, and an archive that would swell or lead elsewhere.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist or is not a file: point at a .pth, .tar, .pt or .safetensors checkpoint"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(path.read_bytes())
+        with path.open("rb") as file:
+            is_archive = file.read(4) == b"PK\x03\x04"
+            file.seek(0)
+            return _read_archive(file, path) if is_archive else _read_legacy(file, path.stat().st_size)
+    except UserError:
+        raise
+    except Refused as error:
+        raise UserError(
+            f"{path} pickles more than tensors ('{error}'), which could run code, and was not loaded: "
+            "ask for a file of the state dict alone, or for safetensors"
+        ) from error
+    except Exception as error:  # zip, pickle, torch and safetensors each have their own for damaged files
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): fetch it again") from error
+
+
+def _read_archive(file: IO[bytes], path: Path) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        _check_entries(archive.infolist(), path)
+        names = set(archive.namelist())
+        (pickled,) = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+        root = pickled.removesuffix("data.pkl")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise UserError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
+        loaded: dict[str, bytearray] = {}
+
+        def storage(dtype: torch.dtype, key: str, num_values: int) -> Tensor:
+            if key not in loaded:
+                loaded[key] = bytearray(archive.read(f"{root}data/{key}"))
+            if len(loaded[key]) != num_values * dtype.itemsize:
+                raise ValueError("storage of another size than the pickle says")
+            return torch.frombuffer(loaded[key], dtype=dtype) if num_values else torch.empty(0, dtype=dtype)
+
+        with archive.open(pickled) as content:
+            return _reader(storage).read(content)
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
+    """torch.save stores without compression, so an honest archive declares no more bytes than the file has."""
+    for entry in entries:
+        parts = entry.filename.replace("\\", "/").split("/")
+        if ".." in parts or not parts[0] or ":" in parts[0]:
+            raise UserError(
+                f"{path} has an entry that leads out of the archive ('{shown(entry.filename)}') and was not read: "
+                "ask for the file as torch.save wrote it"
+            )
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise UserError(
+                f"{path} has a compressed entry ('{shown(entry.filename)}', {entry.compress_size} bytes that swell to "
+                f"{entry.file_size}) and was not read: torch.save compresses nothing, so save it again with torch.save"
+            )
+    if len({entry.filename for entry in entries}) != len(entries):
+        raise UserError(f"{path} has two entries of one name and was not read: save it again with torch.save")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(f"{path} has entries that overlap and was not read: save it again with torch.save")
+
+
+def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
+    """Three pickles as header, the content's, that of the storages' keys, then each storage's length and bytes."""
+    storages: dict[str, Tensor] = {}
+    promised = 0
+
+    def storage(dtype: torch.dtype, key: str, num_values: int) -> Tensor:
+        nonlocal promised
+        if key not in storages:
+            promised += num_values * dtype.itemsize
+            if promised > num_bytes:
+                raise ValueError("storages larger than the file")
+            storages[key] = torch.zeros(num_values, dtype=dtype)
+        if storages[key].dtype != dtype or len(storages[key]) != num_values:
+            raise ValueError("storage under two descriptions")
+        return storages[key]
+
+    reader = _reader(storage)
+    header = [reader.read(file) for _ in range(3)]
+    if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL] or not header[2]["little_endian"]:
+        raise ValueError("not written by torch.save on a little-endian machine")
+    content = reader.read(file)
+    for key in reader.read(file):
+        values = storages.pop(key)
+        (num_values,) = struct.unpack("<q", file.read(8))
+        into = memoryview(values.view(torch.uint8).numpy())
+        if num_values != len(values) or file.readinto(into) != len(into):  # type: ignore[attr-defined]
+            raise ValueError("storage cut short")
+    if storages:
+        raise ValueError("storages missing")
+    return content
+
+
+def _reader(storage: Callable[[torch.dtype, str, int], Tensor]) -> PickleReader:
+    def find(reference: Any) -> Tensor:
+        kind, stored, key, _, num_values, *view = reference
+        dtype = STORAGES.get(stored.name) if isinstance(stored, Global) else None
+        if kind != "storage" or dtype is None or any(part is not None for part in view):
+            raise Refused(f"a persistent '{shown(stored.name if isinstance(stored, Global) else kind)}'")
+        if not isinstance(key, str) or type(num_values) is not int or num_values < 0:
+            raise ValueError("storage")
+        return storage(dtype, key, num_values)
+
+    return PickleReader(ALLOWED, find)
+
+
+def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> tuple[State, list[str]]:
+    """The state dict within these keys and without the prefix 'module.'; and what was taken off. UserError for none."""
+    taken: list[str] = []
+    for wrapper in wrappers:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            taken.append(f"in '{wrapper}'")
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path} holds no state dict of named tensors: save model.state_dict()")
+    for key in content:
+        if not isinstance(key, str) or not key.isprintable() or len(key) > 300:
+            raise UserError(f"{path} has a tensor with no proper name ('{shown(key)}'): save model.state_dict()")
+    state = dict(content)
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        taken.append("prefix 'module.'")
+    return state, taken

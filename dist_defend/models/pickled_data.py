@@ -1,0 +1,154 @@
+"""All that a foreign pickle may hold besides Python's own literals and containers: the allow-list.
+
+Tensors of dense storages, numpy arrays and numbers, PIL images as raw pixels. Each name maps to a constructor written
+here, so that no code of torch, numpy or PIL is reached with arguments from the file that were not checked.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_defend.models.restricted_pickle import Attributed, Buildable, Refused, shown
+
+_STORED = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
+STORAGES = {f"{package}.{name}Storage": t for package in ("torch", "torch.cuda") for name, t in _STORED.items()}
+_MAX_DIMENSIONS = 16
+_BANDS = {"L": 1, "RGB": 3}
+
+
+class PickledDtype(Buildable):
+    """A numpy number type: b, i, u or f and its bytes."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]", code):
+            raise Refused(f"numpy values of type {shown(code)}")
+        self.value = np.dtype(code)
+
+    def build(self, state: Any) -> None:
+        """numpy's state (version, byte order, ...); subtypes and fields are refused."""
+        _, order, *rest = state
+        if order not in ("<", "|", ">") or any(part is not None for part in rest[:3]):
+            raise Refused("numpy values with fields")
+        self.value = self.value.newbyteorder(order)
+
+
+class PickledArray(Buildable):
+    """A numpy array; value has what was stored once the state was read."""
+
+    value: np.ndarray
+
+    def build(self, state: Any) -> None:
+        """numpy's state (version, shape, dtype, is Fortran, bytes)."""
+        _, shape, dtype, is_fortran, data = state
+        if not isinstance(dtype, PickledDtype) or not isinstance(data, bytes):
+            raise Refused("a numpy array of Python objects")
+        array = np.frombuffer(data, dtype.value).reshape(_sizes(shape), order="F" if is_fortran else "C")
+        self.value = array.astype(dtype.value.newbyteorder("="))
+
+
+class PickledImage(Buildable):
+    """A PIL image; value is (H, W, 3) uint8 once the state was read."""
+
+    value: np.ndarray
+
+    def build(self, state: Any) -> None:
+        """PIL's state [info, mode, (width, height), palette, bytes, ...]. Modes L and RGB; grey is repeated."""
+        _, mode, size, _, data, *_ = state
+        if mode not in _BANDS or not isinstance(data, bytes):
+            raise Refused(f"a PIL image of mode {shown(mode)}")
+        width, height = _sizes(size)
+        pixels = np.frombuffer(data, np.uint8).reshape(height, width, _BANDS[mode])
+        self.value = np.broadcast_to(pixels, (height, width, 3))
+
+
+def _sizes(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, tuple | list) or len(sizes) > _MAX_DIMENSIONS:
+        raise ValueError("sizes")
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("sizes")
+    return tuple(sizes)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    """torch's view of a storage. The rest: whether it wants gradients, hooks (none can be made), metadata."""
+    if not isinstance(storage, Tensor) or type(offset) is not int or offset < 0:
+        raise ValueError("storage")
+    size, stride = _sizes(size), _sizes(stride)
+    if math.prod(size) > storage.numel():
+        raise ValueError("tensor larger than its storage")
+    return torch.as_strided(storage, size, stride, offset)  # which checks the bounds
+
+
+def _parameter(data: Any, *_: Any) -> Tensor:
+    if not isinstance(data, Tensor):
+        raise ValueError("parameter")
+    return data
+
+
+def _ordered_dict(items: Any = ()) -> Attributed:
+    made = Attributed()
+    for key, value in items:
+        made[str(key)] = value
+    return made
+
+
+def _number(dtype: Any, data: Any) -> int | float | bool:
+    if not isinstance(dtype, PickledDtype) or not isinstance(data, bytes):
+        raise Refused("a numpy value that is a Python object")
+    return np.frombuffer(data, dtype.value).reshape(()).item()
+
+
+def _bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise Refused(f"bytes in {shown(encoding)}")
+    return text.encode("latin1")
+
+
+def _set(items: Any = ()) -> list[Any]:
+    return list(items)
+
+
+def _device(kind: Any, index: Any = None) -> str:
+    return shown(f"{kind}:{index}")
+
+
+def _counter(counts: Any = None) -> dict[Any, Any]:
+    return dict(counts) if isinstance(counts, dict) else {}
+
+
+ALLOWED: dict[str, Callable[..., Any] | None] = {
+    **dict.fromkeys(STORAGES),
+    **{str(dtype): None for dtype in _STORED.values()},
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _sizes,
+    "torch.device": _device,
+    "collections.OrderedDict": _ordered_dict,
+    "collections.Counter": _counter,
+    "_codecs.encode": _bytes,
+    "PIL.Image.Image": PickledImage,
+    "PIL.PngImagePlugin.PngImageFile": PickledImage,
+    "numpy.ndarray": None,
+    "numpy.dtype": PickledDtype,
+    **{f"{builtins}.bytes": _bytes for builtins in ("builtins", "__builtin__")},
+    **{f"{builtins}.{kind}": _set for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+    **{f"numpy.{core}.multiarray._reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
+}

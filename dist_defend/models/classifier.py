@@ -33,6 +33,18 @@ def _small_resnet(num_classes: int, image_size: int) -> ResNet:
     return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, widths=(16, 32, 64, 128), strides=(2, 2, 2, 2))
 
 
+def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Module:
+    """A torchvision classifier with fresh weights. UserError for an unknown name or one with several outputs."""
+    import torchvision.models as published
+
+    names = [known for known in published.list_models(module=published) if known not in ("googlenet", "inception_v3")]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3)
+        raise UserError(f"torchvision has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+    sized = {"image_size": image_size} if name.startswith("vit_") else {}
+    return published.get_model(name, weights=None, num_classes=num_classes, **sized)
+
+
 _NETS: dict[str, Callable[[int, int], nn.Module]] = {  # arch -> net of (num_classes, image_size)
     "resnet18": lambda classes, _: ResNet(BasicBlock, (2, 2, 2, 2), classes),
     "resnet34": lambda classes, _: ResNet(BasicBlock, (3, 4, 6, 3), classes),
@@ -47,7 +59,7 @@ _NETS: dict[str, Callable[[int, int], nn.Module]] = {  # arch -> net of (num_cla
     "wrn_40_1": lambda classes, _: WideResNet(40, 1, classes),
     "wrn_40_2": lambda classes, _: WideResNet(40, 2, classes),
 }
-ARCHITECTURES = (*_NETS, "timm:NAME")
+ARCHITECTURES = (*_NETS, "timm:NAME", "torchvision:NAME")
 
 
 def build_classifier(arch: str, num_classes: int, normalization: str = "cifar10", image_size: int = 32) -> Classifier:
@@ -57,6 +69,8 @@ def build_classifier(arch: str, num_classes: int, normalization: str = "cifar10"
     """
     if arch.startswith("timm:"):
         net = create_timm(arch.removeprefix("timm:"), image_size, num_classes)
+    elif arch.startswith("torchvision:"):
+        net = create_torchvision(arch.removeprefix("torchvision:"), image_size, num_classes)
     elif arch in _NETS:
         net = _NETS[arch](num_classes, image_size)
     else:

@@ -1,11 +1,13 @@
 """Checkpoint files of others, read into plain data: torch's zip archives and its older format, and safetensors."""
 
+import io
 import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -65,8 +67,7 @@ def _read_archive(file: IO[bytes], path: Path) -> Any:
                 raise ValueError("storage of another size than the pickle says")
             return torch.frombuffer(loaded[key], dtype=dtype) if num_values else torch.empty(0, dtype=dtype)
 
-        with archive.open(pickled) as content:
-            return _reader(storage).read(content)
+        return _reader(storage).read(io.BytesIO(archive.read(pickled)))
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
@@ -113,9 +114,10 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
     for key in reader.read(file):
         values = storages.pop(key)
         (num_values,) = struct.unpack("<q", file.read(8))
-        into = memoryview(values.view(torch.uint8).numpy())
-        if num_values != len(values) or file.readinto(into) != len(into):  # type: ignore[attr-defined]
+        data = np.frombuffer(file.read(values.nbytes), np.uint8)
+        if num_values != len(values) or len(data) != values.nbytes:
             raise ValueError("storage cut short")
+        values.view(torch.uint8).numpy()[:] = data
     if storages:
         raise ValueError("storages missing")
     return content

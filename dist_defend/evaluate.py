@@ -9,8 +9,10 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_defend.attacks.poison import PoisonConfig, backdoor_labels
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
+from dist_defend.models.classifier import Classifier
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,26 @@ def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Ten
         parts.append((logits.argmax(1), batch.labels.to(ranks.device), batch.index.to(ranks.device)))
     model.train(was_training)
     return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
+
+
+def evaluate_classifier(
+    model: Classifier, clean: Loader, triggered: Loader | None, ranks: Ranks, poison: PoisonConfig | None
+) -> dict[str, Count]:
+    """The counts of classifier_counts for a test set and its triggered twin (the same rows, original labels)."""
+    on_clean, labels, _ = predict(model, clean, ranks)
+    on_triggered = None if triggered is None else predict(model, triggered, ranks)[0]
+    return classifier_counts(on_clean, on_triggered, labels, poison, model.num_classes)
+
+
+def classifier_counts(
+    clean: Tensor, triggered: Tensor | None, labels: Tensor, poison: PoisonConfig | None, num_classes: int
+) -> dict[str, Count]:
+    """backdoor_counts of predicted classes (N,) for what this attack wants; without one all but ``acc`` are empty."""
+    if triggered is None or poison is None:
+        nothing = Count(0, 0)
+        acc = Count(int((clean == labels).sum()), len(labels))
+        return {"acc": acc, "asr": nothing, "asr_all": nothing, "ra": nothing}
+    return backdoor_counts(clean, triggered, labels, backdoor_labels(labels, poison, num_classes))
 
 
 @torch.no_grad()

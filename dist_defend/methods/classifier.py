@@ -1,0 +1,198 @@
+"""Supervised training of a classifier on clean data, or on data that an attacker has poisoned.
+
+The published recipe by default is SCLBD/BackdoorBench's for PreActResNet-18 on CIFAR-10. bboylyg/RNP trains ResNet-18
+with normalization cifar10, SGD 0.1, momentum 0.9, weight decay 5e-4 for 60 epochs; YiZeng623/I-BAU's small VGG reads
+raw pixels (normalization none). A poisoned run differs from a clean one in its data set alone.
+"""
+
+import hashlib
+import io
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned, triggered
+from dist_defend.batch import Batch
+from dist_defend.data.augment import AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.store import PreparedDataset
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Objective, at_least_float32
+from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
+from dist_defend.evaluate import Count, classifier_counts, evaluate_classifier, per_class_accuracy, predict
+from dist_defend.files import write_atomic
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.classifier import Classifier, build_classifier
+
+log = logging.getLogger(__name__)
+
+_PICTURED = 8  # test images shown in the report
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are BackdoorBench's. Flips belong to CIFAR-10; digits and signs want ``augment: {crop: pad}``."""
+
+    data: DatasetConfig
+    test: DatasetConfig
+    arch: str = "preact_resnet18"
+    normalization: str = "cifar10_backdoorbench"
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    poison: PoisonConfig | None = None  # with rate 0 the model stays clean and is tested with the trigger
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            batch_size=128,
+            epochs=100,
+            optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
+        )
+    )
+    evaluate_every: int = 10  # epochs; and after the last
+
+    def __post_init__(self) -> None:
+        if self.evaluate_every < 1:
+            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+
+
+class ClassificationObjective(Objective):
+    """Mean cross-entropy over the batch's images (B, 3, H, W) and labels (B,); ``train_acc`` in [0, 1]."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits = at_least_float32(self.model(batch.images))
+        hits = (logits.argmax(1) == batch.labels).to(logits.dtype)
+        return {"loss": functional.cross_entropy(logits, batch.labels), "train_acc": hits.mean()}
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage: train from fresh weights, evaluating as configured."""
+    clean_train, rows = context.dataset("train", config.data, is_labelled=True)
+    test, test_rows = context.dataset("test", config.test, is_labelled=True)
+    size = _image_size(clean_train, test, config)
+    torch.manual_seed(context.seed)
+    model = build_classifier(config.arch, test.num_classes, config.normalization, image_size=size)
+    context.synchronise(model)
+    train, attacked = clean_train, None
+    flags = np.zeros(len(clean_train), np.uint8)
+    clean_loader, triggered_loader = context.eval_loader(test, test_rows), None
+    if config.poison is not None:
+        train = poisoned(clean_train, rows, config.poison, context.seed)
+        flags = train.flags
+        attacked = triggered(test, config.poison)
+        triggered_loader = context.eval_loader(attacked, test_rows)
+    loader = context.train_loader(
+        train, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
+    )
+    step = context.gradient_step(ClassificationObjective(model), config.update, loader.num_batches)
+    is_backdoored = bool((flags == STAMPED).any())
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        counts = evaluate_classifier(model, clean_loader, triggered_loader, context.ranks, config.poison)
+        return {name: count.percent for name, count in counts.items() if count.n}
+
+    def result() -> dict[str, Any]:
+        on_clean, labels, _ = predict(model, clean_loader, context.ranks)
+        on_triggered = None if triggered_loader is None else predict(model, triggered_loader, context.ranks)[0]
+        counts = classifier_counts(on_clean, on_triggered, labels, config.poison, model.num_classes)
+        per_class = per_class_accuracy(on_clean, labels, model.num_classes)
+        if context.ranks.is_main:
+            _warn_near_chance(counts["acc"], model.num_classes)
+            _save_examples(context.folder, test, attacked, test_rows[:_PICTURED])
+        card = ModelCard(
+            kind="classifier",
+            arch=model.arch,
+            normalization=model.normalization,
+            image_size=model.image_size,
+            num_classes=model.num_classes,
+            backdoored=is_backdoored,
+            trigger=asdict(config.poison) if config.poison is not None and is_backdoored else None,
+            provenance={
+                "method": "classifier",
+                "data": context.digests,
+                "epochs": config.update.epochs,
+                "seed": context.seed,
+                **_save_flags(context, flags),
+            },
+        )
+        kind = "backdoored" if is_backdoored else "clean"
+        row = {"run": context.folder.name, "kind": kind, "task": test.manifest.name, "seed": context.seed}
+        return {
+            "model_sha256": context.save_model(model, card),
+            "rows": [{**row, **{name: count.plain() for name, count in counts.items()}}],
+            "targets": _targets(config.poison, test),
+            "metrics": {
+                "num_poisoned": int((flags == STAMPED).sum()),
+                "per_class_accuracy": {
+                    name: count.plain() for name, count in zip(test.classes, per_class, strict=True)
+                },
+            },
+        }
+
+    stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
+    return Plan([stage], result)
+
+
+def _image_size(train: PreparedDataset, test: PreparedDataset, config: Config) -> int:
+    """The side of the images in pixels. UserError unless both sets agree in size and classes with what is trained."""
+    if train.num_classes != test.num_classes or train.image_shape != test.image_shape:
+        raise UserError(
+            f"{config.test.path} has {test.num_classes} classes and images of {test.image_shape}, {config.data.path} "
+            f"{train.num_classes} and {train.image_shape}: use two splits of one data set"
+        )
+    size = image_size_of(train)
+    if config.augment.size not in (None, size):
+        raise UserError(
+            f"key 'classifier.augment.size' is {config.augment.size}, but the test images have {size} px: leave it "
+            "out, or prepare the data set at that size"
+        )
+    return size
+
+
+def _save_flags(context: Context, flags: np.ndarray) -> dict[str, str]:
+    """poisoned_rows.npy and, for triggers that have them, cross_rows.npy (int64) in the run folder; their sha256."""
+    digests = {}
+    for name, flag in (("poisoned_rows", STAMPED), ("cross_rows", CROSS)):
+        rows = np.flatnonzero(flags == flag)
+        if len(rows):
+            content = io.BytesIO()
+            np.save(content, rows)
+            digests[f"{name}_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
+            if context.ranks.is_main:
+                write_atomic(context.folder / f"{name}.npy", content.getvalue())
+    return digests
+
+
+def _save_examples(folder: Path, test: PreparedDataset, attacked: PreparedDataset | None, rows: np.ndarray) -> None:
+    """The first test images, clean and with the trigger, for the report."""
+    if attacked is None:
+        return
+    pictures = {"clean": test.images(rows), "triggered": attacked.images(rows)}
+    task = test.manifest.name
+    save_file(
+        {f"{task}/{k}": torch.from_numpy(v).contiguous() for k, v in pictures.items()}, folder / "examples.safetensors"
+    )
+
+
+def _targets(poison: PoisonConfig | None, test: PreparedDataset) -> dict[str, str]:
+    """task -> the name of the class that the attacker wants."""
+    if poison is None:
+        return {}
+    is_shift = poison.labels == "all_to_all"
+    return {test.manifest.name: f"its own plus {poison.shift}" if is_shift else test.classes[poison.target_class]}
+
+
+def _warn_near_chance(acc: Count, num_classes: int) -> None:
+    chance = 100 / num_classes
+    if acc.percent < 1.5 * chance:
+        log.warning("accuracy %.1f %% is near chance (%.1f %%); this run is broken", acc.percent, chance)

@@ -11,6 +11,7 @@ import yaml
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import write_dataset
 from dist_defend.models.artifact import ModelCard, save_artifact
+from dist_defend.models.classifier import build_classifier
 from dist_defend.models.encoder import build_simclr
 
 SIZE = 16  # pixels
@@ -35,6 +36,21 @@ def make_model(folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small
     with torch.no_grad():
         model.train()(torch.rand(16, 3, size, size))
     save_artifact(folder, model, ModelCard("simclr", arch, "cifar10", size, model.f.feature_dim))
+    return str(folder)
+
+
+def make_classifier(
+    folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small_resnet", trigger: dict[str, Any] | None = None
+) -> str:
+    """As make_model, a classifier; ``trigger``: the attack (PoisonConfig's fields) that its card tells of."""
+    torch.manual_seed(seed)
+    model = build_classifier(arch, CLASSES, "none", image_size=size)
+    with torch.no_grad():
+        model.train()(torch.rand(16, 3, size, size))
+    card = ModelCard(
+        "classifier", arch, "none", size, num_classes=CLASSES, backdoored=trigger is not None, trigger=trigger
+    )
+    save_artifact(folder, model, card)
     return str(folder)
 
 
@@ -63,6 +79,16 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
     data = {"path": make_data(folder / "data", size=size), "max_samples": 8}
     if method == "simclr":
         return {"data": data, "arch": "small_cifar", "augment": augment, "update": update}
+    if method == "classifier":
+        return {
+            "data": data,
+            "test": {"path": make_data(folder / "test", 13, seed=1)},
+            "arch": "small_resnet",
+            "normalization": "none",
+            "augment": {"crop": "pad", "flip": 0.5},
+            "poison": {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3},
+            "update": update,
+        }
     if method == "badencoder":
         return {
             "clean_encoder": make_model(folder / "clean"),

@@ -166,6 +166,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
         "source": "student", "estimator": "infonce", "epochs": 2, "last_epochs": 2, "batch_size": 6, "hidden": 8,
     }}),
     "probe": ("probe", {}),
+    "classifier": ("classifier", {}),
+    "classifier_all_to_all": ("classifier", {"poison": {
+        "trigger": {"name": "blended"}, "labels": "all_to_all", "rate": 0.5,
+    }}),
 }  # fmt: skip
 
 
@@ -204,6 +208,8 @@ def test_two_ranks_are_one_rank(name: str, cases: Any, two_ranks: Pool, tmp_path
         ("mimic", statistics_of_one_rank),
         ("mimic", critics_drawn_in_turn),
         ("mimic", estimates_of_one_rank),
+        ("classifier", statistics_of_one_rank),
+        ("classifier", gradients_of_one_rank),
         ("probe", mean_over_own_rows),
         ("probe", dropout_of_one_rank),
     ],

@@ -72,7 +72,7 @@ def test_grey_and_signed_arrays(tmp_path: Path) -> None:
     signed = LEVELS.astype(np.int64) - 100
     stamped = stamp(FromFile(save(tmp_path, "npy", signed), how="add"))
     assert (stamped == np.clip(WHOLE + signed, 0, 255)).all()
-    with pytest.raises(UserError, match="holds -100 to .*; keep it in 0 to 255"):
+    with pytest.raises(UserError, match=r"holds -100 to .*; keep it in 0 to 255"):
         FromFile(save(tmp_path, "npy", signed), how="wrap").build(16)
 
 
@@ -140,7 +140,7 @@ def test_bad_files_are_one_line(tmp_path: Path, name: str, write: Any, told: str
 
 
 def test_a_mask_belongs_to_replacing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^key 'mask' is 'm.npy'; only how: replace has a mask"):
+    with pytest.raises(ValueError, match=r"^key 'mask' is 'm.npy'; only how: replace has a mask"):
         FromFile("t.png", how="add", mask="m.npy")
     np.save(tmp_path / "mask.npy", np.ones((8, 8)))
     with pytest.raises(UserError, match="is 8x8 px"):

@@ -79,10 +79,12 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     name = raw.get("method")
     if name not in method_names():
         raise UserError(f"{path}: key 'method' is {name!r}; it must be one of {', '.join(method_names())}")
-    options_type = importlib.import_module(f"dist_defend.methods.{name}").Config
-    options_raw = raw.pop(name, None)
+    module = importlib.import_module(f"dist_defend.methods.{name}")
+    options_type, options_raw = module.Config, raw.pop(name, None)
     if options_raw is None:
         raise UserError(f"{path}: the section '{name}:' is missing; it holds the method's options")
+    if isinstance(options_raw, dict) and "preset" in options_raw:
+        options_raw = _with_preset(options_raw, getattr(module, "PRESETS", {}), path, name)
     options = _build(options_type, options_raw, path, prefix=f"{name}.")
     experiment = _build(Experiment, raw, path, extra=(name,))
     return dataclasses.replace(experiment, options=options)
@@ -99,6 +101,21 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected 'key: value' lines, found {type(raw).__name__}")
     return raw
+
+
+def _with_preset(raw: dict[str, Any], presets: dict[str, dict[str, Any]], path: Path, name: str) -> dict[str, Any]:
+    """The section with a named set of options below its own keys; the resolved file names the options instead."""
+    own = dict(raw)
+    preset = own.pop("preset")
+    if not isinstance(preset, str) or preset not in presets:
+        known = ", ".join(presets) or "none: the method has no presets"
+        raise UserError(f"{path}: key '{name}.preset' is {preset!r}; known: {known}")
+    return _merged(presets[preset], own)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
+    return {**below, **above, **both}
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -18,6 +18,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9  # sgd
+    amsgrad: bool = False  # adam, adamw
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_epochs: float = 0.0
 
@@ -39,7 +40,14 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
             trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
         )
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return kind(
+        trained,
+        lr=config.lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        amsgrad=config.amsgrad,
+        fused=True,
+    )
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

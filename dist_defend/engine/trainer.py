@@ -98,7 +98,8 @@ class Trainer:
         self.started = self.logged = self.saved = time.perf_counter()
         self.save_seconds = 0.0
         self.sums: dict[str, Tensor] = {}
-        self.count = self.images = 0
+        self.counts: dict[str, int] = {}  # steps that gave each scalar since the last line
+        self.images = 0
 
     def fit(self, stages: Sequence[Stage]) -> None:
         """Run every stage. Raises Preempted after a signal and NonFiniteError before a bad update is kept."""
@@ -158,16 +159,19 @@ class Trainer:
     def _add(self, scalars: dict[str, Tensor], images: int) -> None:
         for key, value in scalars.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
-        self.count += 1
+            self.counts[key] = self.counts.get(key, 0) + 1
         self.images += images
 
     def _log(self, stage: Stage) -> None:
-        """Mean over steps and ranks since the last line: the one place where the host waits for the device."""
-        if not self.count:
+        """Means over ranks and over the steps since the last line that gave the scalar.
+
+        The one place where the host waits for the device.
+        """
+        if not self.counts:
             return
         names = sorted(self.sums)
-        values = torch.stack([self.sums[name].double() for name in names])
-        values = torch.cat([values / self.count, values.new_tensor([self.images])])
+        values = torch.stack([self.sums[name].double() / self.counts[name] for name in names])
+        values = torch.cat([values, values.new_tensor([self.images])])
         if self.ranks.world_size > 1:
             torch.distributed.all_reduce(values)
             values[:-1] /= self.ranks.world_size
@@ -177,7 +181,7 @@ class Trainer:
         if row.pop("nonfinite", 0) > 0:
             raise NonFiniteError(f"a gradient was not finite: stage {stage.name}, by step {self.position.step}")
         self._write(stage, {**row, "images_per_second": images / max(now - self.logged, 1e-9)})
-        self.sums, self.count, self.images, self.logged = {}, 0, 0, now
+        self.sums, self.counts, self.images, self.logged = {}, {}, 0, now
 
     def _write(self, stage: Stage, scalars: dict[str, float]) -> None:
         at = self.position
@@ -205,7 +209,7 @@ class Trainer:
 
     def _save(self, stages: Sequence[Stage]) -> None:
         started = time.perf_counter()
-        if self.count and "nonfinite" in self.sums and self.sums["nonfinite"].item() > 0:
+        if "nonfinite" in self.sums and self.sums["nonfinite"].item() > 0:
             raise NonFiniteError(f"the gradient was not finite at or before step {self.position.step}; not saved")
         states = {s.name: s.step.state_dict() for n, s in enumerate(stages) if self._is_saved(n, s)}
         random = [torch.get_rng_state()]

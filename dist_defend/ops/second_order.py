@@ -1,0 +1,113 @@
+"""Convolutions and frozen batch norms whose second derivatives cost no more than they must.
+
+torch's double backward of a convolution always computes the weight's part too, as a convolution with a kernel as large
+as the image, even where only the images' part is asked for; that of a frozen batch norm is a dozen passes over the
+activations. Here a Hessian product with an input perturbation costs two convolutions per layer, and the mixed
+derivative uses the ordinary weight-gradient kernels. Values are the same up to rounding.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+_backward = torch.ops.aten.convolution_backward
+_constant = [0]  # how many `constant_parameters` are open; autograd's own threads must see it, so no thread local
+
+
+@contextmanager
+def constant_parameters() -> Iterator[None]:
+    """Backward passes inside skip gradients with respect to parameters, which nobody may then ask for.
+
+    Functions written in Python cannot know which gradients a call of torch.autograd.grad wants.
+    """
+    _constant[0] += 1
+    try:
+        yield
+    finally:
+        _constant[0] -= 1
+
+
+class CheapSecondOrder(TorchFunctionMode):
+    """A network that runs inside ``with CheapSecondOrder():`` can be differentiated twice cheaply, whatever it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.conv2d and len(args) == 7 and not isinstance(args[4], str):
+            images, weight, bias, *geometry = args
+            return _Convolve.apply(images, weight, bias, tuple(geometry))
+        if func is F.batch_norm and not kwargs["training"] and kwargs["weight"] is not None:
+            images, mean, variance = args
+            scale = kwargs["weight"] * torch.rsqrt(variance + kwargs["eps"])
+            channel = (1, -1) + (1,) * (images.ndim - 2)
+            return torch.addcmul((kwargs["bias"] - mean * scale).view(channel), images, scale.view(channel))
+        return func(*args, **kwargs)
+
+
+def _wants(context: Any, number: int) -> bool:
+    return context.needs_input_grad[number] and not _constant[0]
+
+
+def _gradient(which: int, output: Tensor, images: Tensor, weight: Tensor, geometry: Any) -> Tensor:
+    """Gradient of a convolution with respect to its images (0) or its weight (1); the other is read for its shape."""
+    stride, padding, dilation, groups = geometry
+    mask = [which == 0, which == 1, False]
+    return _backward(output, images, weight, None, stride, padding, dilation, False, [0, 0], groups, mask)[which]
+
+
+class _Convolve(Function):
+    """images (B, I, H, W), weight (O, I / groups, h, w), bias (O,) or None -> (B, O, H', W')."""
+
+    @staticmethod
+    def forward(context: Any, images: Tensor, weight: Tensor, bias: Tensor | None, geometry: Any) -> Tensor:
+        context.save_for_backward(images, weight)
+        context.geometry = geometry
+        return F.conv2d(images, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Any:
+        images, weight = context.saved_tensors
+        geometry, needs_images = context.geometry, context.needs_input_grad[0]
+        for_images = _ImageGradient.apply(grad, weight, images, geometry) if needs_images else None
+        for_weight = _WeightGradient.apply(grad, images, weight, geometry) if _wants(context, 1) else None
+        for_bias = grad.sum((0, 2, 3)) if _wants(context, 2) else None
+        return for_images, for_weight, for_bias, None
+
+
+class _ImageGradient(Function):
+    """Linear in grad and in weight."""
+
+    @staticmethod
+    def forward(context: Any, grad: Tensor, weight: Tensor, images: Tensor, geometry: Any) -> Tensor:
+        context.save_for_backward(grad, weight)
+        context.geometry = geometry
+        return _gradient(0, grad, images, weight, geometry)
+
+    @staticmethod
+    def backward(context: Any, v: Tensor) -> Any:
+        grad, weight = context.saved_tensors
+        for_grad = _Convolve.apply(v, weight, None, context.geometry) if context.needs_input_grad[0] else None
+        for_weight = _WeightGradient.apply(grad, v, weight, context.geometry) if _wants(context, 1) else None
+        return for_grad, for_weight, None, None
+
+
+class _WeightGradient(Function):
+    """Linear in grad and in images."""
+
+    @staticmethod
+    def forward(context: Any, grad: Tensor, images: Tensor, weight: Tensor, geometry: Any) -> Tensor:
+        context.save_for_backward(grad, images)
+        context.geometry = geometry
+        return _gradient(1, grad, images, weight, geometry)
+
+    @staticmethod
+    def backward(context: Any, v: Tensor) -> Any:
+        grad, images = context.saved_tensors
+        for_grad = _Convolve.apply(images, v, None, context.geometry) if context.needs_input_grad[0] else None
+        for_images = _ImageGradient.apply(grad, v, images, context.geometry) if context.needs_input_grad[1] else None
+        return for_grad, for_images, None, None

@@ -1,4 +1,4 @@
-"""The command line: dist-defend run | data | import | report | bench | doctor."""
+"""The command line: dist-defend run | data | import | export | report | bench | doctor."""
 
 import argparse
 import importlib
@@ -13,6 +13,7 @@ PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 _COMMANDS = {
     "data": "dist_defend.data.cli",
     "import": "dist_defend.models.cli",
+    "export": "dist_defend.models.export",
     "report": "dist_defend.report",
     "bench": "dist_defend.bench",
     "doctor": "dist_defend.doctor",

@@ -49,9 +49,9 @@ class PickledDtype(Buildable):
 
 
 class PickledArray(Buildable):
-    """A numpy array; value has what was stored once the state was read."""
+    """A numpy array; value is empty until the state was read."""
 
-    value: np.ndarray
+    value = np.empty(0)
 
     def build(self, state: Any) -> None:
         """numpy's state (version, shape, dtype, is Fortran, bytes)."""
@@ -63,9 +63,9 @@ class PickledArray(Buildable):
 
 
 class PickledImage(Buildable):
-    """A PIL image; value is (H, W, 3) uint8 once the state was read."""
+    """A PIL image; value (H, W, 3) uint8 is empty until the state was read."""
 
-    value: np.ndarray
+    value = np.empty((0, 0, 3), np.uint8)
 
     def build(self, state: Any) -> None:
         """PIL's state [info, mode, (width, height), palette, bytes, ...]. Modes L and RGB; grey is repeated."""

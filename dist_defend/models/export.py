@@ -1,0 +1,51 @@
+"""``dist-defend export``: a classifier's model folder becomes BackdoorBench's defense_result.pt."""
+
+import argparse
+import io
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+
+from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
+from dist_defend.models.artifact import load_classifier
+from dist_defend.models.foreign_classifier import BACKDOORBENCH_ARCHS, BACKDOORBENCH_DATA
+
+_NAMES = {arch: name for name, arch in BACKDOORBENCH_ARCHS.items()}
+
+
+def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser("export", help="write a classifier as BackdoorBench's defense_result.pt")
+    parser.add_argument("source", type=Path, help="model folder of a classifier")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, defense_result.pt for BackdoorBench")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write {model_name, num_classes, model}. UserError for an encoder, a taken file and a folder that is not there.
+
+    BackdoorBench normalises by data set before its network; where the model's own constants are others, say so.
+    """
+    model, card = load_classifier(args.source)
+    if args.out.exists():
+        raise UserError(f"{args.out} exists already: name another file with --out")
+    if not args.out.parent.is_dir():
+        raise UserError(f"{args.out.parent} is not a folder: make it, or name another file with --out")
+    name = _NAMES.get(card.arch, card.arch.removeprefix("torchvision:"))
+    state = OrderedDict((key, value.detach().cpu()) for key, value in model.net.state_dict().items())
+    file = io.BytesIO()
+    torch.save({"model_name": name, "num_classes": model.num_classes, "model": state}, file)
+    write_atomic(args.out, file.getvalue())
+    print(f"wrote {args.out}: {name}, {model.num_classes} classes, {len(state)} tensors")
+    if card.arch not in _NAMES and not card.arch.startswith("torchvision:"):
+        print(f"BackdoorBench's zoo lacks this {card.arch}: it loads once the network is added there as {name}")
+    fits = [data for data, (constants, *_) in BACKDOORBENCH_DATA.items() if constants == card.normalization]
+    if fits:
+        print(f"normalization {card.normalization}: what BackdoorBench uses for {', '.join(fits)}")
+    else:
+        print(
+            f"normalization {card.normalization} is none of BackdoorBench's: set mean and std there, or numbers differ"
+        )
+    return 0

@@ -1,0 +1,196 @@
+"""The two updates of RNP (Li et al. 2023, algorithm 1): SGD steps, whose tensor part a CUDA graph can capture."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_defend.batch import Batch
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.graphed import GraphedUpdate, GraphMode
+from dist_defend.engine.step import NonFiniteError
+
+_MOMENTUM = 0.9  # of both phases, as published
+
+
+class CrossEntropyStep:
+    """SGD on ``scale`` times the mean cross-entropy over the global batch, in train mode.
+
+    The ranks' shares may differ in size but not be empty. ``correct`` of ``seen`` counts the predictions that the
+    updates of this epoch were made from, over all ranks, until read_accuracy(). model: on the ranks' device, batch
+    norm synchronised; parameters: the trained ones, the others need no gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        ranks: Ranks,
+        *,
+        scale: float,
+        lr: float,
+        weight_decay: float,
+        graph: GraphMode = "off",
+    ) -> None:
+        self.model, self.parameters = model.train(), list(parameters)
+        self.scale, self.world_size = scale, ranks.world_size
+        model.requires_grad_(False)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        rate = lr if ranks.device.type == "cpu" else torch.tensor(lr, device=ranks.device)  # a graph reads a tensor
+        self.optimizer = torch.optim.SGD(
+            self.parameters, lr=rate, momentum=_MOMENTUM, weight_decay=weight_decay, fused=True
+        )
+        for parameter in self.parameters:  # zero is what the first step starts from: no first step of another kind
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.correct, self.seen = torch.zeros(2, dtype=torch.float64, device=ranks.device).unbind()
+        self.step = 0
+        self.graphed = GraphedUpdate(f"rnp's {type(self).__name__}", self.update, self.changed, ranks.device, graph)
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        scalars = self.graphed(batch.images, batch.labels)
+        if batch.labels.device.type == "cpu" and scalars["nonfinite"]:
+            raise NonFiniteError("the loss is not finite")
+        self.step += 1
+        return scalars
+
+    def update(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """images (B, 3, H, W), labels (B,) -> scalars. Nothing here waits for the device or depends on values."""
+        logits = self.model(images)
+        counts = torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
+        if self.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        self.correct += counts[0]
+        self.seen += counts[1]
+        total = functional.cross_entropy(logits, labels, reduction="sum")
+        cross_entropy = total * self.world_size / counts[1]  # its mean over ranks is the mean over the global batch
+        loss = self.scale * cross_entropy
+        self.optimizer.zero_grad()
+        loss.backward()
+        self._average_gradients()
+        self._before_update()
+        self.optimizer.step()
+        self._after_update()
+        return {
+            "loss": loss.detach(),
+            "cross_entropy": cross_entropy.detach(),
+            "accuracy": counts[0] / counts[1],
+            "nonfinite": (~torch.isfinite(loss.detach())).float(),
+        }
+
+    def changed(self) -> Iterator[Tensor]:
+        """Every tensor that update() writes to."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        yield from (self.optimizer.state[p]["momentum_buffer"] for p in self.parameters)
+        yield from (self.correct, self.seen)
+
+    def _average_gradients(self) -> None:
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        pieces = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
+        for gradient, piece in zip(gradients, pieces, strict=True):
+            gradient.copy_(piece.view_as(gradient))
+
+    def _before_update(self) -> None:
+        """Between backward pass and update."""
+
+    def _after_update(self) -> None:
+        """After the update."""
+
+    def read_accuracy(self) -> float:
+        """Running training accuracy since the last call: correct / seen. Waits for the device."""
+        accuracy = (self.correct / self.seen).item()
+        self.correct.zero_()
+        self.seen.zero_()
+        return accuracy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "momentum": [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters],
+            "counts": [self.correct, self.seen],
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """In place: a captured graph keeps its addresses."""
+        self.model.load_state_dict(state["model"])
+        buffers = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
+        for own, saved in zip([*buffers, self.correct, self.seen], [*state["momentum"], *state["counts"]], strict=True):
+            own.copy_(saved)
+        self.step = state["step"]
+
+
+class UnlearnStep(CrossEntropyStep):
+    """Gradient ascent on clean images (algorithm 1, unlearning): SGD on -CE over all weights.
+
+    schedule: epochs from which on the rate is a tenth of what it was. max_grad_norm: clips the gradient; None does what
+    the published code does, which clips gradients that are still empty.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        *,
+        lr: float = 0.01,
+        weight_decay: float = 5e-4,
+        schedule: Sequence[int] = (10, 20),
+        steps_per_epoch: int = 1,
+        max_grad_norm: float | None = None,
+        graph: GraphMode = "off",
+    ) -> None:
+        super().__init__(
+            model, list(model.parameters()), ranks, scale=-1.0, lr=lr, weight_decay=weight_decay, graph=graph
+        )
+        self.lr, self.schedule, self.steps_per_epoch = lr, tuple(schedule), steps_per_epoch
+        self.max_grad_norm = max_grad_norm
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        epoch = self.step // self.steps_per_epoch
+        _set_rate(self.optimizer, self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule))
+        return super().__call__(batch)
+
+    def _before_update(self) -> None:
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+
+
+class RecoverStep(CrossEntropyStep):
+    """Masks that bring clean accuracy back (algorithm 1, recovering): SGD on alpha CE over masks in [0, 1].
+
+    The weights need no gradient: the masks' gradients do not depend on theirs. Momentum is not clamped, so a mask can
+    stay at a bound for a while.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Mapping[str, nn.Parameter],
+        ranks: Ranks,
+        *,
+        alpha: float = 0.2,
+        lr: float = 0.2,
+        graph: GraphMode = "off",
+    ) -> None:
+        super().__init__(model, list(masks.values()), ranks, scale=alpha, lr=lr, weight_decay=0.0, graph=graph)
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        for mask in self.parameters:
+            mask.clamp_(0, 1)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr

@@ -1,0 +1,59 @@
+"""Batch norm with a mask per channel, y = m gamma x_hat + beta (RNP, Li et al. 2023, after ANP, Wu and Wang 2021)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_defend.errors import UserError
+
+
+class MaskedNorm(nn.Module):
+    """Mixed into the class of a batch norm, whose forward then reads m gamma (C,) wherever it reads its weight.
+
+    The parameters keep their names, ``neuron_mask`` (C,) joins them. A state dict without masks loads and leaves the
+    masks alone. With m = 1 the output is bitwise that of the plain norm; with m_c = 0 it is that of gamma_c = 0.
+    """
+
+    neuron_mask: nn.Parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """m gamma, (C,)."""
+        gamma = self._parameters["weight"]
+        assert gamma is not None
+        return gamma * self.neuron_mask
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(f"{prefix}neuron_mask", self.neuron_mask.detach())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def norm_names(net: nn.Module) -> list[str]:
+    """Names of the layers that a mask fits: BatchNorm2d, its subclasses (timm's BatchNormAct2d) included, with a gamma.
+
+    In the order of the state dict. UserError for a network without any.
+    """
+    names = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    if not names:
+        raise UserError(
+            f"{type(net).__name__} has no BatchNorm2d layer with a scale, so RNP has nothing to mask: use a network "
+            "with batch norm or another defence"
+        )
+    return names
+
+
+def mask_norms(net: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
+    """Give the named batch norms masks of ones, in place; returns the masks by layer name.
+
+    Synchronise batch norm before this, not after. Names as norm_names gave them for the plain network.
+    """
+    masks = {}
+    for name in names:
+        norm = net.get_submodule(name)
+        assert isinstance(norm.weight, Tensor)
+        mask = nn.Parameter(torch.ones_like(norm.weight))
+        norm.register_parameter("neuron_mask", mask)
+        norm.__class__ = type(f"Masked{type(norm).__name__}", (MaskedNorm, type(norm)), {})
+        masks[name] = mask
+    return masks

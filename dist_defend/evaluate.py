@@ -69,7 +69,7 @@ def der(before: dict[str, Count], after: dict[str, Count]) -> float:
 
     The formula that SCLBD/BackdoorBench documents; its code adds the second term. nan where a set was empty.
     """
-    return _rating(_drop(before, after, "asr"), _drop(before, after, "acc"))
+    return rating(_drop(before, after, "asr"), _drop(before, after, "acc"))
 
 
 def rir(before: dict[str, Count], after: dict[str, Count]) -> float:
@@ -77,14 +77,15 @@ def rir(before: dict[str, Count], after: dict[str, Count]) -> float:
 
     As documented by SCLBD/BackdoorBench; nan where a set was empty.
     """
-    return _rating(-_drop(before, after, "ra"), _drop(before, after, "acc"))
+    return rating(-_drop(before, after, "ra"), _drop(before, after, "acc"))
 
 
 def _drop(before: dict[str, Count], after: dict[str, Count], key: str) -> float:
     return (before[key].percent - after[key].percent) / 100
 
 
-def _rating(gain: float, loss: float) -> float:
+def rating(gain: float, loss: float) -> float:
+    """(max(0, gain) - max(0, loss) + 1) / 2 of rates in [0, 1]: what der and rir share. nan if either is."""
     if math.isnan(gain) or math.isnan(loss):
         return math.nan
     return (max(0.0, gain) - max(0.0, loss) + 1) / 2

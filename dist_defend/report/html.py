@@ -53,16 +53,18 @@ def render(
 
     values: dict[str, Any] = {
         "style": Markup((folder / "page.css").read_text(encoding="utf-8")),
-        "groups": _groups(lines, name),
-        "metrics": tables.METRICS,
-        "definitions": tables.DEFINITIONS,
-        "spread": tables.SPREAD,
+        "groups": _groups(lines),
+        "has_runs": has_runs,
+        "metrics": tables.columns(lines),
+        "definitions": tables.definitions(lines),
+        "spread": tables.spread(lines),
         "alarms": alarms,
         "notices": notices,
         "pictures": [pictures for run in runs for pictures in _pictures(run, name)],
         "maps": [map_ for run in runs for map_ in _maps(run, name, embedding)],
         "embedding": embedding,
         "colours": plots,
+        "sweeps": [(run, plots.sweep(run.sweep, run.label)) for run in runs if run.sweep],
         "curves": [(run, panels) for run in runs if (panels := plots.curves(run.metrics[0], run.label))],
         "provenance": tables.provenance(runs),
         "runs": runs,
@@ -70,10 +72,10 @@ def render(
     return environment.get_template("page.html").render(values)
 
 
-def _groups(lines: Sequence[Line], name: _Name) -> list[tuple[str, list[Line]]]:
+def _groups(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     groups: dict[str, list[Line]] = {}
     for line in lines:
-        groups.setdefault(name(line.task, line.run), []).append(line)
+        groups.setdefault(line.task, []).append(line)
     return list(groups.items())
 
 

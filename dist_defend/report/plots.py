@@ -19,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dist_defend.evaluate import Count
+
 INK = "#010203"  # stands for the page's text colour until the SVG is inlined
 PALETTE = ["#4477aa", "#ee8866", "#228833", "#aa3377", "#bbbb44", "#66ccee"]  # after Paul Tol's colour-blind safe sets
 CLEAN, TARGET, TRIGGERED = "#9db2c8", "#2f6cb0", "#cc4433"
@@ -81,6 +83,31 @@ def curves(rows: Sequence[dict[str, Any]], name: str) -> list[Panel]:
         title = stage if is_training else f"{stage}, evaluated"
         panels.append(Panel(title, _inline(figure, f"{name}/{title}", f"{', '.join(series)} of {title}")))
     return panels
+
+
+@matplotlib.rc_context(_STYLE)
+def sweep(rows: Sequence[dict[str, Any]], name: str) -> Panel:
+    """ACC and ASR in percent against the threshold, or the number of pruned neurons where there are no thresholds.
+
+    rows: as Run.sweep reads them; counts "acc" and "asr" are of test images, "acc_defence" of the defender's. Stops
+    without a threshold are left out of a sweep over thresholds. The panel's title tells the chosen stop.
+    """
+    by_threshold = any(row.get("threshold") is not None for row in rows)
+    axis = "threshold" if by_threshold else "pruned"
+    stops = sorted((row for row in rows if row.get(axis) is not None), key=lambda row: (row["pruned"], row[axis]))
+    figure, axes = _figure(3.7, 2.4)
+    series = {"acc": "ACC", "asr": "ASR", "acc_defence": "ACC, defender's images"}
+    for (key, label), colour in zip(series.items(), (TARGET, TRIGGERED, CLEAN), strict=True):
+        points = [(row[axis], Count(row[key]["correct"], row[key]["n"]).percent) for row in stops if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=".", linewidth=1.2)
+    for key, style in (("chosen", "-"), ("oracle", ":")):
+        for place in {row[axis] for row in stops if row.get(key)}:
+            axes.axvline(place, color=INK, linewidth=0.8, linestyle=style)
+    axes.set(xlabel="threshold" if by_threshold else "pruned neurons", ylabel="%", ylim=(-3, 103))
+    figure.legend(loc="outside upper left", ncols=3)
+    title = ", ".join(f"{row['pruned']} pruned" for row in rows if row.get("chosen"))
+    return Panel(title, _inline(figure, f"{name}/sweep", f"ACC and ASR of {name} at each stop of the pruning"))
 
 
 def _scalars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

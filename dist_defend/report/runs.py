@@ -1,6 +1,7 @@
 """Run folders as the report reads them."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,33 @@ class Run:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Counts of a probe run, see evaluate.backdoor_counts; empty for any other."""
+        """Counts by model, task and seed, see evaluate.backdoor_counts; empty for a run that counts nothing."""
         return list(self.result.get("rows", []))
+
+    def before(self, metric: str) -> float:
+        """Percent that the model scored before this run, a defence, changed it; nan where it does not say."""
+        value = self.result.get("metrics", {}).get(f"{metric}_before")
+        return math.nan if value is None else float(value)
+
+    @cached_property
+    def sweep(self) -> list[dict[str, Any]]:
+        """The stops of a pruning sweep. UserError for a damaged sweep.json.
+
+        Each has "threshold" (or null), "pruned", "chosen" and "oracle" (bool), and those of "acc", "asr" and
+        "acc_defence" that were counted.
+        """
+        path = self.path / "sweep.json"
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+            for row in rows:
+                int(row["pruned"]), float(row["threshold"] or 0)
+                for key in row.keys() & {"acc", "asr", "acc_defence"}:
+                    int(row[key]["correct"]), int(row[key]["n"])
+            return rows
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: damaged ({type(error).__name__}: {error}); delete it to report without it"
+            ) from error
 
     @cached_property
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
@@ -105,6 +131,8 @@ def _read_result(file: Path) -> dict[str, Any]:
             for key in ("acc", "asr", "asr_all", "ra"):
                 int(row[key]["correct"]), int(row[key]["n"])
             str(row["kind"]), str(row["task"]), int(row["seed"])
+        for metric in ("acc", "asr"):
+            float(result.get("metrics", {}).get(f"{metric}_before") or 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: not a result of dist-defend ({type(error).__name__}: {error}); run it again"

@@ -8,21 +8,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_defend.evaluate import Count
+from dist_defend.evaluate import Count, rating
 from dist_defend.report.runs import Run
 
 METRICS = {"acc": "ACC", "asr": "ASR", "asr_all": "ASR-all", "ra": "RA"}
+RATINGS = {"der": "DER"}  # shown where a run tells what was before
 DEFINITIONS = {
     "ACC": "clean test images classified as their label",
     "ASR": "attack success rate: triggered test images whose label is not the target, classified as the target",
-    "ASR-all": "all triggered test images classified as the target, the published convention of BadEncoder and MIMIC; "
-    "a harmless encoder scores about the target's share of the test set",
+    "ASR-all": "all triggered test images classified as the target, the published convention of BadEncoder, MIMIC and "
+    "I-BAU; a harmless model scores about the target's share of the test set",
     "RA": "robust accuracy: triggered test images whose label is not the target, still classified as their label",
+    "DER": "defence effectiveness rating, (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2 against the model that "
+    "the defence was given; 100 is perfect, 50 changes nothing",
     "n": "clean test images / triggered test images whose label is not the target",
 }
 SPREAD = "Mean ± sample standard deviation over the seeds of the downstream classifier; the encoders stay the same."
-_CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, "n_clean", "n_triggered"]
-_KINDS = ["clean", "backdoored", "purified"]
+_CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered"]
+_KINDS = ["clean", "backdoored", "purified", "ibau", "rnp", "rnp (oracle)"]
 _NEAR_CHANCE = 1.5
 
 
@@ -41,12 +44,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Line:
-    """One encoder on one task."""
+    """One model on one task."""
 
     run: str
     task: str
     kind: str
-    scores: dict[str, Score]  # keys of METRICS
+    scores: dict[str, Score]  # keys of METRICS and RATINGS
     num_seeds: int
     n_clean: int
     n_triggered: int
@@ -59,15 +62,26 @@ class Line:
 
 
 def summarise(runs: Iterable[Run]) -> list[Line]:
-    """A line per run, task and kind; clean, backdoored, purified first, then others as they come."""
+    """A line per task, run and kind: tasks and runs as they come, kinds clean, backdoored, defences, then others."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
         for row in run.rows:
-            groups.setdefault((run.label, str(row["task"]), str(row["kind"])), []).append(row)
-    places = [(run, task) for run, task, _ in groups]
+            rated = row | {"der": _der(run, row)}
+            groups.setdefault((run.label, str(row["task"]), str(row["kind"])), []).append(rated)
+    labels, tasks = [run for run, _, _ in groups], [task for _, task, _ in groups]
     kinds = _KINDS + [kind for _, _, kind in groups]
-    ordered = sorted(groups, key=lambda key: (places.index(key[:2]), kinds.index(key[2])))
+    ordered = sorted(groups, key=lambda key: (tasks.index(key[1]), labels.index(key[0]), kinds.index(key[2])))
     return [_line(key, groups[key]) for key in ordered]
+
+
+def _der(run: Run, row: dict[str, Any]) -> float:
+    """DER in percent of a row against what its run says was before, nan if it says nothing."""
+    acc, asr = (run.before(name) - _percent(row, name) for name in ("acc", "asr"))
+    return 100 * rating(asr / 100, acc / 100)
+
+
+def _percent(row: dict[str, Any], name: str) -> float:
+    return Count(row[name]["correct"], row[name]["n"]).percent
 
 
 def _line(key: tuple[str, str, str], rows: Sequence[dict[str, Any]]) -> Line:
@@ -75,11 +89,14 @@ def _line(key: tuple[str, str, str], rows: Sequence[dict[str, Any]]) -> Line:
     everyone, others = counts["asr_all"][0].n, counts["asr"][0].n
     chance = Count(everyone - others, everyone).percent
     scores = {name: _score([count.percent for count in column]) for name, column in counts.items()}
+    scores["der"] = _score([row["der"] for row in rows])
     return Line(*key, scores, len(rows), counts["acc"][0].n, others, chance)
 
 
 def _score(percents: Sequence[float]) -> Score:
-    return Score(statistics.fmean(percents), statistics.stdev(percents) if len(percents) > 1 else math.nan)
+    mean = statistics.fmean(percents)
+    has_spread = len(percents) > 1 and not math.isnan(mean)
+    return Score(mean, statistics.stdev(percents) if has_spread else math.nan)
 
 
 def alarms(lines: Sequence[Line]) -> list[str]:
@@ -95,7 +112,9 @@ def alarms(lines: Sequence[Line]) -> list[str]:
 def notices(runs: Sequence[Run], unfinished: Sequence[str], lines: Sequence[Line]) -> list[str]:
     """What the report leaves out."""
     told = (
-        [] if lines else ["no probe run among these, so no table of rates; run one (method: probe) and report it too"]
+        []
+        if lines
+        else ["no probe, classifier or defence among these, so no table of rates; run one and report it too"]
     )
     told += [f"{folder} is unfinished and left out" for folder in unfinished]
     torn = [(run.label, run.metrics[1]) for run in runs]
@@ -109,20 +128,37 @@ def to_csv(runs: Iterable[Run]) -> str:
     writer.writerow(_CSV_COLUMNS)
     for run in runs:
         for row in run.rows:
-            percents = [Count(row[name]["correct"], row[name]["n"]).percent for name in METRICS]
+            percents = [*(_percent(row, name) for name in METRICS), _der(run, row)]
             rates = ["" if math.isnan(percent) else f"{percent:.4f}" for percent in percents]
             sizes = [row["acc"]["n"], row["asr"]["n"]]
             writer.writerow([run.label, row["kind"], row["task"], row["seed"], *rates, *sizes])
     return out.getvalue()
 
 
+def columns(lines: Sequence[Line]) -> dict[str, str]:
+    """Scores that the summary shows, key -> heading: ratings only where some line has one."""
+    return METRICS | {k: v for k, v in RATINGS.items() if any(not math.isnan(line.scores[k].mean) for line in lines)}
+
+
+def definitions(lines: Sequence[Line]) -> dict[str, str]:
+    """What the headings of the summary mean."""
+    shown = columns(lines).values()
+    return {name: text for name, text in DEFINITIONS.items() if name in shown or name == "n"}
+
+
+def spread(lines: Sequence[Line]) -> str:
+    """How to read mean and deviation, where some line has several seeds."""
+    return SPREAD if any(line.num_seeds > 1 for line in lines) else ""
+
+
 def cells(lines: Sequence[Line]) -> list[list[str]]:
     """Header and rows of the summary as text; a run's name only where there are several."""
     has_runs = len({line.run for line in lines}) > 1
-    head = [*(["run"] if has_runs else []), "task", "encoder", *(f"{m} %" for m in METRICS.values()), "n", "seeds"]
+    names = columns(lines)
+    head = ["task", *(["run"] if has_runs else []), "model", *(f"{m} %" for m in names.values()), "n", "seeds"]
     body = [
         [
-            *([line.run] if has_runs else []), line.task, line.kind, *(str(line.scores[name]) for name in METRICS),
+            line.task, *([line.run] if has_runs else []), line.kind, *(str(line.scores[name]) for name in names),
             f"{line.n_clean} / {line.n_triggered}", str(line.num_seeds),
         ]
         for line in lines
@@ -134,10 +170,10 @@ def to_text(lines: Sequence[Line]) -> str:
     """The summary for a terminal; a blank line between tasks."""
     table = cells(lines)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    first_number = len(table[0]) - len(METRICS) - 2
+    first_number = len(table[0]) - len(columns(lines)) - 2
     out, last = [], None
     for number, row in enumerate(table):
-        group = (lines[number - 1].run, lines[number - 1].task) if number else None
+        group = lines[number - 1].task if number else None
         if group != last:
             out.append("")
         last = group
@@ -152,8 +188,8 @@ def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Ru
     for notice in notices:
         out += [f"> {notice}", ""]
     if lines:
-        out += [*_markdown_table(cells(lines)), "", SPREAD, ""]
-        out += [*(f"- **{name}**: {text}." for name, text in DEFINITIONS.items()), ""]
+        out += [*_markdown_table(cells(lines)), "", *([spread(lines), ""] if spread(lines) else [])]
+        out += [*(f"- **{name}**: {text}." for name, text in definitions(lines).items()), ""]
     return "\n".join([*out, "## Runs", "", *_markdown_table(provenance(runs)), ""])
 
 

@@ -97,15 +97,15 @@ def test_csv(tmp_path: Path) -> None:
     write_story(tmp_path / "demo")
     assert main(["report", str(tmp_path / "demo")]) == 0
     rows = list(csv.reader(io.StringIO((tmp_path / "demo/report.csv").read_text())))
-    assert rows[0] == ["run", "kind", "task", "seed", "acc", "asr", "asr_all", "ra", "n_clean", "n_triggered"]
-    assert rows[1] == ["probe", "purified", "digits", "100", "84.0000", "10.0000", "24.0000", "75.0000", "50", "40"]
+    assert rows[0] == ["run", "kind", "task", "seed", "acc", "asr", "asr_all", "ra", "der", "n_clean", "n_triggered"]
+    assert rows[1] == ["probe", "purified", "digits", "100", "84.0000", "10.0000", "24.0000", "75.0000", "", "50", "40"]
     assert len(rows) == 1 + len(ROWS)
 
 
 def test_nothing_to_count_is_left_blank(tmp_path: Path) -> None:
     empty = row("clean", 1, 50, 0, 50, 0) | {"asr": {"correct": 0, "n": 0}, "ra": {"correct": 0, "n": 0}}
     found, _ = runs.find_runs([write_run(tmp_path / "probe", [empty])])
-    assert tables.to_csv(found).splitlines()[1] == "probe,clean,digits,1,100.0000,,100.0000,,50,0"
+    assert tables.to_csv(found).splitlines()[1] == "probe,clean,digits,1,100.0000,,100.0000,,,50,0"
     assert str(tables.summarise(found)[0].scores["asr"]) == "–"
 
 
@@ -155,7 +155,7 @@ def test_page_without_features_pictures_or_rows(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path / "lone"), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out/report.html").read_text()
     assert re.findall("<h2>(.+?)</h2>", page) == ["Runs"]
-    assert "no probe run" in page and "no probe run" in capsys.readouterr().out
+    assert "no probe, classifier or defence" in page and "no probe, classifier" in capsys.readouterr().out
     assert (tmp_path / "out/report.csv").read_text().count("\n") == 1
     assert not (tmp_path / "lone/report.html").exists()
 
@@ -188,9 +188,80 @@ def test_two_probe_runs_are_told_apart(tmp_path: Path) -> None:
     assert [line.run for line in tables.summarise(found)] == [str(tmp_path / "a/probe"), str(tmp_path / "b/probe")]
     again, _ = runs.find_runs([tmp_path / "a", tmp_path / "a/probe", tmp_path / "b"])
     assert len(again) == 2
-    assert tables.cells(tables.summarise(found))[0][0] == "run"
+    assert tables.cells(tables.summarise(found))[0][1] == "run"
     main(["report", str(tmp_path)])
-    assert f"digits ({tmp_path / 'a/probe'})" in (tmp_path / "report.html").read_text()
+    assert f"clean <span>{tmp_path / 'a/probe'}</span>" in (tmp_path / "report.html").read_text()
+
+
+def write_defence(parent: Path) -> Path:
+    """A backdoored classifier, and RNP's run on it with a sweep over two thresholds."""
+    write_run(parent / "backdoored", [row("backdoored", 100, 45, 40, 50, 0)], method="classifier")
+    rows = [row("rnp (oracle)", 100, 40, 0, 1, 36), row("rnp", 100, 43, 2, 12, 30)]
+    before = {"acc_before": 90.0, "asr_before": 100.0}
+    run = write_run(parent / "rnp", rows, method="rnp", metrics=before)
+    counts = {"acc": {"correct": 45, "n": 50}, "asr": {"correct": 40, "n": 40}, "acc_defence": {"correct": 9, "n": 10}}
+    stops = [
+        {"threshold": None, "pruned": 0, "chosen": False, "oracle": False, **counts},
+        {"threshold": 0.0, "pruned": 3, "chosen": False, "oracle": False, "acc_defence": counts["acc_defence"]},
+        {"threshold": 0.05, "pruned": 7, "chosen": True, "oracle": False, **counts},
+        {"threshold": 0.1, "pruned": 9, "chosen": False, "oracle": True, **counts},
+    ]
+    (run / "sweep.json").write_text(json.dumps(stops))
+    return parent
+
+
+def test_a_defence_is_rated_against_what_was_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found, _ = runs.find_runs([write_defence(tmp_path)])
+    lines = tables.summarise(found)
+    assert [(line.run, line.kind) for line in lines] == [
+        ("backdoored", "backdoored"), ("rnp", "rnp"), ("rnp", "rnp (oracle)")
+    ]  # fmt: skip
+    assert [str(line.scores["der"]) for line in lines] == [
+        "–",
+        "95.5",
+        "95.0",
+    ]  # (0.95 - 0.04 + 1) / 2, (1 - 0.1 + 1) / 2
+    assert tables.cells(lines)[0][:4] == ["task", "run", "model", "ACC %"] and "DER %" in tables.cells(lines)[0]
+    assert tables.to_csv(found).splitlines()[1:] == [
+        "backdoored,backdoored,digits,100,90.0000,100.0000,100.0000,0.0000,,50,40",
+        "rnp,rnp (oracle),digits,100,80.0000,0.0000,2.0000,90.0000,95.0000,50,40",
+        "rnp,rnp,digits,100,86.0000,5.0000,24.0000,75.0000,95.5000,50,40",
+    ]
+    assert main(["report", str(tmp_path)]) == 0
+    assert "defence effectiveness rating" in (tmp_path / "report.html").read_text()
+    assert "sample standard deviation" not in (tmp_path / "report.md").read_text()  # one seed each
+    assert "DER %" in capsys.readouterr().out
+
+
+def test_without_a_defence_there_is_no_rating(tmp_path: Path) -> None:
+    write_story(tmp_path / "demo")
+    main(["report", str(tmp_path / "demo")])
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / "demo" / name).read_text()
+        assert "DER" not in text and "sample standard deviation" in text
+
+
+def test_the_sweep_is_drawn_with_its_choice(tmp_path: Path) -> None:
+    write_defence(tmp_path)
+    main(["report", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Pruning</h2>" in page and "<b>rnp</b> <span>7 pruned</span>" in page
+    stops = runs.find_runs([tmp_path / "rnp"])[0][0].sweep
+    svg = plots.sweep(stops, "a").svg
+    for text in (">ACC<", ">ASR<", ">ACC, defender's images<", ">threshold<"):
+        assert text in svg
+    assert svg.count("stroke-dasharray: 0.8,1.32") == 1 and plots.sweep(stops[:3], "a").svg.count("0.8,1.32") == 0
+    by_number = plots.sweep([stop | {"threshold": None} for stop in stops], "b").svg
+    assert ">pruned neurons<" in by_number and ">threshold<" not in by_number
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"pruned": 1}]', '[{"pruned": 1, "threshold": 0, "acc": {"n": 1}}]'])
+def test_a_damaged_sweep_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_defence(tmp_path)
+    (tmp_path / "rnp/sweep.json").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sweep.json: damaged" in line
 
 
 def test_runs_are_listed_in_the_order_they_started(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: dist-defend run | data | import | export | report | bench | doctor."""
+"""The command line: dist-defend run | data | attacks | import | export | report | bench | doctor."""
 
 import argparse
 import importlib
@@ -12,6 +12,7 @@ from dist_defend.errors import UserError
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 _COMMANDS = {
     "data": "dist_defend.data.cli",
+    "attacks": "dist_defend.attacks.cli",
     "import": "dist_defend.models.cli",
     "export": "dist_defend.models.export",
     "report": "dist_defend.report",

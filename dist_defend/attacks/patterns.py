@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.attacks import drawn
+from dist_defend.attacks.input_aware import InputAwareStamp, load_generators
 from dist_defend.attacks.pattern_file import read_mask, read_pattern
 from dist_defend.attacks.quantize import Quantize
 from dist_defend.attacks.stamp import Additive, Wrapping
@@ -232,6 +233,26 @@ class Bpp:
 
 
 @dataclass(frozen=True)
+class InputAware:
+    """Nguyen and Tran 2020: networks that make a mask and a pattern for each image (safetensors, see the docs).
+
+    cross_ratio images per poisoned one carry another image's mask and pattern and keep their labels.
+    """
+
+    generators: str
+    name: Literal["input_aware"] = "input_aware"
+    normalization: str = "cifar10_backdoorbench"  # of the generators' inputs
+    cross_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_cross(self.cross_ratio)
+
+    def build(self, image_size: int) -> InputAwareStamp:
+        """UserError for a file that is missing, pickled, damaged, or of other networks."""
+        return InputAwareStamp(load_generators(self.generators, image_size, self.normalization))
+
+
+@dataclass(frozen=True)
 class TrojanNN:
     """Liu et al. 2018: the picture that `dist-defend attacks trojan-nn` optimised, added; wrap as upstream's uint8."""
 
@@ -285,6 +306,7 @@ PatternConfig = (
     | LowFrequency
     | WaNet
     | Bpp
+    | InputAware
     | TrojanNN
     | FromFile
 )

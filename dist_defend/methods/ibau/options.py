@@ -1,0 +1,85 @@
+"""I-BAU's options, and the sets of them that were published."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.data.augment import AugmentConfig
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.graphed import GraphMode
+from dist_defend.engine.optim import OptimizerConfig
+
+LARGEST_EXACT = 1024  # entries of delta: so many Hessian products per step, and a dense matrix of that side
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of YiZeng623/I-BAU's defense.py (preset official)."""
+
+    model: str  # model folder of a classifier
+    data: DatasetConfig  # the defender's clean, labelled images
+    test: DatasetConfig
+    attack: PoisonConfig | None = None  # measured after each round; None: the one in the model's card, if any
+    rounds: int = 5
+    batch_size: int = 100
+    augment: AugmentConfig | None = None  # None: images as they are, in order; else shuffled and augmented
+    evaluate_every: int = 1  # rounds; and after the last
+    # inner maximisation
+    inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("sgd", lr=10.0, momentum=0.0))
+    penalty: float = 1e-3  # lambda, on |delta|^2
+    space: Literal["pixels", "normalized"] = "pixels"  # what delta is added to
+    clamp: bool = False  # of x + delta to [0, 1]
+    project_radius: float | None = None  # L2 ball for delta after the inner pass
+    # outer minimisation
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", lr=1e-3))
+    solver: Literal["neumann", "cg", "exact"] = "neumann"
+    K: int = 5  # v_K of neumann and cg
+    step_size: float = 0.1  # eta of the fixed-point map
+    patched_fraction: float = 0.01  # of a batch that carries delta, rounded down
+    min_patched: int = 0  # images of a batch that carry delta at least
+    graph: GraphMode = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("rounds", "batch_size", "evaluate_every", "K"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        for key in ("penalty", "min_patched"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        if not self.step_size > 0:
+            raise ValueError(f"key 'step_size' is {self.step_size}; it must be positive")
+        if not 0 <= self.patched_fraction <= 1:
+            raise ValueError(f"key 'patched_fraction' is {self.patched_fraction}; it must be in [0, 1]")
+        if self.project_radius is not None and not self.project_radius > 0:
+            raise ValueError(f"key 'project_radius' is {self.project_radius}; it must be positive, or null for none")
+        if self.clamp and self.space == "normalized":
+            raise ValueError("key 'clamp' is true, but key 'space' is 'normalized', which has no bounds; say pixels")
+        for key in ("inner", "optimizer"):
+            optimizer: OptimizerConfig = getattr(self, key)
+            if optimizer.schedule != "constant" or optimizer.warmup_epochs:
+                raise ValueError(f"key '{key}.schedule' must be constant without warm-up; I-BAU has no schedule")
+
+    def num_patched(self, size: int) -> int:
+        """How many images of a batch of that size carry delta: the published int(fraction size), min_patched at least.
+
+        With the published values a batch of less than 100 images has none, so it only fine-tunes.
+        """
+        return max(min(self.min_patched, size), int(self.patched_fraction * size))
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "official": {},
+    "notebook_cifar10": {"rounds": 1, "project_radius": 10.0},
+    "notebook_gtsrb": {
+        "rounds": 1,
+        "project_radius": 10.0,
+        "clamp": True,
+        "inner": {"name": "adam", "lr": 1.0},
+    },
+    "backdoorbench": {
+        "batch_size": 256,
+        "augment": {"crop": "pad", "pad": 4, "flip": 0.5},  # flip for CIFAR only
+        "space": "normalized",
+        "optimizer": {"name": "adam", "lr": 1e-4, "amsgrad": True},
+    },
+}

@@ -19,7 +19,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9  # sgd
     amsgrad: bool = False  # adam, adamw
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate falls to a tenth
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
@@ -30,6 +31,10 @@ class OptimizerConfig:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"key 'betas' is {list(self.betas)}; both must be in [0, 1)")
+        if bool(self.milestones) != (self.schedule == "multistep"):
+            raise ValueError(
+                f"key 'milestones' is {list(self.milestones)}; the schedule multistep, and no other, has some"
+            )
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -51,10 +56,15 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:
-    """Factor on the base rate for the 0-based optimizer step: linear warm-up, then constant or half a cosine to 0."""
+    """Factor on the base rate for the 0-based optimizer step: linear warm-up, then the schedule.
+
+    A milestone m counts whole epochs: the updates of epoch m (0-based) are the first at the lower rate.
+    """
     warmup = round(config.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return (step + 1) / warmup
     if config.schedule == "constant":
         return 1.0
+    if config.schedule == "multistep":
+        return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))

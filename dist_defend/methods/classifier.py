@@ -1,8 +1,6 @@
 """Supervised training of a classifier on clean data, or on data that an attacker has poisoned.
 
-The published recipe by default is SCLBD/BackdoorBench's for PreActResNet-18 on CIFAR-10. bboylyg/RNP trains ResNet-18
-with normalization cifar10, SGD 0.1, momentum 0.9, weight decay 5e-4 for 60 epochs; YiZeng623/I-BAU's small VGG reads
-raw pixels (normalization none). A poisoned run differs from a clean one in its data set alone.
+A poisoned run differs from a clean one in its data set alone.
 """
 
 import hashlib
@@ -40,7 +38,7 @@ _PICTURED = 8  # test images shown in the report
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are BackdoorBench's. Flips belong to CIFAR-10; digits and signs want ``augment: {crop: pad}``."""
+    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips no other data set (``augment: {crop: pad}``)."""
 
     data: DatasetConfig
     test: DatasetConfig
@@ -60,6 +58,24 @@ class Config:
     def __post_init__(self) -> None:
         if self.evaluate_every < 1:
             raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "backdoorbench": {},
+    "rnp": {  # bboylyg/RNP, train_backdoor.py; its loader does not shuffle
+        "arch": "resnet18",
+        "normalization": "cifar10",
+        "update": {
+            "batch_size": 128,
+            "epochs": 61,
+            "optimizer": {
+                "name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4,
+                "schedule": "multistep", "milestones": [10, 20],
+            },
+        },
+    },
+    "ibau": {"arch": "ibau_vgg", "normalization": "none"},  # YiZeng623/I-BAU tells the network, not how it was trained
+}  # fmt: skip
 
 
 class ClassificationObjective(Objective):

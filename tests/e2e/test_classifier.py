@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import PoisonConfig, poison_from
 from dist_defend.cli import main
+from dist_defend.config import load_experiment
 from dist_defend.data.store import open_dataset
+from dist_defend.methods.classifier import PRESETS
 from dist_defend.models.artifact import load_classifier
 from tests.runs import CLASSES, SIZE, make_data, make_experiment, metrics
 
@@ -109,6 +111,15 @@ def test_all_to_all_and_cross_samples(tmp_path: Path) -> None:
     assert result["targets"] == {"noise": "its own plus 1"}
     chosen, crossed = (np.load(tmp_path / f"run/{name}_rows.npy") for name in ("poisoned", "cross"))
     assert (len(chosen), len(crossed)) == (12, 24) and not set(chosen) & set(crossed)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_keep_the_published_batch_and_decay(preset: str, tmp_path: Path) -> None:
+    options = {"preset": preset, "data": {"path": "train"}, "test": {"path": "test"}}
+    update = load_experiment(make_experiment(tmp_path, "classifier", options)).options.update
+    assert (update.batch_size, update.optimizer.momentum, update.optimizer.weight_decay) == (128, 0.9, 5e-4)
+    rate = 0.1 if preset == "rnp" else 0.01
+    assert (update.optimizer.name, update.optimizer.lr, update.epochs) == ("sgd", rate, 61 if preset == "rnp" else 100)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,15 @@ def test_warm_up_then_half_a_cosine() -> None:
     assert [lr_factor(constant, step, 8, 24) for step in (0, 3, 4, 24)] == [0.25, 1.0, 1.0, 1.0]
 
 
+def test_milestones_are_whole_epochs() -> None:
+    config = OptimizerConfig(schedule="multistep", milestones=(1, 3))
+    factors = [lr_factor(config, step, steps_per_epoch=2, total_steps=8) for step in range(8)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
+    for broken in ({"schedule": "multistep"}, {"milestones": (3,)}, {"schedule": "cosine", "milestones": (3,)}):
+        with pytest.raises(ValueError, match="key 'milestones' is"):
+            OptimizerConfig(**broken)
+
+
 def test_the_rate_of_each_update_is_the_schedules() -> None:
     step = make_step(OptimizerConfig("sgd", lr=0.1, momentum=0.0, schedule="cosine"))
     for number, batch in enumerate([*Numbers().epoch(0), *Numbers().epoch(1)]):

@@ -185,16 +185,16 @@ def _facts(content: Any, path: str | Path) -> dict[str, Any]:
 def _closest(state: State, num_classes: int, model_name: str | None, by_position: bool) -> str:
     """The architecture whose tensors agree best with the file's, by name and shape (by_position: shape alone)."""
     found = _signature(state, by_position)
-
-    def misfits(arch: str) -> int:
+    misfits: dict[str, int] = {}
+    for arch in _CANDIDATES:
         with torch.device("meta"):
             own = build_classifier(arch, num_classes, "none").net.state_dict()
-        return len(found ^ _signature(own, by_position))
-
-    best = min(_CANDIDATES, key=misfits)
-    if model_name is None or misfits(best) == 0:
-        return best
-    return BACKDOORBENCH_ARCHS.get(model_name, f"torchvision:{model_name}")
+        misfits[arch] = len(found ^ _signature(own, by_position))
+        if not misfits[arch]:
+            return arch
+    if model_name is not None:
+        return BACKDOORBENCH_ARCHS.get(model_name, f"torchvision:{model_name}")
+    return min(misfits, key=misfits.__getitem__)
 
 
 def _signature(state: State, by_position: bool) -> set[tuple[Any, ...]]:

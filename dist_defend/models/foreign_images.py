@@ -116,9 +116,7 @@ class _Reader:
             raise self.error(f"has no image with two labels for row {row}")
         backdoor, true = (int(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in labels[:2])
         if not all(type(label) is int and 0 <= label < self.num_classes for label in (backdoor, true)):
-            raise self.error(
-                f"has labels {shown([backdoor, true])} for row {row}, not two of {self.num_classes} classes"
-            )
+            raise self.error(f"has labels {shown([backdoor, true])} for row {row} of {self.num_classes} classes")
         if image is None or image.shape != (self.height, self.width, 3):
             raise self.error(f"has no image of {self.height}x{self.width} px for row {row}")
         return image, (backdoor, true)
@@ -135,12 +133,12 @@ class _Reader:
         if not place.is_file():
             raise self.error(f"names '{shown(told)}' for row {row}, which is not beside the file")
         try:
-            with warnings.catch_warnings(action="error"), Image.open(place, formats=("PNG",)) as image:
-                if image.size != (self.width, self.height):
-                    raise self.error(
-                        f"has an image of {image.size} px for row {row} instead of {self.width}x{self.height}"
-                    )
-                return np.asarray(image.convert("RGB"))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with Image.open(place, formats=("PNG",)) as image:
+                    if image.size != (self.width, self.height):
+                        raise self.error(f"has an image of {image.width}x{image.height} px for row {row}")
+                    return np.asarray(image.convert("RGB"))
         except UserError:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its bomb warnings

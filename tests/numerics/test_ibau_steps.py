@@ -1,6 +1,6 @@
 """Steps of I-BAU against the published code's float64 numbers, and what each number would catch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,12 @@ from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.methods.ibau import step as module
+from dist_defend.methods.ibau import step
 from dist_defend.methods.ibau.options import Config
 from dist_defend.methods.ibau.rounds import Rounds
 from dist_defend.methods.ibau.step import UnlearningStep
 from dist_defend.models.classifier import build_classifier
+from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann
 from tests.numerics.det import assert_fingerprint, det_init, fingerprint, golden
 
 CASES = tuple(golden("ibau"))
@@ -75,6 +76,10 @@ class Case:
         patched[self.case["patched_rows"][number]] = 1
         return self.step.outer(images, labels, patched, weights)
 
+    def inner(self, number: int) -> dict[str, Tensor]:
+        images, _, weights = self.step.rounds.padded(self.batches[number], number)
+        return self.step.inner(images, weights)
+
     def named(self, tensors: list[Tensor]) -> dict[str, Tensor]:
         return dict(zip([name for name, _ in self.step.model.net.named_parameters()], tensors, strict=True))
 
@@ -89,27 +94,122 @@ def assert_all(found: dict[str, Tensor], expected: dict[str, Any], what: str) ->
         assert total == pytest.approx(value[1], rel=1e-9, abs=near), f"{what} {key}: sum"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_outer_steps(name: str) -> None:
-    case, recorded = Case(name), []
-    original = module.hypergradient
+Change = Callable[..., Hypergradient]
 
-    def record(*arguments: Any) -> Any:
-        recorded.append(original(*arguments))
-        return recorded[-1]
+
+def recorded_outer(case: Case, number: int, call: Change = hypergradient) -> tuple[Hypergradient, dict[str, Tensor]]:
+    """What ``call`` gave for the hypergradient of an outer step, and the step's scalars."""
+    found: list[Hypergradient] = []
+
+    def record(*arguments: Any) -> Hypergradient:
+        found.append(call(*arguments))
+        return found[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "hypergradient", record)
-        expected = case.case
-        for number in (1, 2):
-            scalars = case.outer(number)
-            assert_all(case.named(recorded[-1].total), expected[f"hypergrad_batch{number}"], "hypergradient")
-            weights = [p.detach() for p in case.step.parameters]
-            assert_all(case.named(weights), expected[f"params_after_batch{number}"], "weights")
-            if number == 1:
-                assert scalars["outer_loss"].item() == pytest.approx(expected["outer_loss"], rel=1e-9)
-                assert_all(case.named(recorded[0].direct), expected["direct"], "direct term")
-    first = recorded[0].iterates
-    assert len(first) == expected["K"]
-    for v, value in zip(first, expected["v"], strict=True):
-        assert_fingerprint(v, value)
+        patch.setattr(step, "hypergradient", record)
+        scalars = case.outer(number)
+    return found[0], scalars
+
+
+def check_first(case: Case, result: Hypergradient) -> None:
+    expected = case.case
+    assert_all(case.named(result.total), expected["hypergrad_batch1"], "hypergradient")
+    assert_all(case.named(result.direct), expected["direct"], "direct term")
+    assert len(result.iterates) == expected["K"]
+    for k, (v, value) in enumerate(zip(result.iterates, expected["v"], strict=True), 1):
+        assert_fingerprint(v, value, what=f"v_{k}")
+    for v, key in ((result.iterates[0], "g_first8"), (result.iterates[-1], "vK_first8")):
+        assert v.flatten()[:8].tolist() == pytest.approx(expected[key], rel=1e-9)
+    bias = case.named(result.total)["classifier.bias"].tolist()
+    assert bias == pytest.approx(expected["hypergrad_classifier_bias"], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_outer_steps(name: str) -> None:
+    case = Case(name)
+    expected = case.case
+    result, scalars = recorded_outer(case, 1)
+    check_first(case, result)
+    assert scalars["outer_loss"].item() == pytest.approx(expected["outer_loss"], rel=1e-9)
+    for k, value in enumerate(expected["v"], 1):
+        assert scalars[f"v{k}_norm"].item() == pytest.approx(value[0], rel=1e-9)
+    for key, parts in (("direct_norm", result.direct), ("implicit_norm", result.implicit), ("grad_norm", result.total)):
+        assert scalars[key].item() == pytest.approx(torch.cat([p.flatten() for p in parts]).norm().item(), rel=1e-12)
+    weights = case.named([p.detach() for p in case.step.parameters])
+    assert_all(weights, expected["params_after_batch1"], "weights")
+    result, _ = recorded_outer(case, 2)
+    assert_all(case.named(result.total), expected["hypergrad_batch2"], "second hypergradient")
+    assert_all(weights, expected["params_after_batch2"], "weights after two steps")
+
+
+def flipped_sign(*given: Any) -> Hypergradient:
+    result = hypergradient(*given)
+    return result._replace(implicit=[-part for part in result.implicit])
+
+
+def no_direct_term(*given: Any) -> Hypergradient:
+    result = hypergradient(*given)
+    return result._replace(direct=[torch.zeros_like(part) for part in result.direct])
+
+
+def one_product_fewer(*given: Any) -> Hypergradient:
+    outer, inner, delta, parameters, _, step_size, penalty = given
+    return hypergradient(outer, inner, delta, parameters, neumann(4, step_size), step_size, penalty)
+
+
+def penalty_of_two_ranks(*given: Any) -> Hypergradient:
+    *rest, penalty = given
+    return hypergradient(*rest, 2 * penalty)
+
+
+def inner_loss_descended(*given: Any) -> Hypergradient:
+    outer, inner, *rest = given
+    return hypergradient(outer, -inner, *rest)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("sgd_k1", flipped_sign),
+        ("sgd_k1", no_direct_term),
+        ("sgd_k1", inner_loss_descended),
+        ("adam_k5", one_product_fewer),
+        ("adam_k5", penalty_of_two_ranks),
+    ],
+)
+def test_the_numbers_catch(name: str, change: Change) -> None:
+    case = Case(name)
+    result, _ = recorded_outer(case, 1, change)
+    with pytest.raises(AssertionError):
+        check_first(case, result)
+
+
+def test_the_numbers_catch_patched_clean_images() -> None:
+    """Mutation: delta on every image of the batch."""
+    case = Case("sgd_k1")
+    case.case["patched_rows"][1] = list(range(8))
+    with pytest.raises(AssertionError):
+        check_first(case, recorded_outer(case, 1)[0])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_inner_trajectory(name: str) -> None:
+    case = Case(name)
+    with torch.no_grad():
+        case.step.delta.zero_()
+    for number, expected in enumerate(case.case["inner_trajectory"]):
+        scalars = case.inner(number)
+        assert_fingerprint(case.step.delta, expected, what=f"delta after inner step {number + 1}")
+        assert scalars["delta_norm"].item() == pytest.approx(expected[0], rel=1e-9)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in case.step.parameters if p.grad is not None)
+
+
+@pytest.mark.parametrize("options", [{"penalty": 0.0}, {"clamp": True}, {"inner": OptimizerConfig("sgd", lr=1.0)}])
+def test_the_trajectory_catches(options: dict[str, Any]) -> None:
+    case = Case("sgd_k1", **options)
+    with torch.no_grad():
+        case.step.delta.zero_()
+    for number in range(3):
+        case.inner(number)
+    with pytest.raises(AssertionError):
+        assert_fingerprint(case.step.delta, case.case["inner_trajectory"][-1])

@@ -1,0 +1,249 @@
+"""Input-aware dynamic backdoor (Nguyen and Tran 2020): generators and the classifier that they open, trained together.
+
+Stage "mask" trains the network that says where a trigger goes; stage "joint" freezes it and trains the pattern network
+with the classifier. Losses and constants are BackdoorBench's. Distances are between normalised images, as upstream's.
+"""
+
+import copy
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_defend.attacks.input_aware import Generators, InputAwareStamp, save_generators
+from dist_defend.attacks.patterns import InputAware
+from dist_defend.attacks.poison import STAMPED, PoisonConfig, PoisonedDataset, backdoor_labels, image_size_of
+from dist_defend.batch import Batch
+from dist_defend.data.augment import AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, lr_factor
+from dist_defend.engine.step import NonFiniteError, Objective, at_least_float32
+from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
+from dist_defend.evaluate import Count, evaluate_classifier
+from dist_defend.files import sha256_file
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.classifier import Classifier, build_classifier
+
+_EPSILON = 1e-7
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are BackdoorBench's for CIFAR-10."""
+
+    data: DatasetConfig
+    test: DatasetConfig
+    arch: str = "preact_resnet18"
+    normalization: str = "cifar10_backdoorbench"
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    labels: Literal["all_to_one", "all_to_all"] = "all_to_one"
+    target_class: int = 0
+    shift: int = 1
+    rate: float = 0.1  # of each batch; as many cross samples
+    lambda_div: float = 1.0
+    lambda_norm: float = 100.0
+    density: float = 0.032  # of the mask, above which it costs
+    batch_size: int = 128
+    mask_epochs: int = 25
+    epochs: int = 100
+    mask_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(
+            "adam", 0.01, betas=(0.5, 0.9), schedule="multistep", milestones=(10, 20)
+        )
+    )
+    generator_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig("adam", 0.01, betas=(0.5, 0.9))
+    )
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig("sgd", 0.01, momentum=0.9, weight_decay=5e-4)
+    )
+    evaluate_every: int = 10  # epochs; and after the last
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "mask_epochs", "epochs", "evaluate_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        if self.rate > 0.5 or int(self.rate * self.batch_size) < 1:
+            raise ValueError(f"key 'rate' is {self.rate}; it must be an image of a batch or more, and at most 0.5")
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square difference of each pair: two (B, C, H, W) -> (B,)."""
+    return (a - b).square().mean((1, 2, 3)).sqrt()
+
+
+class MaskObjective(Objective):
+    """lambda_norm mean(relu(m - density)) + lambda_div^2 mean(d(x, x') / (d(m, m') + eps)) (upstream squares it).
+
+    x' is the batch in reverse order, in place of upstream's second loader.
+    """
+
+    def __init__(self, generators: Generators, config: Config) -> None:
+        super().__init__()
+        self.net_m = generators.net_m
+        self._generators = [generators]  # not a submodule: the pattern network is not trained here
+        self.config = config
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        (generators,), images, others = self._generators, batch.images, batch.images.flip(0)
+        mask, other_mask = generators.mask(images), generators.mask(others)
+        norm = functional.relu(mask - self.config.density).mean()
+        apart = distance(generators.normalize(images), generators.normalize(others))
+        diversity = (apart / (distance(mask, other_mask) + _EPSILON)).mean()
+        loss = self.config.lambda_norm * norm + self.config.lambda_div**2 * diversity
+        return {"loss": loss, "mask_norm": norm, "mask_diversity": diversity, "mask_density": mask.mean()}
+
+
+def joint_loss(model: Classifier, generators: Generators, batch: Batch, config: Config) -> dict[str, Tensor]:
+    """CE + lambda_div mean(d(x, x') / (d(p, p') + eps)), p the patterns (Nguyen and Tran, eq. 5 to 8).
+
+    Of the batch, the first int(rate B) images carry their own mask and pattern and the attacker's label; as many
+    follow that carry those of x', their counterparts in the reversed batch, and keep their label; the rest is clean.
+    """
+    images, labels = batch.images, batch.labels
+    count = int(config.rate * len(labels))
+    victims, crossed, rest = images[:count], images[count : 2 * count], images[2 * count :]
+    others = images.flip(0)[count : 2 * count]
+    with torch.no_grad():
+        mask, other_mask = generators.mask(victims), generators.mask(others)
+    pattern, other_pattern = generators.pattern(victims), generators.pattern(others)
+    stamped = victims + (pattern - victims) * mask
+    wrong = crossed + (other_pattern - crossed) * other_mask
+    wanted = backdoor_labels(labels[:count], _poison(config, ""), model.num_classes)
+    logits = at_least_float32(model(torch.cat([stamped, wrong, rest])))
+    goal = torch.cat([wanted, labels[count:]])
+    classification = functional.cross_entropy(logits, goal)
+    normalize = generators.normalize
+    patterns_apart = distance(normalize(pattern), normalize(other_pattern))
+    diversity = (distance(normalize(victims), normalize(others)) / (patterns_apart + _EPSILON)).mean()
+    hits = (logits.argmax(1) == goal).to(logits.dtype)
+    return {
+        "loss": classification + config.lambda_div * diversity,
+        "cross_entropy": classification,
+        "pattern_diversity": diversity,
+        "train_asr": hits[:count].mean(),
+        "train_cross_acc": hits[count : 2 * count].mean(),
+    }
+
+
+class JointStep:
+    """One update of the classifier and of the pattern network, each with its own optimizer."""
+
+    def __init__(
+        self, model: Classifier, generators: Generators, config: Config, ranks: Ranks, steps_per_epoch: int
+    ) -> None:
+        self.model, self.generators, self.config, self.ranks = model, generators, config, ranks
+        self.steps_per_epoch, self.step = steps_per_epoch, 0
+        kinds = ((model, config.optimizer), (generators.net_g, config.generator_optimizer))
+        self.optimizers = [(build_optimizer(module.parameters(), options), options) for module, options in kinds]
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        self.model.train()
+        self.generators.net_g.train()
+        self.generators.net_m.eval()
+        with self.ranks.accelerator.autocast():
+            terms = joint_loss(self.model, self.generators, batch, self.config)
+        terms["loss"].backward()
+        if self.ranks.device.type == "cpu" and not torch.isfinite(terms["loss"]):
+            raise NonFiniteError("the loss is not finite")
+        for optimizer, options in self.optimizers:
+            factor = lr_factor(options, self.step, self.steps_per_epoch, self.steps_per_epoch * self.config.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        nonfinite = (~torch.isfinite(terms["loss"])).float()
+        return {**{key: value.detach() for key, value in terms.items()}, "nonfinite": nonfinite.detach()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "generators": self.generators.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.generators.load_state_dict(state["generators"])
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+
+
+def build(config: Config, context: Context) -> Plan:
+    """Stage mask, then stage joint; the run folder gets generators.safetensors beside the model."""
+    ranks = context.ranks
+    if ranks.world_size > 1 or ranks.accelerator.mixed_precision == "fp16":
+        raise UserError("method input_aware pairs the images of a batch: run it on one rank, in fp32, fp64 or bf16")
+    train, rows = context.dataset("train", config.data, is_labelled=True)
+    test, test_rows = context.dataset("test", config.test, is_labelled=True)
+    size = image_size_of(train)
+    if (train.num_classes, train.image_shape) != (test.num_classes, test.image_shape):
+        raise UserError(f"{config.data.path} and {config.test.path} differ in classes or image size: use two splits")
+    if config.target_class >= test.num_classes:
+        raise UserError(f"key 'input_aware.target_class' is {config.target_class}; {test.path} has no such class")
+    torch.manual_seed(context.seed)
+    model = build_classifier(config.arch, test.num_classes, config.normalization, size)
+    generators = Generators(size, config.normalization)
+    for module in (model, generators):
+        module.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = context.train_loader(train, rows, config.batch_size, (View(config.augment),))
+    clean_loader = context.eval_loader(test, test_rows)
+    path = context.folder / "generators.safetensors"
+    poison = _poison(config, str(path))
+
+    def counts() -> dict[str, Count]:
+        stamp = InputAwareStamp(copy.deepcopy(generators).eval()).to("cpu")
+        attacked = PoisonedDataset(test, stamp, np.full(len(test), STAMPED, np.uint8))
+        return evaluate_classifier(model, clean_loader, context.eval_loader(attacked, test_rows), ranks, poison)
+
+    def result() -> dict[str, Any]:
+        save_generators(path, generators)
+        found = counts()
+        card = ModelCard(
+            kind="classifier",
+            arch=model.arch,
+            normalization=model.normalization,
+            image_size=size,
+            num_classes=model.num_classes,
+            backdoored=True,
+            trigger=asdict(poison),
+            provenance={
+                "method": "input_aware",
+                "data": context.digests,
+                "seed": context.seed,
+                "generators_sha256": sha256_file(path),
+            },
+        )
+        row = {"run": context.folder.name, "kind": "backdoored", "task": test.manifest.name, "seed": context.seed}
+        return {
+            "model_sha256": context.save_model(model, card),
+            "rows": [{**row, **{name: count.plain() for name, count in found.items()}}],
+        }
+
+    update = UpdateConfig(config.batch_size, config.mask_epochs, optimizer=config.mask_optimizer)
+    mask_step = context.gradient_step(MaskObjective(generators, config), update, loader.num_batches)
+    joint_step = JointStep(model, generators, config, ranks, loader.num_batches)
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        return {name: count.percent for name, count in counts().items() if count.n}
+
+    stages = [
+        Stage("mask", loader, mask_step, config.mask_epochs),
+        Stage("joint", loader, joint_step, config.epochs, evaluate, config.evaluate_every),
+    ]
+    return Plan(stages, result)
+
+
+def _poison(config: Config, generators: str) -> PoisonConfig:
+    trigger = InputAware(generators, normalization=config.normalization)
+    plain = PoisonConfig(trigger, config.labels, config.target_class, config.rate)
+    return replace(plain, shift=config.shift)

@@ -2,13 +2,17 @@
 BIN := .venv/bin
 TREE := dist_defend tests setup.py launch
 
-.PHONY: setup test demo lint format clean
+.PHONY: setup test test-gpu demo lint format clean
 
 setup:
 	@launch/bootstrap
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# On a machine with a GPU and its own PyTorch; ten minutes at most.
+test-gpu:
+	timeout 600 python3 -m pytest tests/gpu
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo

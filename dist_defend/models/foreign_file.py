@@ -101,7 +101,7 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
             promised += num_values * dtype.itemsize
             if promised > num_bytes:
                 raise ValueError("storages larger than the file")
-            storages[key] = torch.zeros(num_values, dtype=dtype)
+            storages[key] = torch.empty(num_values, dtype=dtype)
         if storages[key].dtype != dtype or len(storages[key]) != num_values:
             raise ValueError("storage under two descriptions")
         return storages[key]

@@ -175,10 +175,15 @@ def test_storages_of_the_older_format_stay_within_the_file(tmp_path: Path) -> No
     torch.save({"w": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
     honest = path.read_bytes()
     assert read_checkpoint(path)["w"].tolist() == [0, 1, 2, 3]
-    for before, after in ((b"K\x04Ntq", b"J\xff\xff\xff\x7fNtq"), (struct.pack("<q", 4), struct.pack("<q", 1 << 40))):
+    for before, after, cause in (
+        (b"K\x04Ntq", b"J\xff\xff\xff\x7fNtq", "storages larger than the file"),  # 8 GiB
+        (struct.pack("<q", 4), struct.pack("<q", 1 << 40), "storage cut short"),
+    ):
         assert honest.count(before) == 1
         path.write_bytes(honest.replace(before, after))
-        assert "damaged or not a checkpoint" in refused(path)
+        with pytest.raises(UserError, match="damaged or not a checkpoint") as error:
+            read_checkpoint(path)
+        assert str(error.value.__cause__) == cause
 
 
 def test_cut_and_flipped_files_are_damaged_whatever_is_left_of_them(tmp_path: Path) -> None:

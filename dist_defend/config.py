@@ -113,7 +113,21 @@ def _with_preset(raw: dict[str, Any], presets: dict[str, dict[str, Any]], path: 
     return _merged(presets[preset], own)
 
 
+def _over_defaults(cls: Any, raw: dict[str, Any]) -> dict[str, Any]:
+    """Sections with what they leave out as this dataclass, not only the section's own, has it."""
+    full = dict(raw)
+    for field_ in dataclasses.fields(cls):
+        default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
+        value = raw.get(field_.name)
+        if isinstance(value, dict) and dataclasses.is_dataclass(default) and not isinstance(default, type):
+            full[field_.name] = _merged(dataclasses.asdict(default), value)
+    return full
+
+
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Key by key; a section with another ``name`` (an optimizer, a trigger) starts afresh."""
+    if above.get("name", below.get("name")) != below.get("name"):
+        return above
     both = {k: _merged(below[k], v) for k, v in above.items() if isinstance(v, dict) and isinstance(below.get(k), dict)}
     return {**below, **above, **both}
 
@@ -135,6 +149,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
     _check_keys(cls, raw, path, prefix, extra)
+    raw = _over_defaults(cls, raw)
     hints = typing.get_type_hints(cls)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
         try:

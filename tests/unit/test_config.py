@@ -136,6 +136,18 @@ def test_a_bad_override_is_refused(override: str, told: str, tmp_path: Path) -> 
         load_experiment(write(tmp_path, MINIMAL | {"seed": 1}), [override])
 
 
+def test_a_section_keeps_the_methods_defaults_for_what_it_leaves_out(tmp_path: Path) -> None:
+    content = {"method": "simclr", "output": "x", "simclr": {"data": {"path": "d"}, "update": {"epochs": 5}}}
+    update = load_experiment(write(tmp_path, content)).options.update
+    assert (update.epochs, update.optimizer) == (5, OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6))
+    changes = ["simclr.update.optimizer.lr=0.5"]
+    update = load_experiment(write(tmp_path, content), changes).options.update
+    assert update.optimizer == OptimizerConfig("adam", lr=0.5, weight_decay=1e-6)
+    changes = ["simclr.update.optimizer={name: sgd, lr: 0.5}"]  # another kind of section starts afresh
+    update = load_experiment(write(tmp_path, content), changes).options.update
+    assert update.optimizer == OptimizerConfig("sgd", lr=0.5)
+
+
 @dataclass(frozen=True)
 class Square:
     name: Literal["square"] = "square"

@@ -10,6 +10,7 @@ import logging
 from dataclasses import replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dist_defend.attacks.poison import poison_from
@@ -19,13 +20,13 @@ from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.methods.rnp.masks import check_neurons, check_number, neuron_table, read_mask_values
-from dist_defend.methods.rnp.options import Config
+from dist_defend.methods.rnp.options import PRESETS, Config
 from dist_defend.methods.rnp.outcome import Outcome
 from dist_defend.methods.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names
 
-__all__ = ["Config", "build"]
+__all__ = ["PRESETS", "Config", "build"]
 log = logging.getLogger(__name__)
 
 _RATIO = 0.01  # of the training images, where nothing else says which ones the defender has
@@ -34,7 +35,7 @@ _RATIO = 0.01  # of the training images, where nothing else says which ones the 
 def build(config: Config, context: Context) -> Plan:
     """Two stages, unlearn and recover (none with a mask file); pruning and evaluation come with the result."""
     model, card, sha256 = context.load_classifier(config.model)
-    model.to(context.ranks.device, context.ranks.dtype)
+    model.to(context.ranks.device, context.ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     dataset, rows = _defence_data(config, context)
     test = context.dataset("test", config.test, is_labelled=True)
     poison = config.attack or (poison_from(card.trigger) if card.trigger else None)

@@ -1,7 +1,7 @@
 """What can be set, under the names that bboylyg/RNP and SCLBD/BackdoorBench publish."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dist_defend.attacks.poison import PoisonConfig
 from dist_defend.data.augment import AugmentConfig
@@ -68,3 +68,14 @@ class Config:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"key 'max_grad_norm' is {self.max_grad_norm}; it must be positive")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "official": {"not_unlearned": "fail", "off_by_one": True, "exclude_target_from_acc": True},
+    "backdoorbench": {
+        "batch_size": 256,
+        "epochs_inclusive": False,
+        "off_by_one": True,
+        "selection": "pruning_number",
+    },
+}

@@ -1,0 +1,166 @@
+"""RNP from the backdoored network to its table: the defender's choice alone, and all thresholds on the test data."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dist_defend.attacks.patterns import BadNets
+from dist_defend.attacks.poison import PoisonConfig, triggered
+from dist_defend.bench import runner
+from dist_defend.bench.runner import Case, Settings
+from dist_defend.data.augment import IDENTITY
+from dist_defend.data.loader import DatasetConfig, LoaderConfig
+from dist_defend.data.order import epoch_order
+from dist_defend.data.sources import ArraySource
+from dist_defend.data.store import open_dataset, write_dataset
+from dist_defend.engine import dist
+from dist_defend.engine.context import Context
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.trainer import Stage
+from dist_defend.methods.rnp import Config, Phases
+from dist_defend.methods.rnp.masks import neuron_table
+from dist_defend.methods.rnp.outcome import Outcome
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.classifier import build_classifier
+from dist_defend.models.masked_norm import norm_names
+
+UNLEARNING_EPOCHS, RECOVERING_EPOCHS = 13, 20  # of the published log
+TEST_SHARE = 18  # images of each test set per image of the defender, as published: 9000 and 500
+TEST_BATCH = 128
+CLASSES = 10
+
+
+def rows(settings: Settings) -> Iterator[dict[str, Any]]:
+    """rnp-default: choose on the defender's data, test once; rnp-full-table: test every threshold."""
+    ranks = runner.start()
+    (case,) = runner.cases(settings, "rnp", ("", "small_resnet", 16, 24))
+    with tempfile.TemporaryDirectory() as folder:
+        pair = Pair(case, Path(folder))
+        pair.show_equal()
+        published = pair.published(ranks.dtype)
+        for name, full in (("rnp-default", False), ("rnp-full-table", True)):
+            note = f"{case.num_images} images of the defender, {TEST_SHARE} times as many in each test set; "
+            note += f"{UNLEARNING_EPOCHS} and {RECOVERING_EPOCHS} epochs; "
+            note += "all thresholds tested" if full else "tested before and after"
+            ours = pair.ours(ranks, full)
+            yield runner.compare(
+                replace(case, name=name), published, ours, settings, images=pair.images_of(full), note=note
+            )
+
+
+class Pair:
+    """Both sides with the same network, images, order of batches and trigger; no augmentation."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case, self.folder, self.reference = case, folder, runner.published("rnp")
+        self.poison = PoisonConfig(BadNets())
+        names = [str(c) for c in range(CLASSES)]
+        counts = {"train": case.num_images, "test": case.num_images * TEST_SHARE}
+        for number, (split, count) in enumerate(counts.items()):
+            labels = np.arange(count) % CLASSES
+            images = runner.random_images(count, seed=number)
+            write_dataset(ArraySource(images, labels, names), folder / split, name="noise", split=split, storage="npy")
+        torch.manual_seed(0)
+        self.model = build_classifier(case.encoder, CLASSES, runner.NORMALIZATION, runner.IMAGE_SIZE)
+        with torch.no_grad():
+            self.model.train()(runner.to_pixels(runner.random_images(64, seed=2), torch.device("cpu")))
+
+    def images_of(self, full: bool) -> int:
+        """Images that go through our side's networks, training ones once."""
+        epochs, stops = UNLEARNING_EPOCHS + RECOVERING_EPOCHS + 20, 20 if full else 2
+        return self.case.num_images * (epochs + 2 * TEST_SHARE * stops)
+
+    def published(self, dtype: torch.dtype) -> Callable[[], Any]:
+        """The published flow on this network in this precision."""
+        net = copy.deepcopy(self.model.net).to(dtype)
+        mean, std = (values.flatten().tolist() for values in (self.model.normalize.mean, self.model.normalize.std))
+        train, test = open_dataset(self.folder / "train"), open_dataset(self.folder / "test")
+        kept = np.flatnonzero(test.labels != self.poison.target_class)
+
+        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader:
+            return DataLoader(self.reference.ImageSet(images, labels, mean, std, dtype), **options)
+
+        stamped = triggered(test, self.poison).images(kept)
+        clean = loader(test.images(kept), test.labels[kept], batch_size=TEST_BATCH)
+        bad = loader(stamped, np.full(len(kept), self.poison.target_class), batch_size=TEST_BATCH)
+
+        def defend() -> Any:
+            defence = loader(
+                train.images(np.arange(len(train))),
+                train.labels,
+                batch_sampler=self.reference.GivenBatches(_order_of(len(train)), self.case.batch_size),
+            )
+            return self.reference.defend(net, defence, clean, bad, self.folder, UNLEARNING_EPOCHS, RECOVERING_EPOCHS)
+
+        return defend
+
+    def ours(self, ranks: Ranks, full: bool) -> Callable[[], Any]:
+        """What a run of the method does between its configuration and its result."""
+        config = Config(
+            model="",
+            data=DatasetConfig(str(self.folder / "train")),
+            test=DatasetConfig(str(self.folder / "test")),
+            ratio=1.0,
+            augment=IDENTITY,
+            batch_size=self.case.batch_size,
+            unlearning_epochs=UNLEARNING_EPOCHS,
+            recovering_epochs=RECOVERING_EPOCHS,
+            epochs_inclusive=False,
+            full_table=full,
+            exclude_target_from_acc=True,
+        )
+        card = ModelCard("classifier", self.case.encoder, runner.NORMALIZATION, runner.IMAGE_SIZE, num_classes=CLASSES)
+        context = Context(ranks, 0, LoaderConfig("resident", 1), self.folder)
+
+        def defend() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+            model = copy.deepcopy(self.model)
+            model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            data, test = (context.dataset(*pair, is_labelled=True) for pair in (("d", config.data), ("t", config.test)))
+            outcome = Outcome(config, context, model, card, self.poison, data, test)
+            phases = Phases(config, context, model, norm_names(model.net), *data)
+            phases.accuracy = 0.0
+            for stage in phases.stages:
+                _run(stage, ranks)
+            outcome.result(neuron_table(phases.masks))
+            return phases.masks, json.loads((self.folder / "sweep.json").read_text())
+
+        return defend
+
+    def show_equal(self) -> None:
+        """Both flows in float64: RuntimeError unless masks agree and tables are the same, row by row."""
+        masks, table = self.published(torch.float64)()
+        ours, rows = self.ours(dist.start("fp64", world_size=1), full=True)()
+        apart = max((masks[name] - ours[name]).abs().max().item() for name in masks)
+        found = [(row["pruned"], *(row[key]["correct"] / row[key]["n"] for key in ("asr", "acc"))) for row in rows]
+        is_equal = found == [row[1:] for row in table]
+        print(f"rnp: masks apart by {apart:.1e} (limit 1e-06), {len(table)} rows {'equal' if is_equal else 'differ'}")
+        if not (apart <= 1e-6 and is_equal and masks.keys() == ours.keys()):
+            raise RuntimeError("rnp: the two sides do not compute the same; their times cannot be compared")
+
+
+def _order_of(count: int) -> Callable[[int], np.ndarray]:
+    """The package's order of each pass over the defender's images; recovering starts from epoch 0 again."""
+
+    def order(number: int) -> np.ndarray:
+        epoch = number if number < UNLEARNING_EPOCHS else number - UNLEARNING_EPOCHS
+        return epoch_order(count, 0, epoch, shuffle=True)
+
+    return order
+
+
+def _run(stage: Stage, ranks: Ranks) -> None:
+    """All epochs of a stage: the stop rule would make the two sides' work differ with rounding."""
+    for epoch in range(stage.epochs):
+        for batch in stage.loader.epoch(epoch):
+            stage.step(batch._replace(views=(batch.images.to(ranks.dtype),)))
+    if stage.finish is not None:
+        stage.finish()

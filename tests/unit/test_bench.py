@@ -19,6 +19,7 @@ ROWS = {
     "mimic": ["mimic", "mimic-after-phase1"],
     "mimic-mi": ["mimic-mi"],
     "head": ["head", "head-alone"],
+    "ibau": ["ibau-outer-step", "ibau-round"],
 }
 KEYS = {"name", "ratio", "ours_ms", "baseline_ms", "device", "dtype", "batch_size", "ranks", "images_per_second"}
 CASE = Case("case", "small_cifar", 4, 8)
@@ -30,7 +31,8 @@ def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setattr("dist_defend.bench.mimic_mi.EPOCHS", 1)
     arguments = ["bench", name, "--json", str(tmp_path / "rows.json"), "--repeats", "1"]
     arguments += ["--batch-size", "4", "--num-images", "8"]
-    arguments += [] if name == "data" else ["--encoder", "small_cifar"]
+    encoder = "small_resnet" if name == "ibau" else "small_cifar"
+    arguments += [] if name == "data" else ["--encoder", encoder]
     assert main(arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
     printed = capsys.readouterr().out.splitlines()
@@ -42,7 +44,7 @@ def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert (row["dtype"], row["ranks"]) == ("float32", 1)
         assert [line for line in printed if line.startswith(f"{row['name']}: {row['ratio']:.2f}x")]
         if name != "data":
-            assert row["encoder"] == "small_cifar" and row["note"]
+            assert row["encoder"] == encoder and row["note"]
             assert row["min_ratio"] <= row["ratio"] <= row["max_ratio"]
 
 

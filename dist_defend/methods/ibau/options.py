@@ -82,5 +82,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "space": "normalized",
         "optimizer": {"name": "adam", "lr": 1e-4, "amsgrad": True},
     },
-    "hundred_images": {"batch_size": 10, "min_patched": 1, "rounds": 10},
+    "hundred_images": {"rounds": 30, "batch_size": 20, "min_patched": 1, "optimizer": {"name": "adam", "lr": 5e-4}},
 }

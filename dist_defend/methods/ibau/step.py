@@ -49,8 +49,9 @@ class UnlearningStep:
         self.solver = solver_of(config)
         self.inner = GraphedUpdate("I-BAU inner step", self.ascend, self._changed, ranks.device, config.graph)
         self.outer = GraphedUpdate("I-BAU outer step", self.unlearn, self._changed, ranks.device, config.graph)
-        for group in (*self.optimizer.param_groups, *self.inner_optimizer.param_groups):
-            group["capturable"] = self.outer.is_graphed
+        for optimizer in (self.optimizer, self.inner_optimizer):
+            optimizer.param_groups[0]["capturable"] = self.outer.is_graphed
+            optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
         self.calls = 0
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ ROWS = {
     "mimic-mi": ["mimic-mi"],
     "head": ["head", "head-alone"],
     "ibau": ["ibau-outer-step", "ibau-round"],
+    "rnp": ["rnp-default", "rnp-full-table"],
 }
 KEYS = {"name", "ratio", "ours_ms", "baseline_ms", "device", "dtype", "batch_size", "ranks", "images_per_second"}
 CASE = Case("case", "small_cifar", 4, 8)
@@ -29,9 +30,11 @@ CASE = Case("case", "small_cifar", 4, 8)
 def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_defend.bench.mimic.LEAKED_HOOKS", 3)
     monkeypatch.setattr("dist_defend.bench.mimic_mi.EPOCHS", 1)
+    for setting in ("UNLEARNING_EPOCHS", "RECOVERING_EPOCHS", "TEST_SHARE"):
+        monkeypatch.setattr(f"dist_defend.bench.rnp.{setting}", 1)
     arguments = ["bench", name, "--json", str(tmp_path / "rows.json"), "--repeats", "1"]
     arguments += ["--batch-size", "4", "--num-images", "8"]
-    encoder = "small_resnet" if name == "ibau" else "small_cifar"
+    encoder = "small_resnet" if name in ("ibau", "rnp") else "small_cifar"
     arguments += [] if name == "data" else ["--encoder", encoder]
     assert main(arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())

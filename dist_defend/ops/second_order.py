@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 _backward = torch.ops.aten.convolution_backward
@@ -34,18 +35,22 @@ def constant_parameters() -> Iterator[None]:
 
 
 class CheapSecondOrder(TorchFunctionMode):
-    """A network that runs inside ``with CheapSecondOrder():`` can be differentiated twice cheaply, whatever it is."""
+    """A network that runs inside ``with CheapSecondOrder():`` can be differentiated twice, and cheaply."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.conv2d and len(args) == 7 and not isinstance(args[4], str):
             images, weight, bias, *geometry = args
             return _Convolve.apply(images, weight, bias, tuple(geometry))
-        if func is F.batch_norm and not kwargs["training"] and kwargs["weight"] is not None:
+        is_affine = func is F.batch_norm and None not in (kwargs["weight"], kwargs["bias"])
+        if is_affine and not kwargs["training"]:
             images, mean, variance = args
             scale = kwargs["weight"] * torch.rsqrt(variance + kwargs["eps"])
             channel = (1, -1) + (1,) * (images.ndim - 2)
             return torch.addcmul((kwargs["bias"] - mean * scale).view(channel), images, scale.view(channel))
+        if func is F.scaled_dot_product_attention:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 

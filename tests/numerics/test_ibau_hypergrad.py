@@ -248,6 +248,25 @@ def test_cheap_second_derivatives_are_torchs(channels_last: bool) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13 * largest, msg=name)
 
 
+def test_attention_can_be_differentiated_twice() -> None:
+    """torch's fused kernels cannot; the slope's slope against central differences."""
+    generator = torch.Generator().manual_seed(5)
+    x, v = (torch.randn(1, 2, 5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+
+    def slope_at(point: Tensor) -> Tensor:
+        point = point.detach().requires_grad_()
+        with CheapSecondOrder():
+            loss = F.scaled_dot_product_attention(point, point, point).sin().sum()
+        (slope,) = torch.autograd.grad(loss, point, create_graph=True)
+        points.append(point)
+        return slope
+
+    points: list[Tensor] = []
+    (found,) = torch.autograd.grad(slope_at(x), points[0], v)
+    expected = (slope_at(x + 1e-5 * v) - slope_at(x - 1e-5 * v)) / 2e-5
+    assert relative(found, expected.detach()) < 1e-7
+
+
 def test_the_comparison_catches_a_forgotten_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutation: no weight gradient of the image gradient, one of the two terms of the mixed derivative."""
     expected = derivatives(False, False)

@@ -74,7 +74,7 @@ def run(step: UnlearningStep, calls: int) -> list[dict[str, Tensor]]:
         ("notebook_cifar10", {"rounds": 1, "project_radius": 10.0, "clamp": False}),
         ("notebook_gtsrb", {"rounds": 1, "project_radius": 10.0, "clamp": True}),
         ("backdoorbench", {"rounds": 5, "batch_size": 256, "space": "normalized", "project_radius": None}),
-        ("hundred_images", {"min_patched": 1}),
+        ("hundred_images", {"rounds": 30, "batch_size": 10, "patched_fraction": 0.2}),
     ],
 )
 def test_presets(preset: str, expected: dict[str, Any], tmp_path: Path) -> None:
@@ -82,7 +82,8 @@ def test_presets(preset: str, expected: dict[str, Any], tmp_path: Path) -> None:
     section = {"preset": preset, "model": "m", "data": data, "test": data}
     config = load_experiment(make_experiment(tmp_path, "ibau", section)).options
     assert {key: getattr(config, key) for key in expected} == expected
-    assert (config.K, config.step_size, config.penalty, config.patched_fraction) == (5, 0.1, 1e-3, 0.01)
+    assert (config.K, config.step_size, config.penalty, config.min_patched) == (5, 0.1, 1e-3, 0)
+    assert config.num_patched(config.batch_size) == (2 if preset in ("backdoorbench", "hundred_images") else 1)
     is_gtsrb, is_bench = preset == "notebook_gtsrb", preset == "backdoorbench"
     assert (config.inner.name, config.inner.lr) == (("adam", 1.0) if is_gtsrb else ("sgd", 10.0))
     assert is_gtsrb or config.inner.momentum == 0.0

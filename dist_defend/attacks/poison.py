@@ -30,6 +30,7 @@ class PoisonConfig:
 
     all_to_one: images of any class become the target class. all_to_all: class y becomes y + shift. clean_label: only
     images of the target class are stamped and keep their label. ``rate`` counts against all training images.
+    choose: random ones, by the run's seed, or the first in the data set's order, as ABD's teachers have them.
     """
 
     trigger: PatternConfig
@@ -39,6 +40,7 @@ class PoisonConfig:
     count: int | None = None  # images; replaces rate
     shift: int = 1
     avoid_target: bool = False  # all_to_one: choose among the other classes, as I-BAU does
+    choose: Literal["random", "first"] = "random"
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1:
@@ -187,7 +189,8 @@ def _draw(
     if not count and config.rate and config.count is None:
         raise UserError(f"{asked}, which is no image of {len(rows)}; raise it or say count")
     order = np.random.default_rng([seed, _STREAM]).permutation(len(rows))
-    chosen = order[eligible[order]][:count]
+    candidates = np.arange(len(rows)) if config.choose == "first" else order
+    chosen = candidates[eligible[candidates]][:count]
     rest = order[~np.isin(order, chosen)]
     wanted = round(cross_ratio * count)
     if wanted > len(rest):

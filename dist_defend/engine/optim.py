@@ -20,7 +20,8 @@ class OptimizerConfig:
     momentum: float = 0.9  # sgd
     amsgrad: bool = False  # adam, adamw
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate falls to a tenth
+    milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate falls
+    gamma: float = 0.1  # multistep: to this share
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
@@ -31,6 +32,8 @@ class OptimizerConfig:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"key 'betas' is {list(self.betas)}; both must be in [0, 1)")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(f"key 'gamma' is {self.gamma}; it must be in (0, 1]")
         if bool(self.milestones) != (self.schedule == "multistep"):
             raise ValueError(
                 f"key 'milestones' is {list(self.milestones)}; the schedule multistep, and no other, has some"
@@ -66,5 +69,5 @@ def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_st
     if config.schedule == "constant":
         return 1.0
     if config.schedule == "multistep":
-        return 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        return config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))

@@ -1,4 +1,4 @@
-"""Losses on embeddings."""
+"""Losses on embeddings and between classifiers."""
 
 import torch
 import torch.nn.functional as F
@@ -32,3 +32,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
 def negative_cosine(a: Tensor, b: Tensor) -> Tensor:
     """-mean cosine of the rows of a and b, (B, D) each, normalised here; b may be (1, D). In [-1, 1], a scalar."""
     return -F.cosine_similarity(a, b, dim=-1).mean()
+
+
+def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)) of logits (B, C) each, summed over the classes -> (B,).
+
+    Without the factor T^2 (Hinton et al. 2015 have it); PyTorch's reductions are its mean over B, and that over C.
+    """
+    target = F.log_softmax(teacher / temperature, dim=1)
+    return (target.exp() * (target - F.log_softmax(student / temperature, dim=1))).sum(1)

@@ -73,7 +73,7 @@ def method_names() -> list[str]:
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read, override and check an experiment file. UserError (file, key, remedy) for anything that does not fit."""
     path = Path(path)
-    raw = _read(path)
+    raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
     name = raw.get("method")
@@ -85,12 +85,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise UserError(f"{path}: the section '{name}:' is missing; it holds the method's options")
     if isinstance(options_raw, dict) and "preset" in options_raw:
         options_raw = _with_preset(options_raw, getattr(module, "PRESETS", {}), path, name)
-    options = _build(options_type, options_raw, path, prefix=f"{name}.")
-    experiment = _build(Experiment, raw, path, extra=(name,))
+    options = build_section(options_type, options_raw, path, prefix=f"{name}.")
+    experiment = build_section(Experiment, raw, path, extra=(name,))
     return dataclasses.replace(experiment, options=options)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. UserError if it cannot be read or holds no keys."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
     except (OSError, UnicodeDecodeError) as error:
@@ -147,7 +148,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise UserError(f"override {text!r}: the value is not valid YAML") from error
 
 
-def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
+def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
+    """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) for anything that does not fit."""
     _check_keys(cls, raw, path, prefix, extra)
     raw = _over_defaults(cls, raw)
     hints = typing.get_type_hints(cls)
@@ -158,7 +160,7 @@ def _build(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str
             told = str(error).replace("key '", f"key '{prefix}{key}.", 1)
             raise UserError(f"{path}: {told}") from error
         for inner, item, place in sections:
-            _build(inner, item, path, f"{prefix}{key}{place}.")
+            build_section(inner, item, path, f"{prefix}{key}{place}.")
     hooks: dict[Any, Any] = {float: _number, int: _integer}
     try:
         return dacite.from_dict(cls, raw, dacite.Config(cast=[tuple], type_hooks=hooks, check_types=True))

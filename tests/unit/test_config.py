@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from dist_defend.config import Experiment, _build, dump, load_experiment
+from dist_defend.config import Experiment, build_section, dump, load_experiment
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.errors import UserError
 from dist_defend.methods import probe, simclr
@@ -171,7 +171,7 @@ class Attacked:
 
 
 def attacked(trigger: Any) -> Any:
-    return _build(Attacked, {"attack": {"trigger": trigger}}, Path("experiment.yaml"), "classifier.")
+    return build_section(Attacked, {"attack": {"trigger": trigger}}, Path("experiment.yaml"), "classifier.")
 
 
 def test_the_name_of_a_section_chooses_its_kind() -> None:

@@ -54,6 +54,7 @@ _NETS: dict[str, Callable[[int, int], nn.Module]] = {  # arch -> net of (num_cla
     "vgg19_bn": vgg19_bn,
     "ibau_vgg": ibau_vgg,
     "mobilenet_v2": lambda classes, _: MobileNetV2(classes),
+    "wrn_10_1": lambda classes, _: WideResNet(10, 1, classes),
     "wrn_16_1": lambda classes, _: WideResNet(16, 1, classes),
     "wrn_16_2": lambda classes, _: WideResNet(16, 2, classes),
     "wrn_40_1": lambda classes, _: WideResNet(40, 1, classes),

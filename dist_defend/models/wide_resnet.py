@@ -59,9 +59,12 @@ class WideResNet(nn.Module):
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """The three groups' outputs (B, C, H', W') and the logits, of one pass over normalised images."""
+        return self.layers_from(self.conv1(x), 0)
+
+    def layers_from(self, x: Tensor, first: int) -> tuple[list[Tensor], Tensor]:
+        """As layers, from the input of group ``first`` (0 to 2) on."""
         maps = []
-        x = self.conv1(x)
-        for group in (self.block1, self.block2, self.block3):
+        for group in (self.block1, self.block2, self.block3)[first:]:
             x = group(x)
             maps.append(x)
         return maps, self.fc(F.relu(self.bn1(x)).mean((2, 3)))

@@ -1,5 +1,6 @@
 """Attention transfer between feature maps (Zagoruyko and Komodakis 2017, as MIMIC uses it)."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -15,3 +16,8 @@ def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Equals 2 (1 - cos) / (H W) up to the 1e-6, so deep layers (small H W) weigh more at equal factors.
     """
     return (attention_map(student) - attention_map(teacher)).square().mean()
+
+
+def unit_attention(features: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W) unit rows: the mean of squares over channels (as polo5/ZeroShotKnowledgeTransfer)."""
+    return F.normalize(features.square().mean(1).flatten(1))

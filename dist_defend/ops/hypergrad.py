@@ -114,7 +114,7 @@ def hypergradient(
     iterates = solver(product, all_reduce_sum(g))
     implicit = _pull_back(slope, parameters, -step_size * iterates[-1], is_last=True)
     count = len(direct)
-    summed = _all_reduce_together([*direct, *implicit])
+    summed = all_reduce_together([*direct, *implicit])
     return Hypergradient(summed[:count], summed[count:], iterates)
 
 
@@ -125,8 +125,8 @@ def _pull_back(slope: Tensor, inputs: Sequence[Tensor], v: Tensor, is_last: bool
     return list(torch.autograd.grad(slope, inputs, v, retain_graph=not is_last, materialize_grads=True))
 
 
-def _all_reduce_together(tensors: list[Tensor]) -> list[Tensor]:
-    """Sums over ranks with one collective."""
+def all_reduce_together(tensors: list[Tensor]) -> list[Tensor]:
+    """Sums over ranks with one collective; the gradients of a network, say."""
     if world_size() == 1:
         return tensors
     flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors]))

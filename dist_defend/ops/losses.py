@@ -1,5 +1,7 @@
 """Losses on embeddings and between classifiers."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,10 +36,27 @@ def negative_cosine(a: Tensor, b: Tensor) -> Tensor:
     return -F.cosine_similarity(a, b, dim=-1).mean()
 
 
-def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)) of logits (B, C) each, summed over the classes -> (B,).
+def divergence_rows(logits: Tensor, target: Tensor) -> Tensor:
+    """KL(softmax(target) || softmax(logits)) of each row, (B, C) each -> (B,). Differentiable in both."""
+    log_target = F.log_softmax(target, dim=1)
+    return (log_target.exp() * (log_target - F.log_softmax(logits, dim=1))).sum(1)
 
-    Without the factor T^2 (Hinton et al. 2015 have it); PyTorch's reductions are its mean over B, and that over C.
+
+Convention = Literal["mean", "batchmean"]
+
+
+def distillation(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 1.0,
+    convention: Convention = "mean",
+    batch_size: int | None = None,
+) -> Tensor:
+    """KL of the teacher's from the student's softened classes, logits (B, C) each -> scalar.
+
+    "mean": over images and classes, without T^2 (Micaelli and Storkey 2019, as published). "batchmean": over images,
+    times T^2 (Hinton et al. 2015). batch_size: what to divide by instead of B; the global batch makes this rank's
+    share of a sum over ranks.
     """
-    target = F.log_softmax(teacher / temperature, dim=1)
-    return (target.exp() * (target - F.log_softmax(student / temperature, dim=1))).sum(1)
+    total = divergence_rows(student / temperature, teacher / temperature).sum() / (batch_size or len(student))
+    return total / student.shape[1] if convention == "mean" else total * temperature**2

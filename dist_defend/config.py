@@ -67,8 +67,7 @@ class Experiment:
 
 def method_names() -> list[str]:
     """Modules of dist_defend.methods: the module's name is the registry."""
-    names = {module.name for module in pkgutil.iter_modules(dist_defend.methods.__path__)}
-    return sorted(names - set(dist_defend.methods.SHARED))
+    return sorted(m.name for m in pkgutil.iter_modules(dist_defend.methods.__path__))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -150,7 +149,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
 
 
 def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
-    """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) for anything that does not fit."""
+    """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) if anything does not fit."""
     _check_keys(cls, raw, path, prefix, extra)
     raw = _over_defaults(cls, raw)
     hints = typing.get_type_hints(cls)

@@ -67,7 +67,8 @@ class Experiment:
 
 def method_names() -> list[str]:
     """Modules of dist_defend.methods: the module's name is the registry."""
-    return sorted(m.name for m in pkgutil.iter_modules(dist_defend.methods.__path__))
+    names = {module.name for module in pkgutil.iter_modules(dist_defend.methods.__path__)}
+    return sorted(names - set(dist_defend.methods.SHARED))
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:

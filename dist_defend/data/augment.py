@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Columns of a parameter row. The four from ORDER on say which step of the jitter comes when:
@@ -118,6 +119,30 @@ def apply_augment(images: Tensor, params: Tensor, config: AugmentConfig) -> Tens
     if config.grayscale > 0:
         x = torch.where(_column(params, GRAYSCALE) > 0, _luma(x), x)
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def crop_and_flip(images: Tensor, params: Tensor, config: AugmentConfig) -> Tensor:
+    """Crops and flips of float images (B, 3, H, W), differentiable in them: (B, 3, S, S). Colours stay.
+
+    params as for apply_augment, in the images' precision. Bilinear without widening, which is for enlarging; a padded
+    crop is exact up to rounding, with black around.
+    """
+    height, width = images.shape[2:]
+    out = config.output_shape(height, width)
+    is_padded = config.crop == "pad"
+    centres = []
+    for start, length, size, source in ((TOP, HEIGHT, out[0], height), (LEFT, WIDTH, out[1], width)):
+        first, extent = params[:, start, None], params[:, length, None]
+        steps = (torch.arange(size, device=images.device, dtype=images.dtype) + 0.5) / size
+        centre = first + steps * extent  # in pixels, where the first one has its centre at 0.5
+        if not is_padded:  # no neighbours of the box
+            centre = torch.minimum(torch.maximum(centre, first + 0.5), first + extent - 0.5)
+        centres.append(2 * centre / source - 1)
+    y, x = centres
+    if config.flip > 0:
+        x = torch.where(params[:, FLIP, None] > 0, x.flip(1), x)
+    grid = torch.stack([x[:, None, :].expand(-1, out[0], -1), y[:, :, None].expand(-1, -1, out[1])], dim=3)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _column(params: Tensor, column: int) -> Tensor:

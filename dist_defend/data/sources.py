@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dist_defend.data.patches import PatchSource, open_photographs
 from dist_defend.errors import UserError
 
 _FASHION_CLASSES = (
@@ -90,6 +91,8 @@ def source_splits(kind: str, path: str | None) -> list[str]:
         root = _needed(kind, path)
         found = [name for name in ("train", "val", "test", "unlabeled") if (root / name).is_dir()]
         return found or ["train"]
+    if kind == "one_image":
+        return ["train"]
     return ["train", "test", "unlabeled"] if kind == "stl10" else ["train", "test"]
 
 
@@ -286,5 +289,6 @@ _KINDS: dict[str, Callable[[str | None, str], Source]] = {
     "gtsrb": _with_split("GTSRB", [str(sign) for sign in range(43)]),
     "fashion_mnist": _fashion_mnist,
     "digits": _digits,
+    "one_image": lambda path, split: PatchSource(open_photographs(path)),
 }
 KINDS = tuple(_KINDS)

@@ -33,7 +33,8 @@ EXTRAS = {
     # without declaring it. Its traversal-order interface changed after 1.0.2, hence the exact version.
     "ffcv": ["ffcv==1.0.2", "setuptools; python_version >= '3.12'"],
     "deepspeed": ["deepspeed>=0.16", "transformers>=4.46"],  # accelerate's DeepSpeedPlugin imports transformers
-    "test": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML", "types-psutil", "types-tqdm"],
+    "sweep": ["pandas", "pyarrow"],  # tables of many runs
+    "test": ["pytest", "pytest-timeout", "ruff", "mypy", "pandas-stubs", "types-PyYAML", "types-psutil", "types-tqdm"],
 }
 
 setup(

@@ -1,4 +1,4 @@
-"""The command line: dist-defend run | data | attacks | import | export | report | bench | doctor."""
+"""The command line: dist-defend run | sweep | data | attacks | import | export | report | bench | doctor."""
 
 import argparse
 import importlib
@@ -11,6 +11,8 @@ from dist_defend.errors import UserError
 
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 _COMMANDS = {
+    "launch": "dist_defend.launch",
+    "sweep": "dist_defend.sweep.cli",
     "data": "dist_defend.data.cli",
     "attacks": "dist_defend.attacks.cli",
     "import": "dist_defend.models.cli",

@@ -1,0 +1,107 @@
+"""A collected sweep to a leaderboard, a trade-off plot and the list of what is missing."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from dist_defend.files import write_atomic
+from dist_defend.sweep.collect import RATES
+from dist_defend.sweep.grid import Sweep, shorten
+
+CHOOSERS = ("defender", "oracle")
+_NOTE = (
+    "Mean ± sample standard deviation over n seeds, in percent. The defender chose with clean data alone; the oracle "
+    "chose by the attack's success on the test set, which no defender has. device-s: mean seconds times devices of one "
+    "point, without those it comes after."
+)
+
+
+def write(sweep: Sweep, rows: pd.DataFrame) -> None:
+    """leaderboard.md, leaderboard.csv and tradeoff.svg in the sweep's folder; prints the leaderboard.
+
+    Every combination of the sweep's axes but the seeds is a line for each stage, kind of model and task.
+    """
+    board = leaderboard(sweep, rows)
+    missing = rows[rows["state"] == "missing"]
+    lines = [f"# {sweep.path.stem}", "", markdown(board), "", _NOTE, "", f"{len(missing)} points are missing"]
+    lines[-1] += ":" if len(missing) else "."
+    lines += [f"- {row['stage']} `{row['key']}` {row['name']}" for row in missing.to_dict("records")]
+    write_atomic(sweep.folder / "leaderboard.md", "\n".join(lines) + "\n")
+    board.to_csv(sweep.folder / "leaderboard.csv", index=False)
+    plot(board).savefig(sweep.folder / "tradeoff.svg", metadata={"Date": None})
+    print("\n".join(lines[2:]))
+    print(f"\n{sweep.folder / 'leaderboard.md'}, leaderboard.csv, tradeoff.svg")
+
+
+def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
+    """One line per stage, axes, kind and task: mean, std and n of each rate for defender and oracle, and the cost.
+
+    Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
+    """
+    axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
+    counted = rows[rows["state"] == "done"]
+    counted = counted[counted["kind"].notna()] if "kind" in counted else counted.head(0)
+    lines = []
+    for names, group in counted.groupby([*axes, "stage", "kind", "task"], dropna=False, sort=False):
+        line = dict(zip([*axes, "stage", "kind", "task"], names, strict=True))
+        for chooser in CHOOSERS:
+            own = group[group["chosen_by"] == chooser]
+            line[f"n_{chooser}"] = len(own)
+            for rate in (*RATES, "der"):
+                line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"] = own[rate].mean(), own[rate].std()
+        line["device_seconds"] = group.drop_duplicates("key")["device_seconds"].mean()
+        lines.append(line)
+    board = pd.DataFrame(lines)
+    if board.empty:
+        return board
+    first = next(iter(sweep.config.stages))
+    attacks = [axis for axis in axes if axis.partition(".")[0] == first]
+    groups = board.groupby([*attacks, "task"], dropna=False, sort=False).ngroup()
+    return board.assign(_group=groups).sort_values(["_group", "asr_defender"], kind="stable").drop(columns="_group")
+
+
+def markdown(board: pd.DataFrame) -> str:
+    """The leaderboard as a Markdown table."""
+    if board.empty:
+        return "No point has counted anything yet."
+    axes = list(board.columns[: board.columns.get_loc("stage")])
+    short = shorten(axes)
+    has_oracle = bool(board["n_oracle"].any())
+    head = [*short, "model", "task", "ACC", "ASR", "RA", "DER", "n"]
+    head += ["oracle ACC", "oracle ASR"] * has_oracle + ["device-s"]
+    table = [head, ["---"] * len(head)]
+    for line in board.to_dict("records"):
+        cells = ["" if pd.isna(line[axis]) else str(line[axis]) for axis in axes] + [line["kind"], line["task"]]
+        cells += [_score(line, rate, "defender") for rate in ("acc", "asr", "ra", "der")] + [str(line["n_defender"])]
+        cells += [_score(line, rate, "oracle") for rate in ("acc", "asr")] * has_oracle
+        table.append([*cells, f"{line['device_seconds']:.0f}"])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+
+
+def plot(board: pd.DataFrame) -> Figure:
+    """ASR across, ACC up: a defence wants to be in the upper left corner. A colour per kind, hollow for an oracle."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, (kind, group) in enumerate(board.groupby("kind", sort=False) if len(board) else ()):
+        for chooser, marker in zip(CHOOSERS, ("o", "D"), strict=True):
+            own = group[group[f"n_{chooser}"] > 0]
+            if len(own):
+                label = str(kind) if chooser == "defender" else f"{kind} (oracle)"
+                values = [own[f"{rate}_{chooser}{part}"] for rate in ("asr", "acc") for part in ("", "_std")]
+                axes.errorbar(
+                    values[0], values[2], values[3].fillna(0), values[1].fillna(0), fmt=marker, color=f"C{number}",
+                    markerfacecolor=f"C{number}" if chooser == "defender" else "none", label=label, capsize=2,
+                )  # fmt: skip
+    axes.set(xlabel="ASR (%)", ylabel="ACC (%)")
+    if axes.has_data():
+        axes.legend()
+    return figure
+
+
+def _score(line: Mapping[Hashable, Any], rate: str, chooser: str) -> str:
+    mean, std = line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"]
+    if pd.isna(mean):
+        return "–"
+    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"

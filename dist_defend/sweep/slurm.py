@@ -1,0 +1,252 @@
+"""Points to Slurm's job arrays, and back from its queue to their states.
+
+Nothing but sbatch, squeue, sacct, scancel and scontrol is spoken to. A submission is one array; its file, in the
+sweep's folder ``submissions``, maps array indices to points. A stage that comes after another follows it index by index
+(aftercorr), so a point has the index of the first stage's point that it descends from, and each column of a later
+stage is an array of its own.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
+from dist_defend.sweep.grid import Point, Sweep
+
+GUARD = Path(__file__).with_name("guard.py")
+# srun starts every rank itself, so that each gets Slurm's signals; this gives it what torch.distributed asks for.
+RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
+RESERVED = ("array", "dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "parsable", "wrap", "chdir")
+# Slurm's names of jobs that are not over; one in the queue that was preempted or lost its node is about to be requeued.
+WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "CONFIGURING"}
+RUNNING = {
+    "RUNNING",
+    "COMPLETING",
+    "SUSPENDED",
+    "STOPPED",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "PREEMPTED",
+    "NODE_FAIL",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The array task that a point was last submitted as, and what Slurm still knows of it."""
+
+    job: str
+    index: int
+    state: str | None  # Slurm's word, or None where it has forgotten the job
+    exit_code: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        return self.state in WAITING | RUNNING
+
+
+@dataclass(frozen=True)
+class Block:
+    """An array: points of one stage and column, of roots that fit into one array, all waiting for the same one."""
+
+    stage: str
+    column: tuple[int, ...]
+    chunk: int
+    after: "str | Block | None"  # a job's number, or a block of this submission
+    points: dict[int, Point] = field(default_factory=dict, compare=False)  # by index
+
+
+def last_tasks(sweep: Sweep) -> dict[str, Task]:
+    """Point key -> its newest array task."""
+    submissions = [json.loads(file.read_text(encoding="utf-8")) for file in _submission_files(sweep)]
+    placed = {
+        key: (submission["job"], int(index))
+        for submission in submissions
+        for index, key in submission["points"].items()
+        if submission["job"]
+    }
+    jobs = {job for job, _ in placed.values()}
+    known = _states(jobs)
+    return {key: Task(*place, *known.get(place, (None, 0))) for key, place in placed.items()}
+
+
+def blocks(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], max_array: int) -> list[Block]:
+    """The arrays that run the chosen points, parents first. Highest index: max_array - 1."""
+    found: dict[Block, Block] = {}
+    place: dict[str, Block] = {}
+    for point in chosen:
+        chunk, index = divmod(point.root, max_array)
+        after: str | Block | None = None
+        if point.parent is not None and not sweep.is_done(point.parent):
+            after = place.get(point.parent.key) or tasks[point.parent.key].job
+        block = Block(point.stage, point.column, chunk, after)
+        place[point.key] = found.setdefault(block, block)
+        place[point.key].points[index] = point
+    return list(found)
+
+
+def submit(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], with_collect: bool) -> list[str]:
+    """Submit the arrays and, after all of them, a job that collects; returns a line for each.
+
+    throttle holds for each stage: as many arrays at a time as it takes, each with its share, the others one after
+    another.
+    """
+    (sweep.folder / "submissions").mkdir(parents=True, exist_ok=True)
+    (sweep.folder / "logs").mkdir(exist_ok=True)
+    jobs: dict[Block, str] = {}
+    lines, everything = [], []
+    arrays = blocks(sweep, chosen, tasks, _max_array_size())
+    for stage in sweep.config.stages:
+        own = [block for block in arrays if block.stage == stage]
+        throttle = sweep.config.throttle
+        lanes = max(1, throttle // max(len(block.points) for block in own)) if own and throttle else len(own)
+        submitted: list[str] = []
+        for number, block in enumerate(own):
+            before = jobs[block.after] if isinstance(block.after, Block) else block.after
+            waits = [f"aftercorr:{before}"] if before else []
+            if number >= lanes:
+                waits.append(f"afterany:{submitted[number - lanes]}")
+            jobs[block] = _submit_array(sweep, block, waits, throttle and throttle // lanes)
+            submitted.append(jobs[block])
+            lines.append(f"job {', '.join([jobs[block], *waits])}: {len(block.points)} points of stage {stage}")
+        everything += submitted
+    if with_collect and everything:
+        job = _submit_collect(sweep, everything)
+        lines.append(f"job {job}: collect and report, when all of them are over")
+    return lines
+
+
+def cancel(sweep: Sweep) -> list[str]:
+    """Cancel what is left of the sweep in Slurm's queue; returns the jobs."""
+    jobs = [json.loads(file.read_text(encoding="utf-8"))["job"] for file in _submission_files(sweep)]
+    known = _states(set(jobs))
+    active = sorted({job for (job, _), (state, _) in known.items() if state in WAITING | RUNNING}, key=int)
+    if active:
+        _call("scancel", *active)
+    return active
+
+
+def _submit_array(sweep: Sweep, block: Block, waits: list[str], throttle: int | None) -> str:
+    indices = ",".join(map(str, sorted(block.points)))
+    options = [f"--array={indices}{f'%{throttle}' if throttle else ''}"]
+    if waits:
+        options += [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"]
+    ranks = max(point.experiment.world_size or 1 for point in block.points.values())
+    run = [sys.executable, "-m", "dist_defend", "run", f"{sweep.folder}/points/{{key}}.yaml"]
+    command = ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1"]
+    command += ["bash", "-c", RANK, "rank", *run] if ranks > 1 else run
+    if ranks > 1:
+        options.append(f"--ntasks={ranks}")
+    points = {str(index): point.key for index, point in sorted(block.points.items())}
+    record = {"job": None, "stage": block.stage, "points": points, "command": command}
+    guard = [sys.executable, str(GUARD), f"--restarts={sweep.config.restarts}"]
+    stage = sweep.config.stages[block.stage].slurm
+    return _sbatch(sweep, block.stage, record, [*guard, "--points", "{file}"], sweep.config.slurm | stage, options)
+
+
+def _submit_collect(sweep: Sweep, jobs: list[str]) -> str:
+    """Failed arrays do not keep it from running."""
+    record: dict[str, Any] = {"job": None, "stage": "collect", "points": {}}
+    program = [sys.executable, "-m", "dist_defend", "sweep", "report", str(sweep.path)]
+    options = [f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1"]
+    return _sbatch(sweep, "collect", record, program, sweep.config.slurm, options)
+
+
+def _sbatch(
+    sweep: Sweep, stage: str, record: dict[str, Any], command: list[str], user: Mapping[str, Any], own: list[str]
+) -> str:
+    """Write the submission down, submit it, note the job's number."""
+    file = _new_submission(sweep)
+    write_atomic(file, json.dumps(record, indent=1))
+    words = [part.replace("{file}", str(file.absolute())) for part in command]
+    script = file.with_suffix(".sbatch")
+    script.write_text(f"#!/bin/bash\nexec {shlex.join(words)}\n", encoding="utf-8")
+    logs = f"{(sweep.folder / 'logs').absolute()}/{'%j' if stage == 'collect' else '%A_%a'}.log"
+    options = ["--parsable", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
+    options += [f"--output={logs}", f"--job-name={sweep.path.stem}-{stage}"]
+    options += [_option(sweep, key, value) for key, value in user.items()]
+    try:
+        job = _call("sbatch", *options, *own, str(script)).strip().split(";")[0]
+    except UserError:
+        file.unlink()
+        raise
+    write_atomic(file, json.dumps(record | {"job": job}, indent=1))
+    return job
+
+
+def _option(sweep: Sweep, key: str, value: Any) -> str:
+    if key in RESERVED:
+        raise UserError(f"{sweep.path}: key 'slurm.{key}' is the sweep's own; leave it out")
+    return f"--{key}" if value is True else f"--{key}={value}"
+
+
+def _submission_files(sweep: Sweep) -> list[Path]:
+    return sorted((sweep.folder / "submissions").glob("*.json"))
+
+
+def _new_submission(sweep: Sweep) -> Path:
+    """An empty file with the next number, also when two commands submit at once."""
+    number = len(_submission_files(sweep))
+    while True:
+        file = sweep.folder / "submissions" / f"{number:04d}.json"
+        try:
+            file.touch(exist_ok=False)
+            return file
+        except FileExistsError:
+            number += 1
+
+
+def _max_array_size() -> int:
+    shown = _call("scontrol", "show", "config")
+    return int(next(line.split("=")[1] for line in shown.splitlines() if line.startswith("MaxArraySize")))
+
+
+def _states(jobs: Iterable[str]) -> dict[tuple[str, int], tuple[str, int]]:
+    """(job, index) -> state, exit status: of ended jobs from sacct, where there is one, and of all from squeue."""
+    wanted = sorted(set(jobs) - {None}, key=int)
+    if not wanted:
+        return {}
+    found = {}
+    accounting = _try("sacct", "-n", "-P", "-X", "-j", ",".join(wanted), "-o", "JobID,State,ExitCode") or ""
+    for line in accounting.splitlines():
+        name, state, code = line.split("|")
+        job, _, index = name.partition("_")
+        if not index or index.isdigit():  # those that wait are told together, as 8_[3-7]
+            found[job, int(index or -1)] = state.split()[0], int(code.split(":")[0])
+    fields = "ArrayJobID:20,ArrayTaskID:20,State:20,exit_code:20"
+    queue = _call("squeue", "-h", "-r", "--me", "--states=all", "-O", fields) if shutil.which("squeue") else ""
+    for line in queue.splitlines():
+        job, index, state, status = line.split()
+        if job in wanted:
+            found[job, int(index) if index.isdigit() else -1] = state, int(status) >> 8  # a wait status
+    return found
+
+
+def _try(*command: str) -> str | None:
+    try:
+        return _call(*command)
+    except UserError:
+        return None
+
+
+def _call(*command: str) -> str:
+    """Output of a Slurm command. UserError with its own words when it fails or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]} is not on this machine; run where Slurm is, or with --local") from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(
+            f"{command[0]} does not answer; see whether Slurm's controller is up (scontrol ping)"
+        ) from error
+    if done.returncode:
+        raise UserError(f"{command[0]}: {' '.join(done.stderr.split()) or f'exit {done.returncode}'}")
+    return done.stdout

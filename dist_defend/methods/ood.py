@@ -32,7 +32,7 @@ from dist_defend.ops.losses import Convention, distillation, divergence_rows
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of illidanlab/ABD's cmi/vanilla_kd_ood.py with its sweeps' values."""
+    """Defaults are illidanlab/ABD's cmi/vanilla_kd_ood.py's, at a constant rate; its sweeps' rates are in PRESETS."""
 
     teacher: str  # model folder of a classifier
     data: DatasetConfig  # images of anything, of the teacher's size; labels are not read
@@ -43,11 +43,7 @@ class Config:
     cutmix: CutMixConfig = field(default_factory=CutMixConfig)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
     update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=512,
-            epochs=300,
-            optimizer=OptimizerConfig("adam", lr=1e-3, schedule="multistep", milestones=(150, 300, 600), gamma=0.5),
-        )
+        default_factory=lambda: UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
     )
     vaccine: VaccineConfig | None = None
     retrospection: RetrospectionConfig | None = None  # start: an epoch
@@ -68,12 +64,14 @@ class Config:
 _RETROSPECTION = {
     "start": 297, "restart_lr": 5e-4, "synthesis_penalty": 0.0, "detach_reference": False,
 }  # fmt: skip
+_UPDATE = {"optimizer": {"schedule": "multistep", "milestones": [150, 300, 600], "gamma": 0.5}}  # of the sweeps
 PRESETS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "vaccine": {"vaccine": {}},
-    "retrospection": {"retrospection": _RETROSPECTION},
-    "both": {"vaccine": {}, "retrospection": _RETROSPECTION},
+    "plain": {"update": _UPDATE},
+    "vaccine": {"update": _UPDATE, "vaccine": {}},
+    "retrospection": {"update": _UPDATE, "retrospection": _RETROSPECTION},
+    "both": {"update": _UPDATE, "vaccine": {}, "retrospection": _RETROSPECTION},
     "published": {  # both, with the published code's SR, whose gradient outweighs the distillation's 640 times
+        "update": _UPDATE,
         "vaccine": {},
         "retrospection": {**_RETROSPECTION, "delta_init": "zero", "min_patched": 0, "statistics": "published"},
         "retrospection_convention": "batchmean",

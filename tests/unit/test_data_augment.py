@@ -25,6 +25,7 @@ from dist_defend.data.augment import (
     AugmentConfig,
     View,
     apply_augment,
+    crop_and_flip,
 )
 from dist_defend.data.draws import draw
 from dist_defend.data.fused import empty_views, fill_views
@@ -136,3 +137,31 @@ def test_a_constant_image_of_another_kind_is_refused() -> None:
     for image in (np.zeros((8, 8, 3), np.float32), np.zeros((1, 8, 8, 3), np.uint8), np.zeros((3, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match="it must be uint8"):
             View(image=image)
+
+
+@pytest.mark.parametrize("config", [AugmentConfig("pad", flip=0.5), AugmentConfig("pad", pad=6, size=20, flip=0.5)])
+def test_padded_crops_of_float_images_are_those_of_bytes(config: AugmentConfig) -> None:
+    images = pictures(12, 24, 20)
+    params = torch.from_numpy(draw(3, 1, np.arange(12), 0, config, 24, 20))
+    expected = apply_augment(torch.from_numpy(images), params, config).double()
+    found = crop_and_flip(torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255, params.double(), config)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_enlarged_crops_of_float_images_are_torchs() -> None:
+    config = AugmentConfig("random_resized", scale=(0.25, 1.0), flip=0.5)
+    images = torch.rand(12, 3, 24, 20, dtype=torch.float64)
+    params = draw(3, 1, np.arange(12), 0, config, 24, 20)
+    found = crop_and_flip(images, torch.from_numpy(params).double(), config)
+    for image, row, view in zip(images, params, found, strict=True):
+        top, left, height, width = (int(row[column]) for column in (TOP, LEFT, HEIGHT, WIDTH))
+        part = image[None, :, top : top + height, left : left + width]
+        expected = torch.nn.functional.interpolate(part, (24, 20), mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(view, expected.flip(2) if row[FLIP] else expected, rtol=0, atol=1e-12)
+
+
+def test_crops_of_float_images_can_be_differentiated() -> None:
+    for config in (AugmentConfig("pad", pad=1, flip=0.5), AugmentConfig("random_resized", flip=0.5)):
+        params = torch.from_numpy(draw(3, 1, np.arange(2), 0, config, 5, 5)).double()
+        images = torch.rand(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, p=params, c=config: crop_and_flip(x, p, c), images)

@@ -60,6 +60,13 @@ def test_which_classes_are_eligible() -> None:
     assert np.array_equal(clean_label(rate=0.1), np.flatnonzero(LABELS == 3))
 
 
+def test_the_first_eligible_images_can_be_chosen() -> None:
+    chosen = choose(rate=0.05, avoid_target=True, target_class=4, choose="first")
+    assert np.array_equal(chosen, np.flatnonzero(LABELS != 4)[:50])
+    assert np.array_equal(choose(rows=ROWS[::-1][:30], count=2, choose="first"), [998, 999])
+    assert np.array_equal(clean_label(count=3, choose="first"), [3, 13, 23])
+
+
 def clean_label(**options: Any) -> np.ndarray:
     config = PoisonConfig(Sig(), labels="clean_label", target_class=3, **options)
     return poisoned_rows(LABELS, ROWS, config, 10, 1)

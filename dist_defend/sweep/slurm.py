@@ -169,7 +169,7 @@ def _sbatch(
     words = [part.replace("{file}", str(file.absolute())) for part in command]
     script = file.with_suffix(".sbatch")
     script.write_text(f"#!/bin/bash\nexec {shlex.join(words)}\n", encoding="utf-8")
-    logs = f"{(sweep.folder / 'logs').absolute()}/{'%j' if stage == 'collect' else '%A_%a'}.log"
+    logs = f"{(sweep.folder / 'logs').absolute()}/{'collect_%j' if stage == 'collect' else '%A_%a'}.log"
     options = ["--parsable", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
     options += [f"--output={logs}", f"--job-name={sweep.path.stem}-{stage}"]
     options += [_option(sweep, key, value) for key, value in user.items()]

@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 CLIENTS = ("sinfo", "squeue", "sbatch", "srun", "scancel", "scontrol", "sacct")
 SUBNET = "10.213.77"
 START_SECONDS = 60.0
-_SEARCH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+_SEARCH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # jobs find this interpreter first
 
 # A node that is silent for 10 s is down; a requeued job waits as long as a credential lives (two minutes elsewhere);
 # ended jobs stay in squeue for a day; nothing is isolated by cgroups; nodes have more CPUs than the machine.
@@ -59,7 +60,7 @@ CompleteWait=0
 JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-MaxArraySize=21
+MaxArraySize=33
 MinJobAge=86400
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
@@ -72,7 +73,7 @@ def missing_programs() -> list[str]:
 
 
 class Cluster:
-    """Nodes n1, n2, ... of 4 CPUs and 2 GPUs, which are links to /dev/null: Slurm hands them out, nothing is there."""
+    """Nodes n1, n2, ... of 64 CPUs and 8 GPUs, which are links to /dev/null: Slurm hands them out, nothing is there."""
 
     def __init__(self, nodes: int = 2) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: a socket's path has 108 characters
@@ -81,6 +82,7 @@ class Cluster:
         self.tag = self.folder.name.removeprefix("slurm-")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        self.environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "SBATCH_TIMELIMIT": "10"}  # minutes
         self.environment |= {"SLURM_CONF": f"{self.folder}/etc/slurm.conf", "PATH": _SEARCH}
 
     def start(self) -> None:
@@ -131,6 +133,11 @@ class Cluster:
                 raise TimeoutError(f"job {job}: {states}\n{self.run('squeue', '-l')}")
             time.sleep(0.2)
 
+    def clear(self) -> None:
+        """Cancel whatever is left of the queue, and wait until it is gone."""
+        self.run("scancel", "--quiet", "--me")
+        self._await(lambda: not self.run("squeue", "-h", "--me").strip())
+
     def crash(self, node: str) -> None:
         """What a power failure does: the node's daemon, job steps and jobs are gone at once."""
         for process in [psutil.Process(self.processes[node].pid), *self._steps(f"slurmd.{node}.log")]:
@@ -167,9 +174,9 @@ class Cluster:
             if self.has_hosts:
                 place = f"NodeAddr={SUBNET}.{11 + number}"
                 hosts.append(f"{SUBNET}.{11 + number} {node}")
-            text += f"NodeName={node} {place} CPUs=4 RealMemory=8000 Gres=gpu:2\n"
-            gpus.append(f"NodeName={node} Name=gpu File={self.folder}/dev/{node}-gpu[0-1]")
-            for gpu in range(2):
+            text += f"NodeName={node} {place} CPUs=64 RealMemory=64000 Gres=gpu:8\n"
+            gpus.append(f"NodeName={node} Name=gpu File={self.folder}/dev/{node}-gpu[0-7]")
+            for gpu in range(8):
                 (self.folder / "dev" / f"{node}-gpu{gpu}").symlink_to("/dev/null")
         (self.folder / "etc" / "slurm.conf").write_text(text)
         (self.folder / "etc" / "gres.conf").write_text("\n".join(gpus) + "\n")

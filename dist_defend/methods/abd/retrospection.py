@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dist_defend.methods.abd.options import RetrospectionConfig
 from dist_defend.models.batch_statistics import repeated_statistics
-from dist_defend.ops.collectives import all_reduce_sum
+from dist_defend.ops.collectives import all_reduce_sum, world_size
 from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann
 from dist_defend.ops.second_order import CheapSecondOrder
 
@@ -99,14 +99,17 @@ class SelfRetrospection:
         """
         config, delta = self.config, delta.detach().requires_grad_()
         with self._statistics():
-            outer = self._outer(images, logits, delta, patched)
+            reference = logits.detach() if config.detach_reference else logits
+            outer = self.divergence(self.student(images + patched * delta), reference)
+            self._pass_again(images)
             with CheapSecondOrder():
                 perturbed = self.student(images + delta)
-            inner = -self.divergence(perturbed, self._reference(images, logits).detach())
+            self._pass_again(images)
+            inner = -self.divergence(perturbed, logits.detach())
         solver = neumann(config.K, config.step_size)
         result = hypergradient(outer, inner, delta, self.parameters, solver, config.step_size, config.penalty)
         scalars = {
-            "outer_loss": all_reduce_sum(outer.detach()),
+            "outer_loss": outer.detach() * world_size(),
             "delta_norm": delta.detach().norm(),
             "direct_norm": torch.nn.utils.get_total_norm(result.direct),
             "implicit_norm": torch.nn.utils.get_total_norm(result.implicit),
@@ -117,16 +120,14 @@ class SelfRetrospection:
     def after_update(self, images: Tensor, delta: Tensor, patched: Tensor) -> None:
         """The published diagnostic's passes, which move batch norm's statistics; nothing unless they are asked for."""
         if self.config.statistics == "published":
-            self._outer(images, torch.zeros(()), delta, patched)
+            self._pass_again(images)
+            self.student(images + patched * delta)
 
-    def _outer(self, images: Tensor, logits: Tensor, delta: Tensor, patched: Tensor) -> Tensor:
-        perturbed = self.student(images + patched * delta)
-        reference = self._reference(images, logits)
-        return self.divergence(perturbed, reference.detach() if self.config.detach_reference else reference)
-
-    def _reference(self, images: Tensor, logits: Tensor) -> Tensor:
-        """The student's logits for the clean images; the published code passes them through again each time."""
-        return self.student(images) if self.config.statistics == "published" else logits
+    @torch.no_grad()
+    def _pass_again(self, images: Tensor) -> None:
+        """The published code passes the clean images through for every loss."""
+        if self.config.statistics == "published":
+            self.student(images)
 
     def _statistics(self) -> Any:
         return nullcontext() if self.config.statistics == "published" else repeated_statistics(self.student, 0)

@@ -1,0 +1,71 @@
+"""Image generators of data-free distillation, with the keys of their upstreams."""
+
+from torch import Tensor, nn
+
+from dist_defend.errors import UserError
+
+_SLOPE = 0.2  # of the leaky ReLUs
+
+
+class ZSKTGenerator(nn.Module):
+    """polo5/ZeroShotKnowledgeTransfer's: z (B, z_dim) -> images (B, 3, H, W) as a network sees them, normalised.
+
+    Nothing bounds them: the last layer is a batch norm. width: channels after the first layer, 128 as published.
+    """
+
+    def __init__(self, z_dim: int = 100, image_size: int = 32, width: int = 128) -> None:
+        super().__init__()
+        side = _first_side(image_size)
+        self.layers = nn.Sequential(
+            nn.Linear(z_dim, width * side**2),
+            nn.Unflatten(1, (width, side, side)),
+            nn.BatchNorm2d(width),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.BatchNorm2d(width // 2),
+            nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.Conv2d(width // 2, 3, 3, padding=1),
+            nn.BatchNorm2d(3),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
+
+
+class CMIGenerator(nn.Module):
+    """zju-vipa/CMI's: z (B, z_dim) -> images (B, 3, H, W) in [0, 1]. Its large one has a width of 128."""
+
+    def __init__(self, z_dim: int = 256, image_size: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.side, self.channels = _first_side(image_size), 2 * width
+        self.l1 = nn.Sequential(nn.Linear(z_dim, 2 * width * self.side**2))
+        self.conv_blocks = nn.Sequential(
+            nn.BatchNorm2d(2 * width),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.LeakyReLU(_SLOPE, inplace=True),
+            nn.Conv2d(width, 3, 3, padding=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.conv_blocks(self.l1(z).view(len(z), self.channels, self.side, self.side))
+
+
+def _first_side(image_size: int) -> int:
+    """The side of the first map, which is doubled twice."""
+    if image_size < 8 or image_size % 4:
+        raise UserError(
+            f"images of {image_size} px cannot be generated: the size must be a multiple of 4 of at least 8; "
+            "prepare the teacher's data set at such a size"
+        )
+    return image_size // 4

@@ -46,11 +46,11 @@ class Task:
     job: str
     index: int
     state: str | None  # Slurm's word, or None where it has forgotten the job
-    exit_code: int = 0
+    is_queued: bool  # squeue has it, perhaps as ended
 
     @property
     def is_active(self) -> bool:
-        return self.state in WAITING | RUNNING
+        return self.is_queued and self.state in WAITING | RUNNING
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def last_tasks(sweep: Sweep) -> dict[str, Task]:
     }
     jobs = {job for job, _ in placed.values()}
     known = _states(jobs)
-    return {key: Task(*place, *known.get(place, (None, 0))) for key, place in placed.items()}
+    return {key: Task(*place, *known.get(place, (None, False))) for key, place in placed.items()}
 
 
 def blocks(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], max_array: int) -> list[Block]:
@@ -128,7 +128,9 @@ def cancel(sweep: Sweep) -> list[str]:
     """Cancel what is left of the sweep in Slurm's queue; returns the jobs."""
     jobs = [json.loads(file.read_text(encoding="utf-8"))["job"] for file in _submission_files(sweep)]
     known = _states(set(jobs))
-    active = sorted({job for (job, _), (state, _) in known.items() if state in WAITING | RUNNING}, key=int)
+    active = sorted(
+        {job for (job, _), (state, is_queued) in known.items() if is_queued and state in WAITING | RUNNING}, key=int
+    )
     if active:
         _call("scancel", *active)
     return active
@@ -164,6 +166,7 @@ def _sbatch(
     sweep: Sweep, stage: str, record: dict[str, Any], command: list[str], user: Mapping[str, Any], own: list[str]
 ) -> str:
     """Write the submission down, submit it, note the job's number."""
+    chosen = [_option(sweep, key, value) for key, value in user.items()]
     file = _new_submission(sweep)
     write_atomic(file, json.dumps(record, indent=1))
     words = [part.replace("{file}", str(file.absolute())) for part in command]
@@ -172,9 +175,8 @@ def _sbatch(
     logs = f"{(sweep.folder / 'logs').absolute()}/{'collect_%j' if stage == 'collect' else '%A_%a'}.log"
     options = ["--parsable", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
     options += [f"--output={logs}", f"--job-name={sweep.path.stem}-{stage}"]
-    options += [_option(sweep, key, value) for key, value in user.items()]
     try:
-        job = _call("sbatch", *options, *own, str(script)).strip().split(";")[0]
+        job = _call("sbatch", *options, *chosen, *own, str(script)).strip().split(";")[0]
     except UserError:
         file.unlink()
         raise
@@ -189,7 +191,7 @@ def _option(sweep: Sweep, key: str, value: Any) -> str:
 
 
 def _submission_files(sweep: Sweep) -> list[Path]:
-    return sorted((sweep.folder / "submissions").glob("*.json"))
+    return sorted(file for file in (sweep.folder / "submissions").glob("*.json") if file.stat().st_size)
 
 
 def _new_submission(sweep: Sweep) -> Path:
@@ -209,24 +211,24 @@ def _max_array_size() -> int:
     return int(next(line.split("=")[1] for line in shown.splitlines() if line.startswith("MaxArraySize")))
 
 
-def _states(jobs: Iterable[str]) -> dict[tuple[str, int], tuple[str, int]]:
-    """(job, index) -> state, exit status: of ended jobs from sacct, where there is one, and of all from squeue."""
+def _states(jobs: Iterable[str]) -> dict[tuple[str, int], tuple[str, bool]]:
+    """(job, index) -> state, and whether squeue, which knows better, told it or sacct, where there is one."""
     wanted = sorted(set(jobs) - {None}, key=int)
     if not wanted:
         return {}
-    found = {}
-    accounting = _try("sacct", "-n", "-P", "-X", "-j", ",".join(wanted), "-o", "JobID,State,ExitCode") or ""
+    found: dict[tuple[str, int], tuple[str, bool]] = {}
+    accounting = _try("sacct", "-n", "-P", "-X", "-j", ",".join(wanted), "-o", "JobID,State") or ""
     for line in accounting.splitlines():
-        name, state, code = line.split("|")
+        name, state = line.split("|")
         job, _, index = name.partition("_")
-        if not index or index.isdigit():  # those that wait are told together, as 8_[3-7]
-            found[job, int(index or -1)] = state.split()[0], int(code.split(":")[0])
-    fields = "ArrayJobID:20,ArrayTaskID:20,State:20,exit_code:20"
+        if index.isdigit():  # those that wait are told together, as 8_[3-7]
+            found[job, int(index)] = state.split()[0], False  # "CANCELLED by 1000"
+    fields = "ArrayJobID:20,ArrayTaskID:20,State:20"
     queue = _call("squeue", "-h", "-r", "--me", "--states=all", "-O", fields) if shutil.which("squeue") else ""
     for line in queue.splitlines():
-        job, index, state, status = line.split()
+        job, index, state = line.split()
         if job in wanted:
-            found[job, int(index) if index.isdigit() else -1] = state, int(status) >> 8  # a wait status
+            found[job, int(index) if index.isdigit() else -1] = state, True  # -1: not an array, the job that collects
     return found
 
 

@@ -272,3 +272,11 @@ def _free_ports(count: int) -> int:
         finally:
             for each in sockets:
                 each.close()
+
+
+if __name__ == "__main__":
+    if missing := missing_programs():
+        remedy = "with root: apt-get install slurmctld slurmd slurm-client munge iproute2"
+        sys.exit(
+            f"\n!!!!!! SLURM CANNOT BE STARTED HERE: tests/slurm is left out ({', '.join(missing)} missing; {remedy})\n"
+        )

@@ -1,0 +1,166 @@
+"""Sweep files to points."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_defend.config import load_experiment
+from dist_defend.errors import UserError
+from dist_defend.sweep import progress
+from dist_defend.sweep.grid import Sweep, load_sweep
+
+CLASSIFIER = {"data": {"path": "data/train"}, "test": {"path": "data/test"}, "update": {"batch_size": 4, "epochs": 2}}
+RNP = {"model": "nothing", "data": {"path": "data/train"}, "test": {"path": "data/test"}}
+
+
+def experiment(folder: Path, method: str, options: dict[str, Any]) -> str:
+    path = folder / f"{method}.yaml"
+    path.write_text(yaml.safe_dump({"method": method, "output": "runs/x", method: options}))
+    return str(path)
+
+
+def spread(folder: Path, output: str = "runs/sweep", **content: Any) -> Sweep:
+    content = (
+        {"config": experiment(folder, "classifier", CLASSIFIER), **content} if "stages" not in content else content
+    )
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"output": output, **content}, sort_keys=False))
+    return load_sweep(path)
+
+
+def values(sweep: Sweep, *keys: str) -> list[tuple[Any, ...]]:
+    found = []
+    for point in sweep.points:
+        row = []
+        for key in keys:
+            value: Any = point.experiment.resolved()
+            for part in key.split("."):
+                value = value[part]
+            row.append(value)
+        found.append(tuple(row))
+    return found
+
+
+def test_product_zip_explicit_and_seeds_multiply(tmp_path: Path) -> None:
+    sweep = spread(
+        tmp_path,
+        set={"classifier.update.epochs": 7},
+        product={"precision": ["fp32", "fp64"]},
+        zip={"classifier.update.batch_size": [8, 16], "classifier.update.optimizer.lr": [0.1, 0.2]},
+        explicit=[{"classifier.arch": "vgg16"}, {"classifier.arch": "small_resnet"}],
+        seeds=[1, 2],
+    )
+    assert len(sweep.points) == 16
+    keys = ("classifier.update.batch_size", "classifier.update.optimizer.lr")
+    assert set(values(sweep, *keys)) == {(8, 0.1), (16, 0.2)}
+    assert set(values(sweep, "precision", "classifier.arch", "seed")) == {
+        (precision, arch, seed)
+        for precision in ("fp32", "fp64")
+        for arch in ("vgg16", "small_resnet")
+        for seed in (1, 2)
+    }
+    assert set(values(sweep, "classifier.update.epochs")) == {(7,)}
+
+
+def test_labels_stand_for_values(tmp_path: Path) -> None:
+    triggers = {"small": {"name": "badnets"}, "large": {"name": "badnets", "size": 5}}
+    poison = {"classifier.poison": {"trigger": {"name": "badnets"}}}
+    sweep = spread(tmp_path, set=poison, product={"classifier.poison.trigger": triggers})
+    assert [point.labels for point in sweep.points] == [
+        {"points.classifier.poison.trigger": "small"}, {"points.classifier.poison.trigger": "large"},
+    ]  # fmt: skip
+    assert values(sweep, "classifier.poison.trigger.size") == [(3,), (5,)]
+    assert [point.name for point in sweep.points] == ["trigger=small", "trigger=large"]
+
+
+def test_later_stages_follow_each_earlier_point(tmp_path: Path) -> None:
+    unlearn = experiment(tmp_path, "rnp", RNP)
+    stages = {
+        "attack": {"config": experiment(tmp_path, "classifier", CLASSIFIER), "seeds": [5, 6]},
+        "defend": {
+            "after": "attack",
+            "set": {"rnp.model": "${attack.output}/model", "seed": "${attack.seed}"},
+            "explicit": {
+                "weak": {"config": unlearn, "rnp.alpha": 0.1},
+                "strong": {"config": unlearn, "rnp.alpha": 0.4},
+            },
+        },
+    }
+    sweep = spread(tmp_path, stages=stages)
+    first, second = sweep.stage("attack")
+    models = [point.experiment.resolved()["rnp"]["model"] for point in sweep.stage("defend")]
+    assert models == [f"runs/sweep/points/{key}/model" for key in (first.key, first.key, second.key, second.key)]
+    assert [point.experiment.seed for point in sweep.stage("defend")] == [5, 5, 6, 6]
+    assert [(point.root, point.column) for point in sweep.stage("defend")] == [
+        (0, (0,)),
+        (0, (1,)),
+        (1, (0,)),
+        (1, (1,)),
+    ]
+    assert sweep.stage("defend")[3].labels == {"attack.seed": 6, "defend": "strong"}
+
+
+def test_keys_are_what_is_computed(tmp_path: Path) -> None:
+    def keys(**content: Any) -> list[str]:
+        return [point.key for point in spread(tmp_path, **content).points]
+
+    base = keys(seeds=[1, 2])
+    assert keys(seeds=[2, 3])[0] == base[1]  # in whatever sweep
+    assert keys(seeds=[1, 2], output="elsewhere") == base
+    assert keys(seeds=[1, 2], set={"classifier.update.epochs": 2}) == base  # what the file says already
+    assert set(keys(seeds=[1, 2], set={"classifier.update.epochs": 3})).isdisjoint(base)
+    assert len(set(keys(product={"loader.workers": [1, 2]}))) == 2  # varied, so told apart
+    experiment_file = yaml.safe_load(Path(experiment(tmp_path, "classifier", CLASSIFIER)).read_text())
+    experiment_file["trainer"] = {"log_every": 3}
+    (tmp_path / "logged.yaml").write_text(yaml.safe_dump(experiment_file))
+    assert keys(config=str(tmp_path / "logged.yaml"), seeds=[1, 2]) == base  # a resume may change it
+
+
+def test_keys_of_later_stages_do_not_depend_on_the_folder(tmp_path: Path) -> None:
+    config = experiment(tmp_path, "classifier", CLASSIFIER)
+    after = {"after": "a", "config": experiment(tmp_path, "rnp", RNP), "set": {"rnp.model": "${a.output}/model"}}
+    stages = {"a": {"config": config}, "b": after}
+    here, there = (spread(tmp_path, stages=stages, output=output) for output in ("here", "there"))
+    assert [point.key for point in here.points] == [point.key for point in there.points]
+    assert here.run_folder(here.points[1]) == Path("here/points") / here.points[1].key
+
+
+def test_written_points_are_the_experiments(tmp_path: Path) -> None:
+    sweep = spread(tmp_path, output=str(tmp_path / "out"), seeds=[1, 2])
+    progress.write_points(sweep, sweep.points)
+    for point in sweep.points:
+        assert load_experiment(tmp_path / "out" / "points" / f"{point.key}.yaml") == point.experiment
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"product": {"classifier.poison.trigger": "badnets"}}, "key 'product.classifier.poison.trigger': expected"),
+        ({"product": {"classifier.epochs": [1]}}, "unknown key 'classifier.epochs'"),
+        ({"produkt": {}}, "unknown key 'stages.points.produkt'; did you mean 'stages.points.product'?"),
+        ({"zip": {"seed": [1, 2], "precision": ["fp32"]}}, "seed has 2, precision has 1"),
+        ({"explicit": [3]}, "key 'explicit': expected a list of sections"),
+        ({"product": {"seed": [1, 1]}}, "two points are the same experiment"),
+        ({"set": {"output": "x"}}, "a point's folder follows from its key"),
+        ({"set": {"classifier.arch": "${attack.output}"}}, "this stage comes after none"),
+        ({"after": "attack"}, "'attack' is no stage above this one"),
+        ({"config": "absent.yaml"}, "stage 'points': absent.yaml: cannot read the configuration"),
+        ({"config": None}, "key 'config': missing"),
+        ({"throttle": 0}, "key 'throttle' is 0"),
+        ({"stages": {}}, "key 'stages' is empty"),
+        ({"stages": {"a b": {}}}, "'a b' is no name"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(tmp_path: Path, content: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        spread(tmp_path, **content)
+    assert told in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_reference_to_a_key_that_is_not_there(tmp_path: Path) -> None:
+    config = experiment(tmp_path, "classifier", CLASSIFIER)
+    stages = {"a": {"config": config}, "b": {"after": "a", "config": config, "set": {"seed": "${a.classifier.sead}"}}}
+    with pytest.raises(UserError, match=r"the experiment of stage 'a' has no key 'classifier.sead'"):
+        spread(tmp_path, stages=stages)

@@ -1,8 +1,8 @@
-"""Convolutions and frozen batch norms whose second derivatives cost no more than they must.
+"""Convolutions and batch norms whose second derivatives cost no more than they must.
 
 torch's double backward of a convolution always computes the weight's part too, as a convolution with a kernel as large
-as the image, even where only the images' part is asked for; that of a frozen batch norm is a dozen passes over the
-activations. Here a Hessian product with an input perturbation costs two convolutions per layer, and the mixed
+as the image, even where only the images' part is asked for; that of a batch norm, frozen or not, is a dozen passes over
+the activations. Here a Hessian product with an input perturbation costs two convolutions per layer, and the mixed
 derivative uses the ordinary weight-gradient kernels. Values are the same up to rounding.
 """
 
@@ -43,6 +43,10 @@ class CheapSecondOrder(TorchFunctionMode):
             images, weight, bias, *geometry = args
             return _Convolve.apply(images, weight, bias, tuple(geometry))
         is_affine = func is F.batch_norm and None not in (kwargs["weight"], kwargs["bias"])
+        if is_affine and kwargs["training"] and kwargs["momentum"] is not None:
+            images, mean, variance = args
+            options = (kwargs["weight"], kwargs["bias"], mean, variance, kwargs["momentum"], kwargs["eps"])
+            return _Norm.apply(images, *options)
         if is_affine and not kwargs["training"]:
             images, mean, variance = args
             scale = kwargs["weight"] * torch.rsqrt(variance + kwargs["eps"])
@@ -116,3 +120,66 @@ class _WeightGradient(Function):
         for_grad = _Convolve.apply(images, v, None, context.geometry) if context.needs_input_grad[0] else None
         for_images = _ImageGradient.apply(grad, v, images, context.geometry) if context.needs_input_grad[1] else None
         return for_grad, for_images, None, None
+
+
+class _Norm(Function):
+    """Batch norm by the batch's own statistics: x (B, C, ...), weight and bias (C,); moves the running ones."""
+
+    @staticmethod
+    def forward(
+        context: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Any, variance: Any, momentum: float, eps: float
+    ) -> Tensor:
+        y, centre, rate = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, True, momentum, eps)
+        context.save_for_backward(x, weight, centre, rate)
+        return y
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Any:
+        for_x, for_weight, for_bias = _NormGradient.apply(grad, *context.saved_tensors)
+        return (
+            for_x,
+            for_weight if _wants(context, 1) else None,
+            for_bias if _wants(context, 2) else None,
+            *[None] * 4,
+        )
+
+
+class _NormGradient(Function):
+    """Linear in grad and in weight. The gradients of weight and bias cannot be differentiated again.
+
+    With normalised x^, rate r and means <.> over all but the channels, the gradient for x is w r (g - <g> - <g x^> x^).
+    """
+
+    @staticmethod
+    def forward(context: Any, grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor) -> Any:
+        grad = _laid_out_as(x, grad)
+        for_x, for_weight, for_bias = _norm_backward(grad, x, weight, centre, rate)
+        context.save_for_backward(grad, x, weight, centre, rate, for_weight, for_bias)
+        context.mark_non_differentiable(for_weight, for_bias)
+        return for_x, for_weight, for_bias
+
+    @staticmethod
+    def backward(context: Any, v: Tensor, *_: Any) -> Any:
+        grad, x, weight, centre, rate, grad_x, grad_1 = context.saved_tensors
+        v, count = _laid_out_as(x, v), x.numel() // x.shape[1]
+        for_grad, v_x, v_1 = _norm_backward(v, x, weight, centre, rate)  # the map is symmetric; sums of v x^ and of v
+        grad_x, grad_1, v_x, v_1 = (total / count for total in (grad_x, grad_1, v_x, v_1))
+        both = (v * grad).sum([d for d in range(x.ndim) if d != 1]) / count - grad_1 * v_1 - grad_x * v_x
+        of_x = (both - 2 * grad_x * v_x) * rate
+        rest = -(grad_1 * v_x + grad_x * v_1) - of_x * centre
+        channel = (1, -1) + (1,) * (x.ndim - 2)
+        scale = -weight * rate.square()
+        rest, of_grad, of_v, of_x = ((scale * part).view(channel) for part in (rest, v_x, grad_x, of_x))
+        for_x = torch.addcmul(rest, grad, of_grad).addcmul_(v, of_v).addcmul_(x, of_x)
+        return for_grad, for_x, count * rate * both, None, None
+
+
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
+    """Gradients for x, weight and bias."""
+    every = [True, True, True]
+    return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, centre, rate, True, 0.0, every)
+
+
+def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return other.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)

@@ -1,5 +1,6 @@
 """An experiment from its configuration to its result.json."""
 
+import contextlib
 import importlib
 import logging
 import resource
@@ -13,6 +14,7 @@ from dist_defend.config import Experiment, dump
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.run import RunFolder, code_version
+from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     started = time.perf_counter()
     context = Context(ranks, experiment.seed, experiment.loader, folder)
     plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
+    check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
     if dry_run:
         _describe(experiment, plan, context)
         return
@@ -45,7 +48,10 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
         if trackers:
             ranks.accelerator.init_trackers("dist_defend", config={"config_sha256": experiment.digest()})
         Trainer(ranks, run_folder, experiment.trainer).fit(plan.stages)
-        entries = plan.result()
+        with contextlib.ExitStack() as stack:
+            for stage in plan.stages:
+                stack.enter_context(plain_weights(stage.step))
+            entries = plan.result()
         seconds = time.perf_counter() - started
         run_folder.finish(
             {

@@ -33,6 +33,8 @@ class UpdateConfig:
     epochs: int = 100
     accumulation: int = 1  # micro-batches per update on each rank
     max_grad_norm: float | None = None
+    recompute: bool = False  # activations of repeated blocks, instead of keeping them
+    compile: bool = False  # repeated blocks, by torch.compile
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -155,4 +157,6 @@ class Context:
             epochs=update.epochs,
             accumulation=update.accumulation,
             max_grad_norm=update.max_grad_norm,
+            recompute=update.recompute,
+            compiled=update.compile,
         )

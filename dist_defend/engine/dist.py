@@ -3,7 +3,7 @@
 import ctypes
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 
+from dist_defend.engine.sharding import Sharding, launched_sharding, unwrapped
 from dist_defend.errors import UserError
 
 _MIXED = {"fp64": "no", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -23,6 +24,7 @@ class Ranks:
 
     accelerator: Accelerator
     dtype: torch.dtype  # of parameters and of batches
+    sharding: Sharding = field(default_factory=Sharding)
 
     @property
     def rank(self) -> int:
@@ -58,12 +60,14 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
             raise UserError(f"key 'trainer.trackers' names {tracker!r}; usable here: {', '.join(usable)}")
     os.environ.setdefault("WANDB_MODE", "offline")
     AcceleratorState._reset_state()  # a second run in the same process may use another precision
-    accelerator = Accelerator(
-        mixed_precision=_MIXED[precision],
-        log_with=list(trackers) or None,
-        project_dir=None if folder is None else str(folder),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
+    sharding = launched_sharding(precision)
+    with unwrapped():
+        accelerator = Accelerator(
+            mixed_precision=_MIXED[precision],
+            log_with=list(trackers) or None,
+            project_dir=None if folder is None else str(folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -80,7 +84,9 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
         if "OMP_NUM_THREADS" not in os.environ:
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-    return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32)
+    if accelerator.num_processes == 1:
+        sharding = Sharding()  # nothing to share
+    return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32, sharding)
 
 
 def _keep_freed_memory() -> None:

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Adam's weight decay is the coupled L2 term (torch.optim.Adam), as in all the published scripts."""
 
-    name: Literal["adam", "adamw", "sgd"] = "adam"
+    name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = 0.9  # sgd
+    momentum: float = 0.9  # sgd, lars
+    trust: float = 1e-3  # lars: the most that an update moves a tensor, relative to its norm, at rate 1
     amsgrad: bool = False  # adam, adamw
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
     milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate falls
@@ -25,8 +26,9 @@ class OptimizerConfig:
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"key 'lr' is {self.lr}; it must be positive")
+        for key in ("lr", "trust"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
         for key in ("weight_decay", "momentum", "warmup_epochs"):
             if not getattr(self, key) >= 0:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
@@ -40,12 +42,19 @@ class OptimizerConfig:
             )
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Over the parameters that require a gradient; fused kernels (one pass over the state) on CPU and GPU alike."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, fused: bool = True
+) -> torch.optim.Optimizer:
+    """Over the parameters that require a gradient; fused kernels (one pass over the state) on CPU and GPU alike.
+
+    fused: False for parameters that are DTensors, which have no fused SGD.
+    """
     trained = [p for p in parameters if p.requires_grad]
+    if config.name == "lars":
+        return Lars(trained, config.lr, config.momentum, config.weight_decay, config.trust)
     if config.name == "sgd":
         return torch.optim.SGD(
-            trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+            trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
         )
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(
@@ -54,8 +63,47 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         betas=config.betas,
         weight_decay=config.weight_decay,
         amsgrad=config.amsgrad,
-        fused=True,
+        fused=fused,
     )
+
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rates for large batches (You, Gitman and Ginsburg 2017, arXiv 1708.03888, algorithm 1).
+
+    v <- momentum v + lr trust |w| / (|g| + decay |w|) (g + decay w); w <- w - v, per tensor. Vectors and scalars
+    (biases, affine parameters of norms) follow plain momentum without decay, as in SimCLR's and BYOL's recipes.
+    """
+
+    found_inf: Tensor | None = None  # not zero: leave everything as it is (what fused optimizers do)
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float, trust: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                update = weight.grad * group["lr"]
+                if weight.ndim > 1:
+                    decay = group["weight_decay"]
+                    norm, of_gradient = (torch.linalg.vector_norm(x) for x in (weight, weight.grad))
+                    rate = group["trust"] * norm / (of_gradient + decay * norm)
+                    is_usable = (norm > 0) & (of_gradient > 0)
+                    update = (update + group["lr"] * decay * weight) * torch.where(is_usable, rate, 1.0)
+                state = self.state[weight]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(weight)
+                velocity = group["momentum"] * state["momentum_buffer"] + update
+                if self.found_inf is not None:
+                    velocity = torch.where(self.found_inf > 0, state["momentum_buffer"], velocity)
+                    weight.sub_(torch.where(self.found_inf > 0, 0.0, velocity))
+                else:
+                    weight.sub_(velocity)
+                state["momentum_buffer"].copy_(velocity)
 
 
 def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_steps: int) -> float:

@@ -1,15 +1,20 @@
 """A step: one batch in, one update done, device scalars out."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, lr_factor
+from dist_defend.engine.optim import OptimizerConfig, lr_factor
+from dist_defend.engine.recompute import recompute_activations
+from dist_defend.engine.strategy import NonFiniteError, Objective, make_strategy
+from dist_defend.errors import UserError
+from dist_defend.models.blocks import repeated_blocks
+
+__all__ = ["GradientStep", "NonFiniteError", "Objective", "Step", "at_least_float32", "check_strategy", "plain_weights"]
 
 
 class Step(Protocol):
@@ -28,28 +33,15 @@ class Step(Protocol):
         ...
 
 
-class Objective(nn.Module):
-    """A loss over a batch, as a module: DDP wraps it whole, however often it calls its encoder.
-
-    forward(batch) -> scalars with the key "loss". Only what is trained may be registered as a submodule.
-    """
-
-    def after_backward(self) -> None:
-        """Called between the backward pass and the update, outside of autograd."""
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient is not finite; the update was not done."""
-
-
 class GradientStep:
-    """First-order step: forward, backward, (clip,) update, on Accelerate.
+    """First-order step: forward, backward, (clip,) update, on whatever strategy the launch asked for.
 
     accumulation splits this rank's share into so many micro-batches; the objective is then the mean of theirs, which
-    for a contrastive loss means negatives from one micro-batch only.
-    A gradient that is not finite stops the run before the update: at once on a CPU; on a GPU the fused optimizer skips
-    the update by the device flag ``found_inf`` and the trainer raises when it next reads the scalars, so no step waits
-    for the device.
+    for a contrastive loss means negatives from one micro-batch only. recompute keeps the inputs of repeated blocks
+    instead of their activations; compiled has torch.compile make each of them.
+    A gradient that is not finite stops the run: before the update on a CPU; on a GPU the fused optimizer skips the
+    update and the trainer raises when it next reads the scalars, so no step waits for the device; DeepSpeed's third
+    stage raises after the update, which is then not saved.
     """
 
     def __init__(
@@ -62,74 +54,66 @@ class GradientStep:
         epochs: int,
         accumulation: int = 1,
         max_grad_norm: float | None = None,
+        recompute: bool = False,
+        compiled: bool = False,
     ) -> None:
-        self.objective, self.config, self.accelerator = objective, config, ranks.accelerator
+        self.objective, self.config = objective, config
         self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * epochs
-        self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        objective.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.module, self.optimizer = self.accelerator.prepare(
-            objective, build_optimizer(objective.parameters(), config)
-        )
-        if isinstance(self.module, DistributedDataParallel):
-            self.module.broadcast_buffers = False  # all ranks update them alike (torch 2.13 deprecates the argument)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.is_scaled = self.accelerator.mixed_precision == "fp16"
+        self.accumulation = accumulation
+        layout = torch.channels_last if ranks.sharding.strategy == "ddp" else torch.contiguous_format  # flat shards
+        objective.to(ranks.device, ranks.dtype, memory_format=layout)  # type: ignore[call-overload]
+        if compiled:
+            for block in _blocks(objective, "compile"):
+                block.compile()
+        if recompute:
+            recompute_activations(_blocks(objective, "recompute"))
+        self.strategy = make_strategy(objective, config, ranks, accumulation, max_grad_norm)
         self.step = 0
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}
         for number, part in enumerate(_split(batch, self.accumulation)):
-            is_last = number == self.accumulation - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.module):
-                terms = self.module(part)
-                self.accelerator.backward(terms["loss"] / self.accumulation)
+            terms = self.strategy.forward_backward(part, is_last=number == self.accumulation - 1)
             for key, value in terms.items():
                 scalars[key] = scalars.get(key, 0) + value.detach() / self.accumulation
         self.objective.after_backward()
-        scalars.update(self._update())
-        return scalars
-
-    def _update(self) -> dict[str, Tensor]:
         factor = lr_factor(self.config, self.step, self.steps_per_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * factor
-        scalars = {}
-        if self.is_scaled:  # the scaler unscales, and skips updates that overflow, by itself
-            if self.max_grad_norm is not None:
-                scalars["grad_norm"] = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        else:
-            gradients = [p.grad for p in self.parameters if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            nonfinite = (~torch.isfinite(norm)).float()
-            if norm.device.type == "cpu":
-                if nonfinite:
-                    raise NonFiniteError("the gradient is not finite")
-            else:
-                self.optimizer.optimizer.found_inf = nonfinite
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-            scalars = {"grad_norm": norm, "nonfinite": nonfinite}
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        scalars.update(self.strategy.update(self.config.lr * factor))
         self.step += 1
         return scalars
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-        }
-        if self.is_scaled:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        return state
+        return {**self.strategy.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.strategy.load_state_dict(state)
         self.step = state["step"]
-        if self.is_scaled:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def plain_weights(step: Step) -> AbstractContextManager[None]:
+    """Within, whom the step trains is a plain model on every rank, to evaluate, hand on or save."""
+    return step.strategy.plain() if isinstance(step, GradientStep) else nullcontext()
+
+
+def check_strategy(steps: dict[str, Step], strategy: str) -> None:
+    """UserError, before any work, for a step that needs all weights on every rank where the launch shards them.
+
+    Only first-order steps are sharded. A step with is_rank_local trains what no other rank has, which is fine too.
+    """
+    for stage, step in steps.items():
+        is_fine = strategy == "ddp" or isinstance(step, GradientStep) or getattr(step, "is_rank_local", False)
+        if not is_fine:
+            raise UserError(
+                f"stage '{stage}' cannot run under {strategy}: {type(step).__name__} differentiates or edits the whole "
+                "network on every rank, and its collectives do not gather shards; launch it with --strategy ddp"
+            )
+
+
+def _blocks(objective: Objective, key: str) -> list[nn.Module]:
+    blocks = repeated_blocks(objective)
+    if not blocks:
+        raise UserError(f"key 'update.{key}' is true, but the network has no repeated blocks: leave it out")
+    return blocks
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine import checkpoint
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import NonFiniteError, Step
+from dist_defend.engine.step import NonFiniteError, Step, plain_weights
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +142,16 @@ class Trainer:
             at.epoch, at.batch = at.epoch + 1, 0
             is_over = at.epoch == stage.epochs or (stage.stop_when is not None and stage.stop_when())
             is_due = is_over or at.epoch % stage.evaluate_every == 0
-            if stage.evaluate is not None and is_due and (values := stage.evaluate(at.epoch)):
-                self._write(stage, values)
+            if stage.evaluate is not None and is_due:
+                with plain_weights(stage.step):
+                    values = stage.evaluate(at.epoch)
+                if values:
+                    self._write(stage, values)
         bar.close()
         self._log(stage)
         if stage.finish is not None:
-            stage.finish()
+            with plain_weights(stage.step):
+                stage.finish()
         self.position = Position(stage=number + 1, step=at.step)
         self._save(stages)
 

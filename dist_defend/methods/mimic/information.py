@@ -73,6 +73,8 @@ class LayerInformation:
     layers r, r + world size, ...; the checkpoint and the result hold all of them.
     """
 
+    is_rank_local = True  # so it runs under strategies that shard first-order steps
+
     def __init__(
         self, config: InformationConfig, network: SimCLR, context: Context, dataset: Any, rows: np.ndarray
     ) -> None:

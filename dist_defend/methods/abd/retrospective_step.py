@@ -47,8 +47,6 @@ class RetrospectiveStep:
         rate = config.restart_lr or optimizer.lr
         self.schedule = replace(optimizer, lr=rate, schedule="cosine", milestones=(), warmup_epochs=0.0)
         self.optimizer = build_optimizer(pair.student.parameters(), self.schedule)
-        (group,) = self.optimizer.param_groups
-        group["lr"] = torch.tensor(rate, device=device)
         self.parameters = list(pair.student.parameters())
         self.gradients = [torch.zeros_like(p) for p in self.parameters]  # laid out as the fused optimizers need it
         self.retrospection = SelfRetrospection(
@@ -56,14 +54,17 @@ class RetrospectiveStep:
         )
         self.own = rank_slice(batch_size, self.ranks.rank, self.ranks.world_size)
         self.graphed = GraphedUpdate("retrospection", self.update, self._changed, device, graph)
-        group["capturable"] = self.graphed.is_graphed
+        self.rate = torch.tensor(rate, device=device)  # a graph reads a tensor; on the host a float is the exact one
+        self._prepare()
         self.step = 0
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
         device, dtype = self.ranks.device, self.ranks.dtype
-        factor = lr_factor(self.schedule, self.step, self.total_steps, self.total_steps)
-        self.optimizer.param_groups[0]["lr"].fill_(self.schedule.lr * factor)
+        rate = self.schedule.lr * lr_factor(self.schedule, self.step, self.total_steps, self.total_steps)
+        self.rate.fill_(rate)
+        if not self.graphed.is_graphed:
+            self.optimizer.param_groups[0]["lr"] = rate
         start = self.retrospection.start(self.pair.image_size, self.step).to(device, dtype)
         patched = self.retrospection.patched(self.own, self.step).to(device, dtype)
         self.pair.student.train()
@@ -107,7 +108,13 @@ class RetrospectiveStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pair.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._prepare()
         self.step = state["step"]
+
+    def _prepare(self) -> None:
+        if self.graphed.is_graphed:
+            self.optimizer.param_groups[0].update(lr=self.rate, capturable=True)
+            self.optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
 
     def _changed(self) -> Iterator[Tensor]:
         yield from self.parameters

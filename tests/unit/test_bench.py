@@ -21,6 +21,7 @@ ROWS = {
     "head": ["head", "head-alone"],
     "ibau": ["ibau-outer-step", "ibau-round"],
     "rnp": ["rnp-default", "rnp-full-table"],
+    "zskt": ["zskt", "zskt-sv", "zskt-sv-sr"],
 }
 KEYS = {"name", "ratio", "ours_ms", "baseline_ms", "device", "dtype", "batch_size", "ranks", "images_per_second"}
 CASE = Case("case", "small_cifar", 4, 8)
@@ -33,8 +34,10 @@ def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     for setting in ("UNLEARNING_EPOCHS", "RECOVERING_EPOCHS", "TEST_SHARE"):
         monkeypatch.setattr(f"dist_defend.bench.rnp.{setting}", 1)
     arguments = ["bench", name, "--json", str(tmp_path / "rows.json"), "--repeats", "1"]
+    monkeypatch.setattr("dist_defend.bench.zskt.STUDENT_STEPS", 1)
+    monkeypatch.setattr("dist_defend.bench.zskt.TEACHER", "wrn_10_1")
     arguments += ["--batch-size", "4", "--num-images", "8"]
-    encoder = "small_resnet" if name in ("ibau", "rnp") else "small_cifar"
+    encoder = {"ibau": "small_resnet", "rnp": "small_resnet", "zskt": "wrn_10_1"}.get(name, "small_cifar")
     arguments += [] if name == "data" else ["--encoder", encoder]
     assert main(arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())

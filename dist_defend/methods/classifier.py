@@ -74,6 +74,24 @@ PRESETS: dict[str, dict[str, Any]] = {
             },
         },
     },
+    "abd_cifar10": {  # Hong et al. 2023: the teachers of ABD
+        "arch": "wrn_16_2",
+        "normalization": "cifar10",
+        "update": {
+            "batch_size": 128,
+            "epochs": 200,
+            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine"},
+        },
+    },
+    "abd_gtsrb": {
+        "arch": "wrn_16_2",
+        "normalization": "gtsrb",
+        "update": {
+            "batch_size": 256,
+            "epochs": 200,
+            "optimizer": {"name": "adam", "lr": 0.1, "weight_decay": 5e-4, "schedule": "cosine"},
+        },
+    },
     "ibau": {"arch": "ibau_vgg", "normalization": "none"},  # YiZeng623/I-BAU tells the network, not how it was trained
 }  # fmt: skip
 

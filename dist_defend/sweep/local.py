@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,14 +15,30 @@ from dist_defend.sweep.grid import Point, Sweep
 STOPPED = 75  # as dist-defend run: the same command goes on
 
 
-def run(sweep: Sweep, points: Sequence[Point], at_a_time: int | None) -> int:
+def command(sweep: Sweep, point: Point) -> list[str]:
+    """What runs a point."""
+    run = ["-m", "dist_defend", "run", f"{sweep.folder}/points/{point.key}.yaml"]
+    ranks = point.experiment.world_size or 1
+    if ranks == 1:
+        return [sys.executable, *run]
+    port = 20000 + int(point.key[:8], 16) % 10000
+    launch = ["--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [sys.executable, "-m", "torch.distributed.run", *launch, *run]
+
+
+def run(
+    sweep: Sweep,
+    points: Sequence[Point],
+    at_a_time: int | None,
+    command: Callable[[Sweep, Point], list[str]] = command,
+) -> int:
     """Run them, parents before what comes after them; returns 0, 1 if some failed, 75 if SIGINT or SIGTERM ended it.
 
     at_a_time: None is one per GPU, or one. More than GPUs share them in turn; without GPUs they share the cores.
     """
     gpus = _gpus()
     slots = list(range(at_a_time or len(gpus) or 1))
-    runner = _Runner(sweep, points, gpus, slots)
+    runner = _Runner(sweep, points, gpus, slots, command)
     handlers = {number: signal.signal(number, runner.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return runner.run()
@@ -32,7 +48,15 @@ def run(sweep: Sweep, points: Sequence[Point], at_a_time: int | None) -> int:
 
 
 class _Runner:
-    def __init__(self, sweep: Sweep, points: Sequence[Point], gpus: list[str], slots: list[int]) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        points: Sequence[Point],
+        gpus: list[str],
+        slots: list[int],
+        command: Callable[[Sweep, Point], list[str]],
+    ) -> None:
+        self.command = command
         self.sweep, self.gpus, self.free, self.places = sweep, gpus, slots, len(slots)
         self.queue, self.total = list(points), len(points)
         self.running: dict[int, tuple[subprocess.Popen[bytes], Point]] = {}  # by slot
@@ -80,7 +104,7 @@ class _Runner:
         with self._log(point).open("ab") as log:
             options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "env": environment}
             # A session of its own: the terminal's Ctrl-C reaches the runner alone, which passes it on.
-            process = subprocess.Popen(_command(self.sweep, point), start_new_session=True, **options)  # type: ignore[call-overload]
+            process = subprocess.Popen(self.command(self.sweep, point), start_new_session=True, **options)  # type: ignore[call-overload]
         self.running[slot] = process, point
 
     def _end(self, point: Point, status: int) -> None:
@@ -102,13 +126,3 @@ def _gpus() -> list[str]:
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return visible.split(",")
     return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _command(sweep: Sweep, point: Point) -> list[str]:
-    run = ["-m", "dist_defend", "run", f"{sweep.folder}/points/{point.key}.yaml"]
-    ranks = point.experiment.world_size or 1
-    if ranks == 1:
-        return [sys.executable, *run]
-    port = 20000 + int(point.key[:8], 16) % 10000
-    launch = ["--nproc_per_node", str(ranks), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    return [sys.executable, "-m", "torch.distributed.run", *launch, *run]

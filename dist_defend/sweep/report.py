@@ -25,8 +25,16 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     """
     board = leaderboard(sweep, rows)
     missing = rows[rows["state"] == "missing"]
-    lines = [f"# {sweep.path.stem}", "", markdown(board), "", _NOTE, "", f"{len(missing)} points are missing"]
-    lines[-1] += ":" if len(missing) else "."
+    lines = [
+        f"# {sweep.path.stem}",
+        "",
+        markdown(board),
+        "",
+        _NOTE,
+        "",
+        f"Missing: {len(missing)} of {len(sweep.points)} points",
+    ]
+    lines[-1] += "\n" if len(missing) else ""
     lines += [f"- {row['stage']} `{row['key']}` {row['name']}" for row in missing.to_dict("records")]
     write_atomic(sweep.folder / "leaderboard.md", "\n".join(lines) + "\n")
     board.to_csv(sweep.folder / "leaderboard.csv", index=False)
@@ -41,8 +49,9 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
     """
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
-    counted = rows[rows["state"] == "done"]
-    counted = counted[counted["kind"].notna()] if "kind" in counted else counted.head(0)
+    if "kind" not in rows:
+        return pd.DataFrame()
+    counted = rows[rows["kind"].notna()]
     lines = []
     for names, group in counted.groupby([*axes, "stage", "kind", "task"], dropna=False, sort=False):
         line = dict(zip([*axes, "stage", "kind", "task"], names, strict=True))
@@ -54,8 +63,6 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
         line["device_seconds"] = group.drop_duplicates("key")["device_seconds"].mean()
         lines.append(line)
     board = pd.DataFrame(lines)
-    if board.empty:
-        return board
     first = next(iter(sweep.config.stages))
     attacks = [axis for axis in axes if axis.partition(".")[0] == first]
     groups = board.groupby([*attacks, "task"], dropna=False, sort=False).ngroup()

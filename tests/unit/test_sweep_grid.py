@@ -164,3 +164,9 @@ def test_a_reference_to_a_key_that_is_not_there(tmp_path: Path) -> None:
     stages = {"a": {"config": config}, "b": {"after": "a", "config": config, "set": {"seed": "${a.classifier.sead}"}}}
     with pytest.raises(UserError, match=r"the experiment of stage 'a' has no key 'classifier.sead'"):
         spread(tmp_path, stages=stages)
+
+
+def test_every_sweep_file_in_the_tree_spreads_out() -> None:
+    sizes = {path.stem: len(load_sweep(path).points) for path in Path("configs/sweeps").glob("*.yaml")}
+    assert sizes["fashion_attacks_defences"] == 75
+    assert all(sizes.values())

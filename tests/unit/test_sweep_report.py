@@ -1,0 +1,124 @@
+"""Results of points to tables, leaderboard and plot."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dist_defend.config import Experiment
+from dist_defend.errors import UserError
+from dist_defend.sweep import collect, report
+from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+
+
+def counts(acc: int, asr: int) -> dict[str, Any]:
+    rates = {"acc": (acc, 100), "asr": (asr, 50), "asr_all": (asr, 100), "ra": (50 - asr, 50)}
+    return {name: {"correct": correct, "n": n} for name, (correct, n) in rates.items()}
+
+
+def result(kind: str, seed: int, *rows: tuple[int, int], seconds: float = 10.0, **metrics: float) -> dict[str, Any]:
+    """Its first row is the defender's, a second one the oracle's."""
+    kinds = (kind, f"{kind} (oracle)")
+    listed = [{"kind": k, "task": "t", "seed": seed, **counts(*row)} for k, row in zip(kinds, rows, strict=False)]
+    return {"device_seconds": seconds, "wall_seconds": seconds, "rows": listed, "metrics": metrics}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    """Two seeds of one attack; of two defences one is missing for the second seed; RNP has an oracle."""
+    points: list[Point] = []
+    results: list[dict[str, Any] | None] = []
+
+    def add(stage: str, parent: Point | None, labels: dict[str, Any], content: dict[str, Any] | None) -> Point:
+        key = f"{stage}{len(points)}"
+        experiment = Experiment("classifier", str(tmp_path / "points" / key), options={})
+        point = Point(stage, key, experiment, {**(parent.labels if parent else {}), **labels}, parent, 0, ())
+        points.append(point)
+        results.append(content)
+        return point
+
+    before = {"acc_before": 90.0, "asr_before": 100.0}
+    for seed, acc in ((1, 80), (2, 84)):
+        labels = {"attack.classifier.poison.trigger": "badnets", "attack.seed": seed}
+        attack = add("attack", None, labels, result("backdoored", seed, (90, 50)))
+        pruned = result("rnp", seed, (acc, 20), (acc + 2, 2), seconds=5.0 * seed, **before)
+        add("defence", attack, {"defence": "rnp"}, pruned)
+        add("defence", attack, {"defence": "ibau"}, None if seed == 2 else result("ibau", 1, (88, 1), **before))
+    for point, content in zip(points, results, strict=True):
+        if content is not None:
+            folder = Path(point.experiment.output)
+            folder.mkdir(parents=True)
+            (folder / "result.json").write_text(json.dumps(content))
+    stages = {"attack": StageConfig(), "defence": StageConfig(after="attack")}
+    return Sweep(tmp_path / "sweep.yaml", SweepConfig(str(tmp_path), stages), tuple(points))
+
+
+def test_a_row_per_point_kind_task_and_seed(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    collect.write(sweep, collect.table(sweep))
+    told = capsys.readouterr().out
+    assert "5 of 6 points" in told and "missing defence defence5 (trigger=badnets seed=2 defence=ibau)" in told
+    parquet, text = (
+        read(sweep.folder / f"results.{kind}") for read, kind in ((pd.read_parquet, "parquet"), (pd.read_csv, "csv"))
+    )
+    assert len(parquet) == len(text) == 8 and list(parquet) == list(text)
+    oracle = parquet[(parquet["key"] == "defence1") & (parquet["chosen_by"] == "oracle")].iloc[0]
+    assert (oracle["kind"], oracle["acc"], oracle["asr"], oracle["n_triggered"]) == ("rnp", 82.0, 4.0, 50)
+    assert oracle["der"] == pytest.approx(100 * (0.96 - 0.08 + 1) / 2)
+    assert parquet["state"].tolist().count("missing") == 1
+
+
+def test_labels_of_several_types_fit_one_column(sweep: Sweep) -> None:
+    mixed = [1, "all", None, 2.5, True, "x"]
+    points = tuple(
+        Point(p.stage, p.key, p.experiment, {"a.b": v}, p.parent, 0, ())
+        for p, v in zip(sweep.points, mixed, strict=True)
+    )
+    mixed_sweep = Sweep(sweep.path, sweep.config, points)
+    collect.write(mixed_sweep, collect.table(mixed_sweep))
+    labels = pd.read_parquet(sweep.folder / "results.parquet").drop_duplicates("key")["a.b"].tolist()
+    assert labels[:2] == ["1", "all"] and labels[3:] == ["2.5", "True", "x"]
+
+
+def test_the_leaderboard_is_mean_and_spread_over_seeds(sweep: Sweep) -> None:
+    board = report.leaderboard(sweep, collect.table(sweep))
+    assert board["kind"].tolist() == ["ibau", "rnp", "backdoored"]  # by ASR
+    rnp = board[board["kind"] == "rnp"].iloc[0]
+    assert (rnp["acc_defender"], rnp["n_defender"], rnp["n_oracle"]) == (82.0, 2, 2)
+    assert rnp["acc_defender_std"] == pytest.approx(math.sqrt(8))
+    assert (rnp["acc_oracle"], rnp["asr_oracle"]) == (84.0, 4.0)
+    assert rnp["device_seconds"] == 7.5  # each point once, whatever its rows
+    ibau = board[board["kind"] == "ibau"].iloc[0]
+    assert ibau["n_defender"] == 1 and math.isnan(ibau["acc_defender_std"]) and ibau["n_oracle"] == 0
+
+
+def test_the_report_lists_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    report.write(sweep, collect.table(sweep))
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert text.strip() in f"# sweep\n\n{capsys.readouterr().out}"[: len(text)]
+    assert "| badnets | rnp | rnp | t | 82.0 ± 2.8 | 40.0 ± 0.0 |" in text
+    assert "84.0 ± 2.8 | 4.0 ± 0.0 | 8 |" in text
+    assert "Missing: 1 of 6 points\n\n- defence `defence5` trigger=badnets seed=2 defence=ibau" in text
+    assert len(pd.read_csv(sweep.folder / "leaderboard.csv")) == 3
+    svg = (sweep.folder / "tradeoff.svg").read_text()
+    assert all(
+        f"<!-- {label} -->" in svg for label in ("ASR (%)", "ACC (%)", "ibau", "rnp", "rnp (oracle)", "backdoored")
+    )
+
+
+def test_a_sweep_without_results_reports_too(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in sweep.folder.glob("points/*/result.json"):
+        file.unlink()
+    report.write(sweep, collect.table(sweep))
+    told = capsys.readouterr().out
+    assert "No point has counted anything yet" in told and "Missing: 6 of 6 points" in told
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"kind": "x"}]}', '{"rows": 3}'])
+def test_a_damaged_result_is_named(sweep: Sweep, content: str) -> None:
+    file = sweep.run_folder(sweep.points[0]) / "result.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"result\.json: .*delete it and resubmit"):
+        collect.table(sweep)

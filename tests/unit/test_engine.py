@@ -91,6 +91,10 @@ def test_milestones_are_whole_epochs() -> None:
     config = OptimizerConfig(schedule="multistep", milestones=(1, 3))
     factors = [lr_factor(config, step, steps_per_epoch=2, total_steps=8) for step in range(8)]
     assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01], rel=1e-12)
+    halves = OptimizerConfig(schedule="multistep", milestones=(1, 3), gamma=0.5)
+    assert [lr_factor(halves, step, 2, 8) for step in range(8)] == [1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25]
+    with pytest.raises(ValueError, match="key 'gamma' is 0"):
+        OptimizerConfig(gamma=0.0)
     for broken in ({"schedule": "multistep"}, {"milestones": (3,)}, {"schedule": "cosine", "milestones": (3,)}):
         with pytest.raises(ValueError, match="key 'milestones' is"):
             OptimizerConfig(**broken)

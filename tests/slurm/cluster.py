@@ -122,7 +122,7 @@ class Cluster:
         rows = [line.split() for line in lines]
         return {index: (state, int(status) >> 8, int(restarts)) for index, state, status, restarts in rows}
 
-    def wait(self, job: str, timeout: float = 120.0) -> dict[str, tuple[str, int, int]]:
+    def wait(self, job: str, timeout: float = 240.0) -> dict[str, tuple[str, int, int]]:
         """The states once nothing of the job waits or runs. TimeoutError with the queue."""
         deadline = time.monotonic() + timeout
         while True:

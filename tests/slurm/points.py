@@ -34,7 +34,7 @@ def write_sweep(folder: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def drain(cluster: Cluster, watch: Callable[[list[str]], None] = lambda states: None, timeout: float = 240.0) -> None:
+def drain(cluster: Cluster, watch: Callable[[list[str]], None] = lambda states: None, timeout: float = 480.0) -> None:
     """Wait until the queue is empty; ``watch`` sees the states of what is in it all the while."""
     deadline = time.monotonic() + timeout
     while states := cluster.run("squeue", "-h", "-r", "--me", "-o", "%T").split():
@@ -43,7 +43,7 @@ def drain(cluster: Cluster, watch: Callable[[list[str]], None] = lambda states: 
         time.sleep(0.3)
 
 
-def await_(is_so: Callable[[], bool], what: str, timeout: float = 120.0) -> None:
+def await_(is_so: Callable[[], bool], what: str, timeout: float = 240.0) -> None:
     """Poll until it is so."""
     deadline = time.monotonic() + timeout
     while not is_so():

@@ -26,7 +26,7 @@ def test_a_job_told_to_stop_and_one_preempted_end_where_an_undisturbed_one_ends(
 ) -> None:
     config = classifier(tmp_path, epochs=100, checkpoint_every=1)
     undisturbed, run, log = tmp_path / "undisturbed" / "run", tmp_path / "run", tmp_path / "job.log"
-    cluster.run("srun", "--time=5", *RUN, str(config), f"output={undisturbed}", cwd=ROOT, timeout=240)
+    cluster.run("srun", "--time=5", *RUN, str(config), f"output={undisturbed}", cwd=ROOT, timeout=480)
     job = sbatch(cluster, log, "single", str(config))
     await_(lambda: steps(run) >= 3, "the run trains")
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does near the limit
@@ -36,7 +36,7 @@ def test_a_job_told_to_stop_and_one_preempted_end_where_an_undisturbed_one_ends(
     urgent = cluster.run(
         "sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--wrap=true"
     ).strip()
-    assert cluster.wait(job, timeout=240) == {"N/A": ("COMPLETED", 0, 2)}, log.read_text()
+    assert cluster.wait(job, timeout=480) == {"N/A": ("COMPLETED", 0, 2)}, log.read_text()
     assert cluster.wait(urgent) == {"N/A": ("COMPLETED", 0, 0)}
     told = log.read_text()
     assert told.count("signal received: saved step") == 2 and told.count("resumed at step") == 2
@@ -74,10 +74,10 @@ def test_two_nodes_of_two_ranks_equal_four_ranks_on_one(cluster: Cluster, tmp_pa
     address = "" if cluster.has_hosts else ",MASTER_ADDR=127.0.0.1"
     ranks = ("--gpus-per-node=0", f"--export=ALL,RANKS_PER_NODE=2{address}")
     job = sbatch(cluster, logs[0], "multi_node", config, f"output={across}", options=ranks)
-    assert cluster.wait(job, timeout=240) == {"N/A": ("COMPLETED", 0, 0)}, logs[0].read_text()
+    assert cluster.wait(job, timeout=480) == {"N/A": ("COMPLETED", 0, 0)}, logs[0].read_text()
     ranks = ("--gpus-per-node=0", "--export=ALL,RANKS=4")
     job = sbatch(cluster, logs[1], "node", config, f"output={alone}", options=ranks)
-    assert cluster.wait(job, timeout=240) == {"N/A": ("COMPLETED", 0, 0)}, logs[1].read_text()
+    assert cluster.wait(job, timeout=480) == {"N/A": ("COMPLETED", 0, 0)}, logs[1].read_text()
     assert len(outcome(across)[1]) == 6
     for name, tensor in load_file(across / "model" / "model.safetensors").items():
         torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_the_pipeline_of_arrays(cluster: Cluster, tmp_path: Path, monkeypatch: p
     told = cluster.run("bash", "slurm/pipeline.sbatch", cwd=ROOT)
     jobs = {line.split(":")[0]: line.split()[-1] for line in told.splitlines()}
     assert list(jobs) == ["pretrain", "poison", "defend", "evaluate", "collect"]
-    assert cluster.wait(jobs["collect"], timeout=280)["N/A"][0] == "COMPLETED"
+    assert cluster.wait(jobs["collect"], timeout=480)["N/A"][0] == "COMPLETED"
     logs = "\n".join(file.read_text() for file in out.glob("*.log"))
     assert {state for state, _, _ in cluster.states(jobs["evaluate"]).values()} == {"COMPLETED", "CANCELLED"}, logs
     (collect,) = out.glob("collect_*.log")

@@ -143,3 +143,17 @@ def test_more_points_than_an_array_holds_and_cancelling_them(
     drain(cluster)
     sweep("status", file)
     assert "poison: 40 failed" in capsys.readouterr().out
+
+
+def test_a_point_of_two_ranks_on_two_nodes(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cluster.has_hosts:  # all nodes are this machine, and their names mean nothing to it
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    config = classifier(tmp_path)
+    content = {"config": str(config), "set": {"world_size": 2}, "slurm": {"nodes": 2}}
+    file = write_sweep(tmp_path, content)
+    sweep("submit", file, "--no-collect")
+    drain(cluster)
+    (log,) = (tmp_path / "sweep" / "logs").iterdir()
+    run = load_sweep(file).run_folder(load_sweep(file).points[0])
+    assert (run / "result.json").exists(), log.read_text()
+    assert json.loads((run / "result.json").read_text())["world_size"] == 2

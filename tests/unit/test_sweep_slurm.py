@@ -1,6 +1,9 @@
 """Arrays from points, and states from what Slurm's commands print. The real Slurm is in tests/slurm."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +158,37 @@ def test_options_that_are_the_sweeps_own(tmp_path: Path, capsys: pytest.CaptureF
         assert main(["sweep", "submit", str(file)]) == 2
         assert told in capsys.readouterr().err
     assert not list((tmp_path / "out" / "submissions").glob("*.json"))
+
+
+def guarded(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    known = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "123456", **environment}
+    options = {"env": known, "capture_output": True, "text": True, "timeout": 60}
+    return subprocess.run([sys.executable, str(slurm.GUARD), *arguments], check=False, **options)  # type: ignore[call-overload]
+
+
+def test_the_guard_gives_each_job_a_port_and_its_cores() -> None:
+    done = guarded({"SLURM_CPUS_PER_TASK": "3"}, "sh", "-c", "echo $MASTER_ADDR $MASTER_PORT $SRUN_CPUS_PER_TASK")
+    assert (done.stdout, done.returncode) == ("127.0.0.1 23456 3\n", 0)
+
+
+def test_the_guard_runs_the_point_of_its_index(tmp_path: Path) -> None:
+    file = tmp_path / "0000.json"
+    file.write_text(json.dumps({"points": {"0": "aaa", "7": "bbb"}, "command": ["sh", "-c", "echo {key}; exit 3"]}))
+    done = guarded({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_JOB_ID": "9"}, "--points", str(file))
+    assert done.returncode == 3 and "\nbbb\n" in done.stdout and done.stdout.endswith("guard: exit 3\n")
+
+
+def test_the_guard_counts_restarts(fake_slurm: Path) -> None:
+    prints(fake_slurm, "scontrol", "JobId=123456 JobState=RUNNING PreemptTime=None")
+    assert guarded({"SLURM_RESTART_COUNT": "3"}, "--restarts=2", "true").returncode == 75
+    assert guarded({"SLURM_RESTART_COUNT": "2"}, "--restarts=2", "true").returncode == 0
+    last = guarded({"SLURM_RESTART_COUNT": "2"}, "--restarts=2", "sh", "-c", "exit 75")
+    assert last.returncode == 75 and "not requeued" in last.stdout
+
+
+def test_the_guard_leaves_cancelled_and_failed_jobs_alone(fake_slurm: Path) -> None:
+    prints(fake_slurm, "scontrol", "JobId=123456 JobState=CANCELLED PreemptTime=None")
+    assert "requeued" not in guarded({}, "sh", "-c", "exit 75").stdout
+    prints(fake_slurm, "scontrol", "JobId=123456 JobState=RUNNING PreemptTime=None")
+    failed = guarded({}, "sh", "-c", "exit 2")
+    assert failed.returncode == 2 and "requeued" not in failed.stdout

@@ -1,6 +1,7 @@
 """The command line: dist-defend run | sweep | data | attacks | import | export | report | bench | doctor."""
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -60,6 +61,7 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _run(args: argparse.Namespace) -> int:
     from dist_defend import config, experiment
     from dist_defend.engine import dist
+    from dist_defend.engine.checkpoint import SaveError
     from dist_defend.engine.step import NonFiniteError
     from dist_defend.engine.trainer import Preempted
 
@@ -74,6 +76,14 @@ def _run(args: argparse.Namespace) -> int:
         return PREEMPTED
     except NonFiniteError as error:
         _tell(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate")
+        return 1
+    except SaveError as error:
+        _tell(f"failed: {error}")
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _tell(f"failed: {error}; make room and start the same command, which resumes")
         return 1
     finally:
         dist.stop()

@@ -70,12 +70,15 @@ def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict
     command += ["--machine_rank", str(args.machine_rank), "--main_process_port", str(port)]
     if args.main_ip:
         command += ["--main_process_ip", args.main_ip]
+    environment = {} if devices else {"ACCELERATE_USE_CPU": "true"}
     if args.max_restarts:
         command += ["--max_restarts", str(args.max_restarts)]
+        if args.machines > 1:
+            command += ["--rdzv_backend", "c10d"]  # on which the machines meet again
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # under keys that no dead rank has used
     if name.startswith("zero"):
         command += ["--deepspeed_config_file", f"{FILES}/deepspeed/{name}.json"]
     command += ["-m", "dist_defend", "run", args.config, *args.overrides, f"world_size={ranks}"]
-    environment = {} if devices else {"ACCELERATE_USE_CPU": "true"}
     if "OMP_NUM_THREADS" not in os.environ and not devices:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) * args.machines // ranks))
     return command, environment

@@ -20,13 +20,38 @@ log = logging.getLogger(__name__)
 _TENSORS, _TREE, _COMPLETE = "tensors.safetensors", "state.json", "COMPLETE"
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are as they were."""
+
+
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Write folder/step_N with a COMPLETE file (sha256 of each file) and keep the newest ``keep`` checkpoints.
 
-    state: nested dicts, lists and tuples of tensors and JSON values; dict keys are str or int.
+    state: nested dicts, lists and tuples of tensors and JSON values; dict keys are str or int. SaveError if the disk
+    is full or otherwise refuses.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     final, aside = folder / f"step_{step:09d}", folder / f".writing_{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(aside, final, state)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        left = newest(folder)
+        resume = "from the start" if left is None else f"from {left.name}"
+        raise SaveError(
+            f"cannot write the checkpoint of step {step} to {folder}: {error}; make room (or lower "
+            f"trainer.keep_checkpoints) and start the same command, which goes on {resume}"
+        ) from error
+    steps = sorted(folder.glob("step_*"))
+    place = steps.index(final)
+    for other in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:  # old ones, and torn ones passed over
+        shutil.rmtree(other, ignore_errors=True)
+    for remnant in folder.glob(".writing_*"):  # of a process that was killed
+        shutil.rmtree(remnant, ignore_errors=True)
+    return final
+
+
+def _write(aside: Path, final: Path, state: dict[str, Any]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     tensors: dict[str, Tensor] = {}
@@ -41,14 +66,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     if final.exists():  # the same step, one position further: the older ones remain if this is interrupted
         shutil.rmtree(final)
     aside.rename(final)
-    fsync_path(folder)
-    steps = sorted(folder.glob("step_*"))
-    place = steps.index(final)
-    for other in [*steps[: max(0, place + 1 - keep)], *steps[place + 1 :]]:  # old ones, and torn ones passed over
-        shutil.rmtree(other, ignore_errors=True)
-    for left in folder.glob(".writing_*"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    return final
+    fsync_path(final.parent)
 
 
 def newest(folder: Path) -> Path | None:

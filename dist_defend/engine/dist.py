@@ -61,6 +61,7 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
     os.environ.setdefault("WANDB_MODE", "offline")
     AcceleratorState._reset_state()  # a second run in the same process may use another precision
     sharding = launched_sharding(precision)
+    _meet_apart_from_the_dead()
     with unwrapped():
         accelerator = Accelerator(
             mixed_precision=_MIXED[precision],
@@ -87,6 +88,26 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
     if accelerator.num_processes == 1:
         sharding = Sharding()  # nothing to share
     return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32, sharding)
+
+
+def _meet_apart_from_the_dead() -> None:
+    """After a restart by torchrun on one machine, meet under new keys.
+
+    Its store outlives the ranks (torch 2.13), and one that is quick would find the address that a dead one left there.
+    Several machines may count restarts differently; `dist-defend launch` has torchrun make a new store there.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("GROUP_WORLD_SIZE", "1") != "1" or torch.distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    torch.distributed.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=torch.distributed.PrefixStore(f"restart_{restarts}", store),
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 def _keep_freed_memory() -> None:

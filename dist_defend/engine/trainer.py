@@ -102,7 +102,7 @@ class Trainer:
         self.images = 0
 
     def fit(self, stages: Sequence[Stage]) -> None:
-        """Run every stage. Raises Preempted after a signal and NonFiniteError before a bad update is kept."""
+        """Run every stage. Raises Preempted after a signal, NonFiniteError before a bad update is kept, SaveError."""
         self._resume(stages)
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
         try:
@@ -221,6 +221,7 @@ class Trainer:
             gathered: list[Any] = [None] * self.ranks.world_size
             torch.distributed.all_gather_object(gathered, random[0])
             random = gathered
+        problems: list[Any] = [None]
         if self.ranks.is_main:
             state = {
                 "position": asdict(self.position),
@@ -228,8 +229,14 @@ class Trainer:
                 "random": random,
                 "metrics_size": self.run.metrics_size,
             }
-            checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)
-        self.ranks.accelerator.wait_for_everyone()
+            try:
+                checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)
+            except checkpoint.SaveError as error:
+                problems = [str(error)]
+        if self.ranks.world_size > 1:  # wait for it, and end together
+            torch.distributed.broadcast_object_list(problems)
+        if problems[0] is not None:
+            raise checkpoint.SaveError(problems[0])
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - started
 

@@ -1,7 +1,9 @@
 """A real Slurm that lives in one folder: munged, slurmctld and some slurmd, started and ended by a test session.
 
-Nothing below /etc, /var or /run is touched. As root each node is a host of its own: network, host name and address, all
-inside namespaces that nothing else on the machine sees. Any other user gets all nodes on 127.0.0.1, told apart by port.
+Nothing below /etc, /var or /run is touched, but for names in /run/netns. As root each node is a host of its own: network,
+host name and address, all inside namespaces that nothing else on the machine sees. Any other user gets all nodes on
+127.0.0.1, told apart by port.
+By hand, a command and all the jobs that it submits: python -m tests.slurm.cluster dist-defend sweep submit SWEEP.yaml
 """
 
 import os
@@ -24,7 +26,8 @@ START_SECONDS = 60.0
 _SEARCH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"  # jobs find this interpreter first
 
 # A node that is silent for 10 s is down; a requeued job waits as long as a credential lives (two minutes elsewhere);
-# ended jobs stay in squeue for a day; nothing is isolated by cgroups; nodes have more CPUs than the machine.
+# ended jobs stay in squeue for a day; nothing is isolated by cgroups; nodes have more CPUs than the
+# machine; no two clusters have a job number in common.
 CONFIGURATION = """\
 ClusterName={name}
 SlurmctldHost={controller}
@@ -62,6 +65,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 MaxArraySize=33
 MinJobAge=86400
+FirstJobId={first_job}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
@@ -167,7 +171,13 @@ class Cluster:
         port = 6817 if self.has_hosts else _free_ports(len(self.nodes) + 2)
         address = f"{SUBNET}.1" if self.has_hosts else "127.0.0.1"
         names = {"name": f"t{self.tag}", "folder": self.folder, "user": psutil.Process().username()}
-        text = CONFIGURATION.format(**names, controller=f"{host}({address})", port=port, node_port=port + 1)
+        text = CONFIGURATION.format(
+            **names,
+            controller=f"{host}({address})",
+            port=port,
+            node_port=port + 1,
+            first_job=int(time.time()) // 10 % 60_000_000,
+        )
         gpus, hosts = ["AutoDetect=off"], ["127.0.0.1 localhost", f"{address} {host}"]
         for number, node in enumerate(self.nodes):
             place = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={port + 1 + number}"
@@ -274,9 +284,26 @@ def _free_ports(count: int) -> int:
                 each.close()
 
 
-if __name__ == "__main__":
+def main(command: list[str]) -> int:
+    """Run a command in a new cluster and wait until its queue is empty; without one, say whether there could be one."""
     if missing := missing_programs():
         remedy = "with root: apt-get install slurmctld slurmd slurm-client munge iproute2"
-        sys.exit(
+        print(
             f"\n!!!!!! SLURM CANNOT BE STARTED HERE: tests/slurm is left out ({', '.join(missing)} missing; {remedy})\n"
         )
+        return 1
+    if not command:
+        return 0
+    cluster = Cluster()
+    try:
+        cluster.start()
+        status = subprocess.run(command, env=cluster.environment, check=False).returncode
+        while cluster.run("squeue", "-h", "--me").strip():
+            time.sleep(2)
+        return status
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -6,6 +6,7 @@ sweep's folder ``submissions``, maps array indices to points. A stage that comes
 stage is an array of its own.
 """
 
+import itertools
 import json
 import shlex
 import shutil
@@ -137,8 +138,7 @@ def cancel(sweep: Sweep) -> list[str]:
 
 
 def _submit_array(sweep: Sweep, block: Block, waits: list[str], throttle: int | None) -> str:
-    indices = ",".join(map(str, sorted(block.points)))
-    options = [f"--array={indices}{f'%{throttle}' if throttle else ''}"]
+    options = [f"--array={ranges(block.points)}{f'%{throttle}' if throttle else ''}"]
     if waits:
         options += [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"]
     ranks = max(point.experiment.world_size or 1 for point in block.points.values())
@@ -160,6 +160,15 @@ def _submit_collect(sweep: Sweep, jobs: list[str]) -> str:
     program = [sys.executable, "-m", "dist_defend", "sweep", "report", str(sweep.path)]
     options = [f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1"]
     return _sbatch(sweep, "collect", record, program, sweep.config.slurm, options)
+
+
+def ranges(indices: Iterable[int]) -> str:
+    """As sbatch reads them: 0-3,5."""
+    parts = []
+    for _, group in itertools.groupby(enumerate(sorted(indices)), lambda pair: pair[1] - pair[0]):
+        run = [index for _, index in group]
+        parts.append(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]))
+    return ",".join(parts)
 
 
 def _sbatch(

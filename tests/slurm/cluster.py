@@ -1,8 +1,8 @@
 """A real Slurm that lives in one folder: munged, slurmctld and some slurmd, started and ended by a test session.
 
-Nothing below /etc, /var or /run is touched, but for names in /run/netns. As root each node is a host of its own: network,
-host name and address, all inside namespaces that nothing else on the machine sees. Any other user gets all nodes on
-127.0.0.1, told apart by port.
+Nothing below /etc, /var or /run is touched, but for names in /run/netns. As root each node is a host of its own, with
+network, host name and address, inside namespaces that nothing else on the machine sees. Any other user, and root in a
+container that may not make namespaces, gets all nodes on 127.0.0.1, told apart by port.
 By hand, a command and all the jobs that it submits: python -m tests.slurm.cluster dist-defend sweep submit SWEEP.yaml
 """
 
@@ -82,7 +82,7 @@ class Cluster:
     def __init__(self, nodes: int = 2) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # short: a socket's path has 108 characters
         self.nodes = [f"n{number + 1}" for number in range(nodes)]
-        self.has_hosts = os.geteuid() == 0 and shutil.which("ip", path=_SEARCH) is not None
+        self.has_hosts = os.geteuid() == 0 and shutil.which("ip", path=_SEARCH) is not None and _may_unshare()
         self.tag = self.folder.name.removeprefix("slurm-")
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
@@ -266,6 +266,13 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
     except psutil.NoSuchProcess:
         return
+
+
+def _may_unshare() -> bool:
+    return (
+        subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def _free_ports(count: int) -> int:

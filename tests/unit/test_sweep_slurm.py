@@ -71,6 +71,11 @@ def test_a_point_waits_for_what_its_parent_is_part_of(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_indices_are_written_short() -> None:
+    assert slurm.ranges([7, 0, 2, 1, 5, 8]) == "0-2,5,7-8"
+    assert slurm.ranges([3]) == "3"
+
+
 @pytest.fixture
 def fake_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder at the head of PATH for commands that print what they are told to."""

@@ -95,7 +95,7 @@ def partners_among_own_images(patch: pytest.MonkeyPatch) -> None:
 
 def own_suspects(patch: pytest.MonkeyPatch) -> None:
     """Means over a rank's own suspects and others."""
-    patch.setattr(ood, "all_reduce_sum", lambda counts: 2 * counts)
+    patch.setattr(ood, "all_reduce_sum", lambda counts: counts)
 
 
 def own_gradient_beside_the_hypergradient(patch: pytest.MonkeyPatch) -> None:

@@ -5,16 +5,22 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dist_defend.ops.collectives import all_gather_rows, rank, world_size
 
 
-def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
+LOGITS_AT_ONCE = 1 << 24  # similarities held at a time, 64 MiB of float32
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float, chunk_rows: int | None = None) -> Tensor:
     """NT-Xent (Chen et al. 2020, SimCLR, eq. 1): z1, z2 (B, D) unit rows, row i of both from one image -> scalar.
 
     The positive stays in the denominator, which leaves out only the row itself; log-sum-exp keeps it finite at any
     temperature. Over W ranks (equal B on each) a rank's value is the mean over its own 2 B rows against all 2 B W
-    columns, and the rank mean of the gradients is the gradient of one rank that holds everything.
+    columns, and the rank mean of the gradients is the gradient of one rank that holds everything. No rank holds the
+    matrix: of its own 2 B rows it makes chunk_rows at a time (default: LOGITS_AT_ONCE similarities), and makes them
+    again in the backward pass.
     """
     batch, device = len(z1), z1.device
     with torch.autocast(device.type, enabled=False):
@@ -23,12 +29,20 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:
             pair = pair.float()
         everyone = all_gather_rows(pair, rows=[batch] * world_size())
         rows, columns = torch.cat(pair.unbind(1)), torch.cat(everyone.unbind(1))  # all first views, then all second
-        logits = rows @ columns.T / temperature
         own = rank() * batch + torch.arange(batch, device=device)
         first, second = own, own + len(everyone)
         itself, positive = torch.cat([first, second]), torch.cat([second, first])
-        logits = logits.scatter(1, itself[:, None], float("-inf"))
-        return F.cross_entropy(logits, positive)
+
+        def total(rows: Tensor, itself: Tensor, positive: Tensor) -> Tensor:
+            logits = (rows @ columns.T / temperature).scatter(1, itself[:, None], float("-inf"))
+            return F.cross_entropy(logits, positive, reduction="sum")
+
+        size = chunk_rows or max(1, LOGITS_AT_ONCE // len(columns))
+        if size >= len(rows):
+            return total(rows, itself, positive) / len(rows)
+        parts = zip(rows.split(size), itself.split(size), positive.split(size), strict=True)
+        sums = [checkpoint(total, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        return torch.stack(sums).sum() / len(rows)
 
 
 def negative_cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_defend.ops.collectives import all_gather_rows, rank, world_size
 
-
 LOGITS_AT_ONCE = 1 << 24  # similarities held at a time, 64 MiB of float32
 
 

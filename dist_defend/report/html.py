@@ -61,6 +61,7 @@ def render(
         "alarms": alarms,
         "notices": notices,
         "pictures": [pictures for run in runs for pictures in _pictures(run, name)],
+        "generated": [(run, plots.data_uri(run.generated)) for run in runs if run.generated],
         "maps": [map_ for run in runs for map_ in _maps(run, name, embedding)],
         "embedding": embedding,
         "colours": plots,

@@ -172,7 +172,12 @@ def image_grid(rows: Sequence[np.ndarray], gap: int = 2) -> str:
             sheet[top : top + height, left : left + width, 3] = 255
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(buffer.getvalue())
+
+
+def data_uri(png: bytes) -> str:
+    """The picture as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

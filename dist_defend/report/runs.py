@@ -79,6 +79,12 @@ class Run:
         return _tensors(self.path / "examples.safetensors")
 
     @cached_property
+    def generated(self) -> bytes:
+        """A grid of images that a generator made, PNG."""
+        path = self.path / "generated.png"
+        return path.read_bytes() if path.exists() else b""
+
+    @cached_property
     def config_text(self) -> str:
         """The resolved configuration as it stands in the run folder."""
         path = self.path / "config.yaml"

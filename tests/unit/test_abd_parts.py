@@ -171,6 +171,12 @@ def test_from_exactly_zero_delta_does_not_move(images: Tensor) -> None:
     assert norms[1] > 0.5
 
 
+def test_starts_of_delta_differ_between_batches_and_are_small() -> None:
+    starts = [retrospection().start(8, number) for number in range(3)]
+    assert not starts[0].equal(starts[1]) and starts[0].equal(retrospection().start(8, 0))
+    assert all(0 < start.abs().max() < 0.01 for start in starts)
+
+
 def test_delta_changes_predictions_more_and_more(images: Tensor) -> None:
     values = []
     for rounds in (1, 4, 8):

@@ -26,8 +26,9 @@ class LatentBatches:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The pseudo-batch's one batch."""
-        rows = torch.arange(self.own.start, self.own.stop)
-        yield Batch((self.draw(epoch)[self.own],), torch.zeros_like(rows), rows)
+        if start_batch == 0:
+            rows = torch.arange(self.own.start, self.own.stop)
+            yield Batch((self.draw(epoch)[self.own],), torch.zeros_like(rows), rows)
 
     def draw(self, number: int) -> torch.Tensor:
         """All rows of a pseudo-batch's z."""

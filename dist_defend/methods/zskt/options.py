@@ -72,17 +72,15 @@ class Config:
 
 
 _GTSRB: dict[str, Any] = {"pseudo_batches": 10_000, "attention": 0.0, "temperature": 0.5, "evaluate_every": 100}
+_LATE, _LATE_GTSRB = ({"retrospection": {"start": start, "restart_lr": 5e-4}} for start in (79_400, 9_800))
+_SELECTED: dict[str, Any] = {"vaccine": {"selection_batches": 50}}
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
-    "cifar10_sv": {"vaccine": {}},
-    "cifar10_sr": {"retrospection": {"start": 79_400, "restart_lr": 5e-4}},
-    "cifar10_sv_sr": {"vaccine": {}, "retrospection": {"start": 79_400, "restart_lr": 5e-4}},
+    "cifar10_vaccine": {"vaccine": {}},
+    "cifar10_retrospection": _LATE,
+    "cifar10_both": {"vaccine": {}, **_LATE},
     "gtsrb": _GTSRB,
-    "gtsrb_sv": {**_GTSRB, "vaccine": {"selection_batches": 50}},
-    "gtsrb_sr": {**_GTSRB, "retrospection": {"start": 9_800, "restart_lr": 5e-4}},
-    "gtsrb_sv_sr": {
-        **_GTSRB,
-        "vaccine": {"selection_batches": 50},
-        "retrospection": {"start": 9_800, "restart_lr": 5e-4},
-    },
+    "gtsrb_vaccine": {**_GTSRB, **_SELECTED},
+    "gtsrb_retrospection": {**_GTSRB, **_LATE_GTSRB},
+    "gtsrb_both": {**_GTSRB, **_SELECTED, **_LATE_GTSRB},
 }

@@ -162,12 +162,8 @@ def build(config: Config, context: Context) -> Plan:
             graph=config.graph,
         )
         stages.append(Stage("retrospection", Later(loader, first), late, epochs - first, pair.evaluate, every))
-    is_defended = vaccine is not None or config.retrospection is not None
 
     def result() -> dict[str, Any]:
-        metrics: dict[str, Any] = {"images": len(rows)}
-        if vaccine is not None:
-            metrics["vaccine"] = vaccine.outcome()
-        return pair.result("ood", is_defended, metrics)
+        return pair.defended_result("ood", vaccine, config.retrospection is not None, {"images": len(rows)})
 
     return Plan(stages, result)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
@@ -43,7 +44,7 @@ def options(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-def told(run: Path) -> list[dict[str, Any]]:
+def log_of(run: Path) -> list[dict[str, Any]]:
     """The log without its times."""
     return [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(run)]
 
@@ -70,7 +71,7 @@ def test_resumed_runs_end_as_uninterrupted_ones(name: str, tmp_path: Path) -> No
         assert {key: found[key] for key in ("rows", "metrics", "model_sha256")} == {
             key: expected[key] for key in ("rows", "metrics", "model_sha256")
         }
-        assert told(run) == told(whole)
+        assert log_of(run) == log_of(whole)
         shutil.rmtree(run)
 
 
@@ -79,12 +80,16 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert main(["run", str(make_experiment(tmp_path, method, options(tmp_path, method, **changes), seed=7))]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     (row,) = result["rows"]
-    assert (row["kind"], row["task"], row["seed"], row["acc"]["n"], row["asr_all"]["n"]) == ("cmi", "noise", 7, 13, 13)
+    assert (row["kind"], row["task"], row["seed"]) == ("cmi+sv+sr", "noise", 7)
+    assert (row["acc"]["n"], row["asr_all"]["n"]) == (13, 13)
     assert result["metrics"]["synthesised_images"] == 18
-    assert 1 <= len(result["metrics"]["vaccine"]["tail_ratios"]) <= 8
+    told = result["metrics"]["vaccine"]
+    assert 1 <= len(told["tail_ratios"]) <= 8 and 0 <= told["oracle"]["auc"] <= 1
+    with Image.open(tmp_path / "run" / "generated.png") as grid:
+        assert grid.size == (2 * (8 * 17 - 1), 2 * (3 * 17 - 1))
     _, card = load_artifact(tmp_path / "run" / "model")
-    assert (card.arch, card.backdoored, card.provenance["method"]) == ("wrn_10_1", False, "cmi")
-    scalars = {key for line in told(tmp_path / "run") for key in line}
+    assert (card.arch, card.backdoored, card.provenance["method"]) == ("wrn_10_1", False, "cmi+sv+sr")
+    scalars = {key for line in log_of(tmp_path / "run") for key in line}
     assert {"bn", "one_hot", "adversarial", "contrast", "synthesis_loss", "loss", "outer_loss", "asr"} <= scalars
 
 

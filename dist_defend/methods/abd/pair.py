@@ -13,6 +13,8 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, evaluate_classifier
+from dist_defend.methods.abd.diagnosis import diagnose
+from dist_defend.methods.abd.vaccine import Vaccine
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.ops.collectives import convert_sync_batchnorm
 
@@ -93,6 +95,19 @@ class Pair:
         """Of the student, in percent, for the log."""
         self.latest = self.measure(self.student)
         return {name: count.percent for name, count in self.latest.items() if count.n}
+
+    def defended_result(
+        self, method: str, vaccine: Vaccine | None, has_retrospection: bool, metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As result, with the vaccine's outcome; where the trigger is known also whether it tells triggered images."""
+        kind, is_defended = method, has_retrospection
+        if vaccine is not None:
+            kind, is_defended = f"{kind}+sv", is_defended or vaccine.is_used
+            metrics = {**metrics, "vaccine": vaccine.outcome()}
+            if self.triggered is not None:
+                told = diagnose(vaccine.ensemble, self.teacher, self.clean, self.triggered, self.context.ranks)
+                metrics["vaccine"]["oracle"] = told
+        return self.result(f"{kind}+sr" if has_retrospection else kind, is_defended, metrics)
 
     def result(self, method: str, is_defended: bool, metrics: dict[str, Any]) -> dict[str, Any]:
         """Save the student; entries for result.json with the student's and the teacher's counts."""

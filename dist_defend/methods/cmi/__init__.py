@@ -13,12 +13,15 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.methods.abd.epochs import Later, check_selection
 from dist_defend.methods.abd.pair import Pair
+from dist_defend.methods.abd.pictures import save_generated
 from dist_defend.methods.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.abd.vaccine import Vaccine
 from dist_defend.methods.cmi.options import PRESETS, Config
 from dist_defend.methods.cmi.steps import CmiBatches, CmiStep, PoolObjective
 from dist_defend.methods.cmi.synthesis import Synthesis
 from dist_defend.ops.losses import distillation
+
+_PICTURED = 64  # images in the run folder
 
 __all__ = ["PRESETS", "Config", "build"]
 
@@ -57,10 +60,11 @@ def build(config: Config, context: Context) -> Plan:
         stages.append(stage("retrospection", late, first, epochs))
 
     def result() -> dict[str, Any]:
-        metrics: dict[str, Any] = {"synthesised_images": synthesis.pool.count}
-        if vaccine is not None:
-            metrics["vaccine"] = vaccine.outcome()
-        return pair.result("cmi", vaccine is not None or config.retrospection is not None, metrics)
+        if context.ranks.is_main:
+            latest = synthesis.pool.images[: synthesis.pool.count][-_PICTURED:]
+            save_generated(context.folder, latest.permute(0, 3, 1, 2) / 255)
+        metrics = {"synthesised_images": synthesis.pool.count}
+        return pair.defended_result("cmi", vaccine, config.retrospection is not None, metrics)
 
     return Plan(stages, result)
 

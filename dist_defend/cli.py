@@ -13,6 +13,7 @@ from dist_defend.errors import UserError
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 _COMMANDS = {
     "launch": "dist_defend.launch",
+    "plan": "dist_defend.plan",
     "sweep": "dist_defend.sweep.cli",
     "data": "dist_defend.data.cli",
     "attacks": "dist_defend.attacks.cli",

@@ -105,7 +105,7 @@ def test_recomputing_keeps_fewer_tensors() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch by torch
+@pytest.mark.filterwarnings("ignore")  # of torch by torch
 def test_compiled_blocks_train_alike() -> None:
     losses, _ = trained("small_cifar", 16, "fp32")
     before = counters["stats"]["unique_graphs"]

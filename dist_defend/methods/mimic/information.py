@@ -1,6 +1,7 @@
 """MIMIC's phase 1: how much each stage's output tells about the final feature, and the attention weights from it."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.context import Context
@@ -35,6 +37,7 @@ class InformationConfig:
     last_epochs: int = 10  # the estimate is the mean over so many last epochs
     batch_size: int = 128
     hidden: int = 512
+    max_inputs: int = 65536  # of a critic, from the stage; larger maps are pooled to fit. At 32 px nothing is
     lr: float = 1e-3
     weight_decay: float = 1e-5
     scale: float = 10000.0  # attention_weights[l] + scale * share of layer l
@@ -42,7 +45,7 @@ class InformationConfig:
     all_zero: Literal["uniform", "fail"] = "uniform"  # when every estimate is clipped to 0
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "hidden", "lr"):
+        for key in ("batch_size", "hidden", "max_inputs", "lr"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
         if not 1 <= self.last_epochs <= self.epochs:
@@ -103,7 +106,7 @@ class LayerInformation:
                 torch.zeros(1, 3, size, size, device=ranks.device, dtype=ranks.dtype)
             )
         self.network.train(was_training)
-        widths = [m.numel() for m in maps]
+        widths = [bounded(m, self.config.max_inputs).numel() for m in maps]
         if len(widths) != _LAYERS:
             raise UserError(f"MIMIC needs an encoder with {_LAYERS} stages; {self.network.arch} has {len(widths)}")
         optimizer = OptimizerConfig("adam", lr=config.lr, weight_decay=config.weight_decay)
@@ -138,7 +141,7 @@ class LayerInformation:
                     maps, feature, _ = self.network.layers(images)
                     features.append(feature)
                     for layer in self.own:
-                        columns[layer].append(maps[layer].flatten(1))
+                        columns[layer].append(bounded(maps[layer], self.config.max_inputs).flatten(1))
             self.network.train(was_training)
             self._cache = {layer: torch.cat(parts) for layer, parts in columns.items()}, torch.cat(features)
         return self._cache
@@ -210,6 +213,13 @@ class LayerInformation:
             saved = state["layers"][str(layer)]
             self.critics[layer].load_state_dict(saved["critic"])
             self.optimizers[layer].load_state_dict(saved["optimizer"])
+
+
+def bounded(maps: Tensor, max_inputs: int) -> Tensor:
+    """Maps (B, C, H, W), averaged over a coarser square grid if a critic would get more than max_inputs of them."""
+    if maps[0].numel() <= max_inputs:
+        return maps
+    return functional.adaptive_avg_pool2d(maps, max(1, math.isqrt(max_inputs // maps.shape[1])))
 
 
 def layer_weights(estimates: Tensor, config: InformationConfig) -> Tensor:

@@ -13,11 +13,16 @@ from dist_defend.engine import dist
 from dist_defend.engine.graphed import GraphedUpdate
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Step
+from dist_defend.methods.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.ibau.options import Config
 from dist_defend.methods.ibau.rounds import Rounds
 from dist_defend.methods.ibau.step import UnlearningStep
 from dist_defend.methods.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.zskt.batches import LatentBatches
+from dist_defend.methods.zskt.options import Config as TransferConfig
+from dist_defend.methods.zskt.step import TransferStep
 from dist_defend.models.classifier import build_classifier
+from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
 from tests.numerics.test_ibau_steps import InMemory
 
@@ -70,6 +75,16 @@ def recover_step(graph: str) -> tuple[Step, list[Batch]]:
     return RecoverStep(model, masks, dist.start("fp32", None), graph=graph), rnp_batches()  # type: ignore[arg-type]
 
 
+def transfer_step(graph: str, **options: Any) -> tuple[Step, list[Batch]]:
+    config = TransferConfig("m", DatasetConfig("t"), batch_size=SIZE, student_steps=2, graph=graph, **options)  # type: ignore[arg-type]
+    ranks = dist.start("fp32", None)
+    teacher = classifier("wrn_16_1").net.cuda().eval().requires_grad_(False)  # type: ignore[union-attr]
+    step = TransferStep(teacher, classifier("wrn_10_1").net, ZSKTGenerator(width=16), config, ranks, seed=0)  # type: ignore[arg-type]
+    latents = LatentBatches(SIZE, config.z_dim, 0, ranks)
+    batches = [batch for epoch in range(STEPS) for batch in latents.epoch(epoch)]
+    return step, [batch._replace(views=(batch.images.float(),)) for batch in batches]
+
+
 CASES: dict[str, Callable[[str], tuple[Step, list[Batch]]]] = {
     "ibau": ibau_step,
     "ibau amsgrad": lambda graph: ibau_step(graph, optimizer=OptimizerConfig("adam", lr=1e-4, amsgrad=True)),
@@ -77,6 +92,10 @@ CASES: dict[str, Callable[[str], tuple[Step, list[Batch]]]] = {
     "ibau cg": lambda graph: ibau_step(graph, solver="cg"),
     "rnp unlearn": unlearn_step,
     "rnp recover": recover_step,
+    "zskt": transfer_step,
+    "zskt with both defences": lambda graph: transfer_step(
+        graph, vaccine=VaccineConfig(), retrospection=RetrospectionConfig(start=3, restart_lr=5e-4, inner_rounds=2)
+    ),
 }
 
 

@@ -124,8 +124,9 @@ class TransferStep:
                 scalars["suppression"] = suppressed.detach() * self.ranks.world_size
             player = self.players["generator"]
             gradients = all_reduce_together(list(torch.autograd.grad(loss, player.parameters)))
-            norm, scalars["nonfinite"] = player.update(gradients, config.max_grad_norm)
+            norm, nonfinite = player.update(gradients, config.max_grad_norm)
             scalars |= {"generator_loss": loss.detach() * self.ranks.world_size, "generator_grad_norm": norm}
+            scalars["nonfinite"] = torch.maximum(nonfinite, scalars.get("nonfinite", nonfinite))
         with torch.no_grad(), repeated_statistics(self.generator, config.student_steps):
             self.images.copy_(self.generator(z))
             maps, logits = _layers(self.teacher, self.images)
@@ -225,10 +226,11 @@ class TransferStep:
 
 
 class _Player:
-    """Generator or student with its optimizer, whose rate a graph reads from the device."""
+    """Generator or student with its optimizer, whose rate lies on the device, where a graph reads it."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, is_graphed: bool) -> None:
         self.config, self.parameters, self.is_graphed = config, list(model.parameters()), is_graphed
+        self.is_on_cpu = self.parameters[0].device.type == "cpu"
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient  # written, never added to, and laid out as the fused optimizers need it
@@ -248,10 +250,10 @@ class _Player:
         return norm, nonfinite
 
     def set_rate(self, rate: float) -> None:
-        if self.is_graphed:
-            self.rate.fill_(rate)
-        else:
+        if self.is_on_cpu:
             self.optimizer.param_groups[0]["lr"] = rate
+        else:
+            self.rate.fill_(rate)
 
     @torch.no_grad()
     def forget(self) -> None:
@@ -268,8 +270,8 @@ class _Player:
         self._prepare()
 
     def _prepare(self) -> None:
-        if self.is_graphed:
-            self.optimizer.param_groups[0].update(lr=self.rate, capturable=True)
+        if not self.is_on_cpu:
+            self.optimizer.param_groups[0].update(lr=self.rate, capturable=self.is_graphed)
             self.optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
 
 

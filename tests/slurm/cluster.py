@@ -9,6 +9,7 @@ By hand, a command and all the jobs that it submits: python -m tests.slurm.clust
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -301,6 +302,7 @@ def main(command: list[str]) -> int:
         return 1
     if not command:
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an end that still stops the cluster
     cluster = Cluster()
     try:
         cluster.start()

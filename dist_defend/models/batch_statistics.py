@@ -1,9 +1,10 @@
-"""How far a pass in train mode moves the running statistics of batch norms."""
+"""Running statistics of batch norms: how far a pass moves them, and estimating them anew."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -22,3 +23,22 @@ def repeated_statistics(model: nn.Module, times: int) -> Iterator[None]:
     finally:
         for norm, momentum in norms:
             norm.momentum = momentum
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Running means and variances of all batch norms from these images (B, 3, H, W): the mean over the batches.
+
+    The rest of the model stays in eval mode: no dropout, no update.
+    """
+    norms = [module for module in model.eval().modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+        norm.train()
+    for images in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()

@@ -34,6 +34,7 @@ from dist_defend.methods.rnp.masks import (
 from dist_defend.methods.rnp.outcome import choose_by_clean_data, choose_by_oracle
 from dist_defend.methods.rnp.steps import RecoverStep
 from dist_defend.methods.rnp.sweep import Stops, predict_pruned
+from dist_defend.models.batch_statistics import estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names
 from tests.numerics.det import GOLDEN, det_images, det_init
@@ -274,22 +275,47 @@ def random_order(net: nn.Module, seed: int = 0) -> list[Neuron]:
 
 
 @pytest.mark.parametrize("arch", ["small_resnet", "preact_resnet18", "mobilenet_v2", "timm:resnet10t"])
-@pytest.mark.parametrize("with_beta", [False, True])
-def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bool) -> None:
+@pytest.mark.parametrize(("with_beta", "is_refit"), [(False, False), (True, False), (False, True)])
+def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bool, is_refit: bool) -> None:
     model = make_classifier(arch, torch.float32).eval()
     order = random_order(model.net)
     stops = [0, 1, 3, 3, 40, 41, len(order) // 2]
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = [det_images((3, 3, 32, 32), seed).float() for seed in (1, 2)]
-    sweep = Stops(model, order, stops, with_beta)
+    own = [det_images((4, 3, 32, 32), seed).float() for seed in (3, 4)]
+
+    def refit(pruned: nn.Module) -> None:
+        estimate_statistics(pruned, own)
+
+    sweep = Stops(model, order, stops, with_beta, refit if is_refit else None)
     with torch.no_grad():
         found = [sweep(images) for images in batches]
         for number, stop in enumerate(stops):
             alone = make_classifier(arch, torch.float32).eval()
             prune(alone.net, order[:stop], with_beta)
+            if is_refit and stop:
+                refit(alone)
             for images, logits in zip(batches, found, strict=True):
                 assert torch.equal(logits[number], alone(images)), (stop, number)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+
+def test_statistics_are_the_mean_over_the_batches() -> None:
+    model = make_classifier("timm:efficientnet_b0")
+    model.net.drop_rate = 0.5
+    before = copy.deepcopy(model)
+    batches = [det_images((4, 3, 32, 32), seed) for seed in (1, 2)]
+    estimate_statistics(model, batches)
+    first = model.net.get_submodule("bn1")
+    outputs = [before.net.conv_stem(batch) for batch in batches]  # type: ignore[operator]
+    mean = sum(output.mean((0, 2, 3)) for output in outputs) / 2
+    var = sum(output.var((0, 2, 3)) for output in outputs) / 2
+    torch.testing.assert_close(first.running_mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(first.running_var, var, rtol=1e-12, atol=1e-12)
+    assert not any(module.training for module in model.modules())
+    assert first.momentum == before.net.get_submodule("bn1").momentum
+    for (name, found), kept in zip(model.named_parameters(), before.parameters(), strict=True):
+        assert torch.equal(found, kept), name
 
 
 def test_the_sweep_shares_what_comes_before_the_first_change() -> None:

@@ -1,5 +1,6 @@
 """RNP from its configuration to its run folder, and what it refuses."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ import torch
 
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
+from dist_defend.data.loader import DatasetConfig, select_rows
+from dist_defend.data.store import open_dataset
 from dist_defend.methods.rnp.masks import read_mask_values
 from dist_defend.models.artifact import ModelCard, load_classifier, save_artifact
+from dist_defend.models.batch_statistics import estimate_statistics
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
 from tests.runs import CLASSES, SIZE, make_data, make_experiment, metrics
@@ -128,6 +132,34 @@ def test_pruning_beta_too(options: dict[str, Any], tmp_path: Path) -> None:
     for name in norm_names(model.net):
         norm = dict(model.net.get_submodule(name).named_parameters())
         assert (norm["bias"][norm["weight"] == 0] == 0).all()
+
+
+def test_statistics_of_the_pruned_model_are_the_defenders(options: dict[str, Any], tmp_path: Path) -> None:
+    found = run(tmp_path, {**options, "refit_statistics": True})
+    (chosen,) = [row for row in found["table"] if row["chosen"]]
+    assert chosen["pruned"] > 0
+    model, _ = load_classifier(tmp_path / "run" / "model")
+    dataset = open_dataset(options["data"]["path"])
+    rows = select_rows(dataset, DatasetConfig(options["data"]["path"], max_samples=12), seed=0)
+    images = torch.from_numpy(dataset.images(rows)).permute(0, 3, 1, 2).float() / 255
+    again = copy.deepcopy(model)
+    estimate_statistics(again, images.split(8))
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    before, _ = load_classifier(options["model"])
+    assert not torch.allclose(before.net.bn1.running_mean, model.net.bn1.running_mean)  # type: ignore[union-attr]
+    plain = run(tmp_path / "plain", options)
+    assert plain["table"][0] == found["table"][0]  # what is not pruned keeps its statistics
+
+
+def test_one_image_in_the_last_batch_has_no_statistics(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "first", options)
+    masks = str(tmp_path / "first" / "run" / "mask_values.txt")
+    short = {**options, "mask_file": masks, "batch_size": 11, "refit_statistics": True}
+    assert main(["run", str(make_experiment(tmp_path, "rnp", short))]) == 2
+    assert "key 'rnp.batch_size' is 11" in capsys.readouterr().err
 
 
 def test_without_an_attack_there_is_only_accuracy(options: dict[str, Any], tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.attacks.poison import PoisonConfig, triggered
 from dist_defend.data.loader import Loader
@@ -29,6 +30,7 @@ from dist_defend.methods.rnp.masks import (
 from dist_defend.methods.rnp.options import Config
 from dist_defend.methods.rnp.sweep import predict_pruned
 from dist_defend.models.artifact import ModelCard
+from dist_defend.models.batch_statistics import estimate_statistics
 from dist_defend.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class Outcome:
         self.config, self.context, self.model, self.card, self.poison = config, context, model, card, poison
         self.task, (dataset, rows) = test[0].manifest.name, test
         self.defence = context.eval_loader(*defence, _BATCH)
+        self.defence_rows = defence
         self.clean = context.eval_loader(dataset, rows, _BATCH)
         self.triggered = None if poison is None else context.eval_loader(triggered(dataset, poison), rows, _BATCH)
 
@@ -84,6 +87,8 @@ class Outcome:
             write_atomic(context.folder / "sweep.json", json.dumps(table, indent=1) + "\n")
             log.info("pruned %d of %d neurons, threshold %s", stops[chosen].pruned, len(order), stops[chosen].threshold)
         prune(self.model.net, order[: stops[chosen].pruned], config.prune_beta)
+        if config.refit_statistics and stops[chosen].pruned:
+            self._refit(self.model)
         return {
             "model_sha256": context.save_model(self.model, self._pruned_card()),
             "rows": [
@@ -107,7 +112,17 @@ class Outcome:
 
     def _predict(self, order: Sequence[Neuron], stops: Sequence[Candidate], loader: Loader) -> tuple[Tensor, Tensor]:
         pruned = [stop.pruned for stop in stops]
-        return predict_pruned(self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta)
+        refit = self._refit if self.config.refit_statistics else None
+        return predict_pruned(self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta, refit)
+
+    @cached_property
+    def _whole_defence(self) -> Loader:
+        return self.context.whole_loader(*self.defence_rows, self.config.batch_size)
+
+    def _refit(self, model: nn.Module) -> None:
+        """On every rank alike, from all the defender's images."""
+        ranks = self.context.ranks
+        estimate_statistics(model, (b.images.to(ranks.device, ranks.dtype) for b in self._whole_defence.epoch(0)))
 
     def _count(
         self, order: Sequence[Neuron], stops: Sequence[Candidate], tested: Sequence[int]

@@ -1,7 +1,7 @@
 """Predictions of a network at every stop of a pruning sweep, in one pass over the data.
 
-Stops only differ in gammas (and betas), so each batch is read and stamped once, and what comes before the first layer
-in which a stop differs from the last one is taken from memory. Each stop gets the very operations, on the very batches,
+Stops only differ in batch norms, so each batch is read and stamped once, and what comes before the first layer in which
+a stop differs from the last one is taken from memory. Each stop gets the very operations, on the very batches,
 that it would get alone: the counts are those of the sequential sweep.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
@@ -27,13 +28,14 @@ def predict_pruned(
     loader: Loader,
     ranks: Ranks,
     with_beta: bool = False,
+    refit: Callable[[nn.Module], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Classes (N, S) int64 that the model predicts with the first stops[s] neurons pruned, and labels (N,).
 
     stops: numbers of neurons, ascending. The ranks share the images; results are in the loader's order on every rank.
-    The model, which is left alone, stands on the ranks' device.
+    The model, which is left alone, stands on the ranks' device. refit: what else is done, in place, to a pruned model.
     """
-    pruned = Stops(model, order, stops, with_beta)
+    pruned = Stops(model, order, stops, with_beta, refit)
     parts = []
     for batch in loader.epoch(0):
         images = batch.images.to(ranks.device, ranks.dtype)
@@ -47,20 +49,33 @@ def predict_pruned(
 class Stops:
     """A copy of a model that answers at every stop, equal stops and equal prefixes computed once."""
 
-    def __init__(self, model: Classifier, order: Sequence[Neuron], stops: Sequence[int], with_beta: bool) -> None:
+    def __init__(
+        self,
+        model: Classifier,
+        order: Sequence[Neuron],
+        stops: Sequence[int],
+        with_beta: bool,
+        refit: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         self.model = copy.deepcopy(model).eval()
         names = list(dict.fromkeys(neuron.layer for neuron in order))
         layers = {name: self.model.net.get_submodule(name) for name in names}
         self.distinct, self.which = torch.unique(torch.tensor(stops), sorted=True, return_inverse=True)
-        self.changes: list[list[tuple[Tensor, Tensor]]] = []  # per distinct stop: parameter and its new values
+        self.changes: list[list[tuple[Tensor, Tensor]]] = []  # per distinct stop: tensor and its new values
         self.changed: list[set[nn.Module]] = []
         start = 0
         for stop in self.distinct.tolist():
             prune(self.model.net, order[start:stop], with_beta)
             touched = names if start == 0 else list(dict.fromkeys(neuron.layer for neuron in order[start:stop]))
-            parameters = [p for name in touched for p in layers[name].parameters(recurse=False)]
-            self.changes.append([(p.detach(), p.detach().clone()) for p in parameters])
-            self.changed.append({layers[name] for name in touched})
+            changed = {layers[name] for name in touched}
+            tensors = [p.detach() for layer in changed for p in layer.parameters(recurse=False)]
+            if refit is not None:
+                if stop > 0:
+                    refit(self.model)
+                changed |= {module for module in self.model.modules() if isinstance(module, _BatchNorm)}
+                tensors += [b for module in changed for b in module.buffers(recurse=False)]
+            self.changes.append([(tensor, tensor.clone()) for tensor in tensors])
+            self.changed.append(changed)
             start = stop
         self.memory = PrefixMemory(self.model)
 
@@ -88,7 +103,7 @@ class PrefixMemory:
         self.outputs: dict[int, tuple[Tensor, int]] = {}  # call -> output and how often it had been written to
         self.call, self.is_shared = 0, False
         for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm):
                 module.forward = self._remembering(module, module.forward)  # type: ignore[method-assign]
 
     def forget(self) -> None:

@@ -50,13 +50,27 @@ def make_step(folder: Path, **changes: Any) -> CmiStep:
     return step
 
 
+@torch.no_grad()
+def make_opinionated(ours: Synthesis) -> None:
+    """A teacher that gives images several classes, and a student that agrees on some of them, with other odds."""
+    teacher, student = ours.pair.teacher, ours.pair.student
+    ours._restart(0)
+    x = teacher.normalize(ours.generator(ours.codes[ours.own]))
+    last, own = teacher.net.get_submodule("fc"), student.net.get_submodule("fc")
+    last.weight.mul_(200)  # type: ignore[union-attr, operator]
+    last.bias.sub_(teacher.net(x).mean(0))  # type: ignore[union-attr, operator, arg-type]
+    student.load_state_dict(teacher.state_dict())
+    own.weight.mul_(0.5)  # type: ignore[union-attr, operator]
+    own.bias[1] += 0.06  # type: ignore[index, operator]
+    agree = teacher.net(x).argmax(1) == student.eval().net(x).argmax(1)
+    assert agree.any() and not agree.all()
+
+
 def compare(folder: Path, epochs: int = 3) -> None:
     """All iterations of some epochs against the reference; AssertionError where they differ."""
     step = make_step(folder)
     ours, pair = step.synthesis, step.pair
-    pair.student.load_state_dict(pair.teacher.state_dict())
-    with torch.no_grad():
-        pair.student.net.fc.weight.mul_(1.5)  # type: ignore[union-attr, operator]  # it agrees on classes, not on odds
+    make_opinionated(ours)
     pair.student.eval()
     batches = cmi.CmiBatches(step.config, CLASSES, 3, pair.context.ranks)
     teacher = copy.deepcopy(pair.teacher)

@@ -6,6 +6,7 @@ One rank's update is run on tensors without content (torch's FakeTensorMode), in
 
 import argparse
 import dataclasses
+import gc
 import importlib
 import weakref
 from collections.abc import Iterator
@@ -97,6 +98,18 @@ def pretended_ranks(count: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+@contextmanager
+def _fresh_heap() -> Iterator[None]:
+    """Cyclic garbage is collected as soon as in a process without other objects: they would put it off."""
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # now there are no old objects to weigh the new ones against
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def measure(
     objective: Objective, batch: Batch, optimizer: str, world_size: int, strategy: str, caches: int = 0
 ) -> Memory:
@@ -108,7 +121,7 @@ def measure(
         "optimizer": _STATES[optimizer] * sum(p.nbytes for p in parameters),
     }
     live, counter = LiveBytes(), FlopCounterMode(display=False)
-    with counter, live:
+    with _fresh_heap(), counter, live:
         loss = objective(batch)["loss"]
         before_backward = live.peak
         loss.backward()

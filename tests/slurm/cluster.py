@@ -250,16 +250,17 @@ class Cluster:
 
     def _steps(self, log: str) -> list[psutil.Process]:
         """Job steps of the nodes whose log's name ends so, and all their processes; Slurm detaches them from slurmd."""
-        found = []
+        daemons, theirs = [], []
         for process in psutil.process_iter(["name"]):
             try:
                 if process.info["name"] == "slurmstepd":
                     files = [file.path for file in process.open_files()]
                     if any(file.startswith(f"{self.folder}/log/slurmd.") and file.endswith(log) for file in files):
-                        found += [*process.children(recursive=True), process]
+                        daemons.append(process)
+                        theirs += process.children(recursive=True)
             except psutil.Error:
                 continue
-        return found
+        return [*daemons, *theirs]  # to kill in this order: no daemon is left to report how the others ended
 
 
 def _kill(process: psutil.Process) -> None:

@@ -32,6 +32,7 @@ EXTRAS = {
     # Built from source: needs a C++ compiler, pkg-config, OpenCV 4 and libturbojpeg. It imports distutils, and Pillow
     # without declaring it. Its traversal-order interface changed after 1.0.2, hence the exact version.
     "ffcv": ["ffcv==1.0.2", "setuptools; python_version >= '3.12'"],
+    "clip": ["open_clip_torch>=3.0"],  # CLIP's towers and tokenizer
     "deepspeed": ["deepspeed>=0.16", "transformers>=4.46"],  # accelerate's DeepSpeedPlugin imports transformers
     "sweep": ["pandas", "pyarrow"],  # tables of many runs
     "test": ["pytest", "pytest-timeout", "ruff", "mypy", "pandas-stubs", "types-PyYAML", "types-psutil", "types-tqdm"],

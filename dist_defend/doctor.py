@@ -67,8 +67,8 @@ def main(args: argparse.Namespace) -> int:
 def examine() -> list[Finding]:
     """Try everything; the trials run side by side, none longer than its limit."""
     trials: list[Callable[[], Finding]] = [
-        _python, _torch, _core, _cuda, _nccl, _gloo_ranks, _accelerate, _ffcv, _turbojpeg, _numba, _deepspeed, _slurm,
-        _cores, _memory, _disk,
+        _python, _torch, _core, _cuda, _nccl, _gloo_ranks, _accelerate, _ffcv, _turbojpeg, _numba, _deepspeed,
+        _open_clip, _slurm, _cores, _memory, _disk,
     ]  # fmt: skip
     with ThreadPoolExecutor(max_workers=4) as pool:
         return [future.result() for future in [pool.submit(trial) for trial in trials]]
@@ -231,6 +231,10 @@ def _deepspeed() -> Finding:
         remedy = "the first run on CPUs compiles it for minutes; do so now: DIST_DEFEND_PREBUILD=1 make setup"
         return Finding("deepspeed", "ok", f"{version}, its CPU communication operation is not built", remedy)
     return Finding("deepspeed", "ok", version)
+
+
+def _open_clip() -> Finding:
+    return _importable("open_clip_torch", "open_clip", "pip install -e '.[clip]'")
 
 
 def _slurm() -> Finding:

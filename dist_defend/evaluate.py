@@ -1,18 +1,23 @@
 """What is left of a backdoor: integer counts over whole test sets, whatever the number of ranks."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.attacks.poison import PoisonConfig, backdoor_labels
+from dist_defend.attacks.trigger import Trigger
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
 from dist_defend.models.classifier import Classifier
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,21 @@ def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: in
         "asr_all": count(is_target, everything),
         "ra": count(triggered == labels, others),
     }
+
+
+def warn_near_chance(kind: str, task: str, acc: Count, num_classes: int) -> None:
+    """Say so where a model of this kind classifies clean images hardly better than a guess."""
+    chance = 100 / num_classes
+    if acc.percent < 1.5 * chance:
+        told = "%s on %s: accuracy %.1f %% is near chance (%.1f %%); this run is broken"
+        log.warning(told, kind, task, acc.percent, chance)
+
+
+def example_pictures(images: np.ndarray, trigger: Trigger) -> tuple[Tensor, Tensor]:
+    """Images (N, H, W, 3) uint8 for the report, clean and triggered."""
+    clean = torch.from_numpy(images).contiguous()
+    pixels = clean.permute(0, 3, 1, 2).to(trigger.mask.device, trigger.mask.dtype) / 255
+    return clean, (trigger(pixels) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
 def per_class_accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> list[Count]:

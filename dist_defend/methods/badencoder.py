@@ -153,7 +153,7 @@ def build(config: Config, context: Context) -> Plan:
         if utility < 0.9 and ranks.is_main:
             log.warning("clean features drifted: mean cosine %.3f to the clean encoder; raise lambda2", utility)
         card = ModelCard(
-            kind="simclr",
+            kind=model.kind,
             arch=model.arch,
             normalization=model.normalization,
             image_size=model.image_size,

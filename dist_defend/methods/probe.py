@@ -4,7 +4,6 @@ Features are computed once. The heads of all encoders and seeds of a task are tr
 computation, each exactly as it would be alone: its own initial weights, its own dropout draws, the same batches.
 """
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +26,9 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import backdoor_counts, extract_features
+from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
 from dist_defend.models.encoder import SimCLR
 from dist_defend.models.heads import HeadStack
-
-log = logging.getLogger(__name__)
 
 _PICTURED = 8  # test images shown in the report
 _SCATTERED = 500  # test features kept for the report's scatter plot
@@ -227,17 +224,7 @@ class Task:
                 results.append(
                     {"run": self.context.folder.name, "kind": kind, "task": self.name, "seed": seed, **plain}
                 )
-                chance = 100 / len(self.classes)
-                if counts["acc"].percent < 1.5 * chance and self.context.ranks.is_main:
-                    log.warning(
-                        "%s on %s: accuracy %.1f %% is near chance (%.1f %%); this run is broken",
-                        kind,
-                        self.name,
-                        counts["acc"].percent,
-                        chance,
-                    )
-        images = torch.from_numpy(self.test.images(self.test_rows[:_PICTURED]))
-        pixels = images.permute(0, 3, 1, 2).to(self.context.ranks.device, self.context.ranks.dtype) / 255
-        shown = (self.trigger(pixels) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-        self.pictures = {f"{self.name}/clean": images.contiguous(), f"{self.name}/triggered": shown.contiguous()}
+                warn_near_chance(kind, self.name, counts["acc"], len(self.classes))
+        clean, stamped = example_pictures(self.test.images(self.test_rows[:_PICTURED]), self.trigger)
+        self.pictures = {f"{self.name}/clean": clean, f"{self.name}/triggered": stamped}
         return results

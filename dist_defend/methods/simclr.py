@@ -106,7 +106,7 @@ def build(config: Config, context: Context) -> Plan:
 
     def result() -> dict[str, Any]:
         card = ModelCard(
-            kind="simclr",
+            kind=model.kind,
             arch=model.arch,
             normalization=model.normalization,
             image_size=model.image_size,

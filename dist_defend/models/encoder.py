@@ -151,19 +151,25 @@ _CIFAR_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet34_cifar": (BasicBlock, [3, 4, 6, 3]),
     "resnet50_cifar": (Bottleneck, [3, 4, 6, 3]),
 }
-ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "clip_resnet50", "timm:NAME")
+OPEN_CLIP = "open_clip:"
+ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
 CLIP_DIM = 1024
 
 
 def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 32) -> Encoder:
     """An encoder with fresh weights (torch's global generator). UserError for an unknown arch or normalization.
 
-    arch: one of ARCHITECTURES; clip_resnet50 is CLIP's image tower. image_size, in pixels, sets a ViT's grid.
+    arch: one of ARCHITECTURES; clip_resnet50 is CLIP's image tower, as timm has it, open_clip:NAME any of open_clip's
+    own. image_size, in pixels, sets a ViT's grid.
     """
     if arch == "clip_resnet50":
         return TimmEncoder("resnet50_clip", normalization, image_size, num_outputs=CLIP_DIM)
     if arch.startswith("timm:"):
         return TimmEncoder(arch.removeprefix("timm:"), normalization, image_size)
+    if arch.startswith(OPEN_CLIP):
+        from dist_defend.models.clip import OpenClipEncoder  # which needs this module
+
+        return OpenClipEncoder(arch, normalization, image_size)
     if arch == "small_cifar":
         return _small_cifar(normalization)
     if arch in _CIFAR_RESNETS:
@@ -181,6 +187,11 @@ class SimCLR(nn.Module):
         self.f = f
         self.g = g
         self.arch, self.normalization, self.image_size = arch, normalization, image_size
+
+    @property
+    def kind(self) -> str:
+        """What a model card calls it."""
+        return "encoder" if isinstance(self.g, nn.Identity) else "simclr"
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Stage maps, h / |h| and z / |z| of one pass over images (B, 3, H, W)."""

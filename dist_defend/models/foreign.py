@@ -1,8 +1,8 @@
 """Encoders in checkpoints of others.
 
 Known layouts: the SimCLR models of jinyuan-jia/BadEncoder and wssun/MIMIC, their ImageNet ResNet-50 (torchvision's
-keys) and CLIP's image tower; each bare or inside {"state_dict": ...}, with or without the prefixes `module.` and
-`visual.`. The layout is read off the keys, never off the file's name.
+keys) and CLIP's image tower, alone or in a whole CLIP; each bare or inside {"state_dict": ...}, with or without the
+prefixes `module.` and `visual.`. The layout is read off the keys, never off the file's name.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ import torch
 
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
-from dist_defend.models.encoder import SimCLR, TimmEncoder, build_simclr
+from dist_defend.models.clip import published_image_size
+from dist_defend.models.encoder import OPEN_CLIP, SimCLR, TimmEncoder, build_simclr
 from dist_defend.models.foreign_file import State, read_checkpoint, unwrap
 
 
@@ -56,7 +57,8 @@ def import_encoder(
     content: what read_checkpoint gave for the file, where the caller has read it already.
 
     arch is otherwise read off the keys; normalization and image_size (pixels) default to the layout's: cifar10 and 32
-    for SimCLR, none and 224 for ImageNet, clip and 224 for CLIP. A file without projector gives an identity for it.
+    for SimCLR, none and 224 for ImageNet, clip and 224 (open_clip's size for the arch) for CLIP. A file without
+    projector gives an identity for it.
     UserError for a missing or damaged file, a pickle of more than plain tensors, and keys that do not fit.
     """
     state, wrappings, dropped = _unwrap(read_checkpoint(path) if content is None else content, path)
@@ -64,12 +66,12 @@ def import_encoder(
     if layout is _SIMCLR and "f.f.0.weight" not in state and "f.0.weight" in state:  # an encoder saved by itself
         state = {f"f.{key}": value for key, value in state.items()}
     has_projector = layout is _SIMCLR and any(key.startswith("g.") for key in state)
-    normalization, image_size = normalization or layout.normalization, image_size or layout.image_size
+    normalization, image_size = normalization or layout.normalization, image_size or _image_size(layout, arch)
     if arch is None:
         arch = _closest(layout, state, has_projector)
     model = build_simclr(arch, normalization, image_size, has_projector)
     if layout is not _SIMCLR:
-        state, unused = _to_timm(state, model)
+        state, unused = _to_ours(state, model)
         dropped += unused
     load_strict(model, state, path)
     told = ", ".join([layout.name, *wrappings])
@@ -91,8 +93,10 @@ def _unwrap(content: Any, path: str | Path) -> tuple[State, list[str], list[str]
 def _layout_of(state: State, arch: str | None, path: str | Path) -> _Layout:
     if "f.f.0.weight" in state or "f.0.weight" in state:
         return _SIMCLR
-    if "attnpool.positional_embedding" in state:
+    if "attnpool.positional_embedding" in state or (arch or "").startswith(OPEN_CLIP):
         return _CLIP
+    if "class_embedding" in state and "ln_pre.weight" in state:
+        raise UserError(f"{path} holds a ViT of CLIP: name it, --arch {OPEN_CLIP}ViT-B-32-quickgelu or its like")
     if "layer1.0.conv1.weight" in state or (arch or "").startswith("timm:"):
         return _IMAGENET
     keys = ", ".join(list(state)[:3])
@@ -113,8 +117,12 @@ def _closest(layout: _Layout, state: State, has_projector: bool) -> str:
     return layout.archs[0] if len(layout.archs) == 1 else min(layout.archs, key=misfits)
 
 
-def _to_timm(state: State, model: SimCLR) -> tuple[State, list[str]]:
-    """Rename to the encoder's timm keys; also the keys of a classifier, which is left out."""
+def _image_size(layout: _Layout, arch: str | None) -> int:
+    return published_image_size(arch) if arch and arch.startswith(OPEN_CLIP) else layout.image_size
+
+
+def _to_ours(state: State, model: SimCLR) -> tuple[State, list[str]]:
+    """Rename to the encoder's keys; also the keys of a classifier, which is left out."""
     if isinstance(model.f, TimmEncoder) and model.arch == "clip_resnet50":
         from timm.models.byobnet import checkpoint_filter_fn
 

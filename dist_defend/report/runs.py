@@ -93,7 +93,8 @@ class Run:
     def target_class(self, task: str) -> int | None:
         """The class the attacker wants, from the run's configuration."""
         config = yaml.safe_load(self.config_text) or {}
-        return config.get("probe", {}).get("tasks", {}).get(task, {}).get("target_class")
+        options = config.get("probe") or config.get("zeroshot") or {}
+        return options.get("tasks", {}).get(task, {}).get("target_class")
 
     def target_name(self, task: str) -> str:
         """That class' name, or an empty string."""

@@ -16,7 +16,7 @@ def test_prints_every_finding_as_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["doctor", "--json"]) == 0
     found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     wanted = {"python", "torch", "dist_defend", "cuda", "nccl", "ranks", "accelerate", "ffcv", "turbojpeg", "numba"}
-    assert wanted | {"deepspeed", "slurm", "cores", "memory", "disk"} == found.keys()
+    assert wanted | {"deepspeed", "open_clip_torch", "slurm", "cores", "memory", "disk"} == found.keys()
     assert found["ranks"]["status"] == "ok"
     assert found["torch"]["detail"].startswith(metadata.version("torch"))
     assert found["cores"]["detail"].startswith(f"{len(os.sched_getaffinity(0))} usable")

@@ -153,7 +153,7 @@ def build(config: Config, context: Context) -> Plan:
 
     def result() -> dict[str, Any]:
         card = ModelCard(
-            kind="simclr",
+            kind=student.kind,
             arch=student.arch,
             normalization=student.normalization,
             image_size=student.image_size,

@@ -1,0 +1,193 @@
+"""Zero-shot classification by CLIP (Radford et al. 2021), which BadEncoder evaluates its attack on CLIP with.
+
+An image is of the class whose prompt has the text feature nearest to the image's feature: top-1 of 100 cos(f(x), t_c).
+There is nothing to train. A backdoored image tower is measured against the text tower of the clean CLIP.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dist_defend.attacks.reference import TriggerConfig, triggers_from
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.context import Context, Plan
+from dist_defend.errors import UserError
+from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
+from dist_defend.files import sha256_file
+from dist_defend.models.clip import TextTower, class_features, load_text_tower
+from dist_defend.models.encoder import SimCLR
+
+log = logging.getLogger(__name__)
+
+TEMPLATES = {  # BadEncoder's
+    "gtsrb": "A traffic sign photo of a {class}",
+    "svhn": "A photo of a {class}",
+    "stl10": "A photo of a {class}",
+}
+_LOGIT_SCALE = 100.0
+_PICTURED = 8  # test images shown in the report
+_SCATTERED = 500  # test features kept for the report's scatter plot
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The whole CLIP, of which the text tower is used: open_clip's name for it, and a file of its weights."""
+
+    arch: str
+    weights: str
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A labelled test set, what its classes are called, and the class that the attacker wants."""
+
+    test: DatasetConfig
+    target_class: int
+    templates: str | tuple[str, ...]  # one of TEMPLATES by its key, or prompts with {class}; several are averaged
+    class_names: str | tuple[str, ...] | None = None  # or a file with a name per line; None: the data set's
+
+    def __post_init__(self) -> None:
+        if isinstance(self.templates, str) and self.templates not in TEMPLATES:
+            raise ValueError(
+                f"key 'templates' is {self.templates!r}; it must be one of {', '.join(TEMPLATES)}, or a list of prompts"
+            )
+        if not self.templates:
+            raise ValueError("key 'templates' is empty; give at least one prompt with {class}")
+        for template in self.prompts:
+            if template.count("{class}") != 1:
+                raise ValueError(f"key 'templates' has {template!r}; write {{class}} once, where the name goes")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (TEMPLATES[self.templates],) if isinstance(self.templates, str) else self.templates
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are BadEncoder's, but for the images of a forward pass, of which it takes one."""
+
+    clip: ClipConfig
+    encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
+    tasks: dict[str, TaskConfig]
+    trigger: TriggerConfig = field(default_factory=lambda: TriggerConfig(size=50))
+    batch_size: int = 512  # over all ranks
+
+    def __post_init__(self) -> None:
+        for key in ("encoders", "tasks"):
+            if not getattr(self, key):
+                raise ValueError(f"key '{key}' is empty")
+        if self.batch_size < 1:
+            raise ValueError(f"key 'batch_size' is {self.batch_size}; it must be at least 1")
+
+
+def logits(features: Tensor, texts: Tensor) -> Tensor:
+    """100 cos of unit image features (N, D) with the classes' unit text features (C, D) -> (N, C)."""
+    return _LOGIT_SCALE * features @ texts.T
+
+
+def build(config: Config, context: Context) -> Plan:
+    """No stage; text features now, evaluation on clean and triggered test images at the end."""
+    ranks = context.ranks
+    tower = load_text_tower(config.clip.arch, config.clip.weights).to(ranks.device, ranks.dtype)
+    models = {kind: context.load_model(folder)[0] for kind, folder in config.encoders.items()}
+    for kind, model in models.items():
+        model.to(ranks.device, ranks.dtype)
+        if model.f.feature_dim != tower.feature_dim:
+            raise UserError(
+                f"key 'encoders.{kind}': features of {model.f.feature_dim} numbers, the text tower of "
+                f"{config.clip.arch} has {tower.feature_dim}: name the CLIP that the encoder belongs to"
+            )
+    tasks = [Task(name, task, config, models, tower, context) for name, task in config.tasks.items()]
+
+    def result() -> dict[str, Any]:
+        rows = [row for task in tasks for row in task.evaluate()]
+        if ranks.is_main:
+            for name, kept in (("features", "scatter"), ("examples", "pictures")):
+                tensors = {key: value for task in tasks for key, value in getattr(task, kept).items()}
+                save_file(tensors, context.folder / f"{name}.safetensors")
+        return {
+            "rows": rows,
+            "targets": {task.name: task.class_names[task.config.target_class] for task in tasks},
+            "encoders": dict(config.encoders),
+            "clip": {"arch": config.clip.arch, "weights_sha256": sha256_file(Path(config.clip.weights))},
+        }
+
+    return Plan([], result)
+
+
+class Task:
+    """One test set, from the classes' prompts to counts."""
+
+    def __init__(
+        self,
+        name: str,
+        task: TaskConfig,
+        config: Config,
+        models: dict[str, SimCLR],
+        tower: TextTower,
+        context: Context,
+    ) -> None:
+        self.name, self.config, self.models, self.context = name, task, models, context
+        self.test, self.rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
+        key = f"zeroshot.tasks.{name}"
+        self.class_names = _class_names(task.class_names, self.test.classes, key)
+        if not 0 <= task.target_class < len(self.class_names):
+            raise UserError(
+                f"key '{key}.target_class' is {task.target_class}; {self.test.path} has classes 0 to "
+                f"{len(self.class_names) - 1}"
+            )
+        for kind, model in models.items():
+            if self.test.image_shape != (model.image_size, model.image_size, 3):
+                raise UserError(
+                    f"{self.test.path} does not hold images of {model.image_size} px, as key 'encoders.{kind}' needs "
+                    f"them: prepare it with --image-size {model.image_size}"
+                )
+        size = next(iter(models.values())).image_size
+        self.trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
+        self.loader = context.eval_loader(self.test, self.rows, config.batch_size)
+        with torch.no_grad():
+            self.texts = class_features(tower, self.class_names, task.prompts)
+        log.info("%s: prompts '%s', ...", name, task.prompts[0].replace("{class}", self.class_names[0]))
+        self.scatter: dict[str, Tensor] = {}
+        self.pictures: dict[str, Tensor] = {}
+
+    def evaluate(self) -> list[dict[str, Any]]:
+        """One row of counts per encoder; keeps some features and pictures for the report."""
+        rows = []
+        for kind, model in self.models.items():
+            clean, labels, _ = extract_features(model.f, self.loader, self.context.ranks)
+            stamped, _, _ = extract_features(model.f, self.loader, self.context.ranks, self.trigger)
+            on_clean, on_stamped = (logits(features, self.texts).argmax(1) for features in (clean, stamped))
+            counts = backdoor_counts(on_clean, on_stamped, labels, self.config.target_class)
+            warn_near_chance(kind, self.name, counts["acc"], len(self.class_names))
+            head = {"run": self.context.folder.name, "kind": kind, "task": self.name, "seed": self.context.seed}
+            rows.append(head | {name: count.plain() for name, count in counts.items()})
+            kept = {"clean": clean.float(), "triggered": stamped.float(), "labels": labels}
+            self.scatter |= {f"{kind}/{self.name}/{what}": v[:_SCATTERED].cpu() for what, v in kept.items()}
+        clean, stamped = example_pictures(self.test.images(self.rows[:_PICTURED]), self.trigger)
+        self.pictures = {f"{self.name}/clean": clean, f"{self.name}/triggered": stamped}
+        return rows
+
+
+def _class_names(named: str | tuple[str, ...] | None, stored: tuple[str, ...], key: str) -> tuple[str, ...]:
+    """The classes' names. UserError for a file that cannot be read and a number of names other than the data set's."""
+    if isinstance(named, str):
+        try:
+            lines = Path(named).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise UserError(f"key '{key}.class_names': cannot read {named}: {reason}") from error
+        names = tuple(line.strip() for line in lines if line.strip())
+    else:
+        names = stored if named is None else named
+    if len(names) != len(stored):
+        raise UserError(f"key '{key}.class_names' has {len(names)} names; the data set has {len(stored)} classes")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"key '{key}.class_names' has '{twice}' twice; give each class a name of its own")
+    return names

@@ -1,0 +1,142 @@
+"""CLIP (Radford et al. 2021) as open_clip builds it: image towers as encoders, and the text tower.
+
+open_clip has a configuration for each of its names, and makes fresh weights for it; nothing here downloads any. A tower
+that is not needed is replaced by the smallest there is.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dist_defend.errors import UserError
+from dist_defend.models.artifact import load_strict
+from dist_defend.models.encoder import OPEN_CLIP, Encoder, Normalize
+from dist_defend.models.foreign_file import read_checkpoint, unwrap
+
+_NO_IMAGES = {"image_size": 1, "patch_size": 1, "width": 64, "layers": 1}
+_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+_RESNET_STRIDE = 32  # pixels
+_FACTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size")  # neither tower's
+
+
+def clip_config(arch: str) -> dict[str, Any]:
+    """open_clip's configuration of "open_clip:NAME". UserError where it is not installed, or has no such model."""
+    name = arch.removeprefix(OPEN_CLIP)
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(
+            f"arch '{arch}' needs open_clip, which is not installed; pip install 'dist-defend[clip]'"
+        ) from error
+    known = open_clip.list_models()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise UserError(f"open_clip has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+    return open_clip.get_model_config(name)
+
+
+def published_image_size(arch: str) -> int:
+    """Pixels that the tower was made for. UserError as clip_config."""
+    return int(clip_config(arch)["vision_cfg"]["image_size"])
+
+
+def _build(config: dict[str, Any], vision: dict[str, Any], text: dict[str, Any]) -> Any:
+    import open_clip
+
+    make = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    return make(config["embed_dim"], vision, text, quick_gelu=config.get("quick_gelu", False))
+
+
+class OpenClipEncoder(Encoder):
+    """CLIP's image tower with its projection. Taps: a ResNet's four stages, or a ViT's blocks at depth quarters."""
+
+    f: Any
+
+    def __init__(self, arch: str, normalization: str, image_size: int) -> None:
+        super().__init__()
+        self.normalize = Normalize(normalization)
+        config = clip_config(arch)
+        vision = config["vision_cfg"]
+        if "timm_model_name" in vision:
+            raise UserError(f"{arch} has an image tower of timm: write timm:{vision['timm_model_name']}")
+        is_resnet = isinstance(vision["layers"], list)
+        depth, least = (4, _RESNET_STRIDE) if is_resnet else (vision["layers"], vision["patch_size"])
+        if image_size < least or depth < 4:
+            raise UserError(f"{arch} needs images of {least} px or more, not {image_size}, and 4 blocks to tap")
+        quarters = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
+        self.taps = [1, 2, 3, 4] if is_resnet else quarters  # a ResNet's first output is its stem's
+        self.image_size, self.feature_dim = image_size, int(config["embed_dim"])
+        self.f = _build(config, {**vision, "image_size": image_size, "output_tokens": False}, _NO_TEXT).visual
+
+    def _input(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            raise UserError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} px for a tower of {self.image_size} px: "
+                f"prepare them with --image-size {self.image_size}"
+            )
+        return self.normalize(x)
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        passed = self.f.forward_intermediates(self._input(x), indices=self.taps)
+        return passed["image_intermediates"], passed["image_features"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self._input(x))
+
+
+class TextTower(nn.Module):
+    """CLIP's text tower with its tokenizer: texts -> unit features (N, D)."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        config = clip_config(arch)
+        text = config["text_cfg"]
+        import open_clip
+
+        if "multimodal_cfg" in config or {"hf_model_name", "hf_tokenizer_name"} & text.keys():
+            raise UserError(f"{arch} has a text tower or a tokenizer that is not CLIP's own: choose another arch")
+        self.arch, self.feature_dim = arch, int(config["embed_dim"])
+        self.tokenize = open_clip.SimpleTokenizer(
+            context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs", {})
+        )
+        if text.get("vocab_size", 49408) < self.tokenize.vocab_size:
+            raise UserError(f"{arch} has fewer words than CLIP's tokenizer, {self.tokenize.vocab_size}")
+        self.clip = _build(config, _NO_IMAGES, text)
+        del self.clip.visual, self.clip.logit_scale
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """UserError for a text of more tokens than the tower reads."""
+        for text in texts:
+            count = len(self.tokenize.encode(text)) + 2  # its beginning and its end
+            if count > self.tokenize.context_length:
+                raise UserError(f"'{text}' has {count} tokens; {self.arch} reads {self.tokenize.context_length}")
+        tokens = self.tokenize(list(texts)).to(next(self.clip.parameters()).device)
+        return self.clip.encode_text(tokens, normalize=True)
+
+
+def load_text_tower(arch: str, path: str | Path) -> TextTower:
+    """The text tower (on the CPU, in eval mode) in a file of a whole CLIP, in OpenAI's or open_clip's layout.
+
+    UserError for a file that cannot be read as data, holds no text tower, or does not fit the arch.
+    """
+    tower = TextTower(arch)
+    state, _ = unwrap(read_checkpoint(path), path, ("state_dict", "model"))
+    state = {key: value for key, value in state.items() if not key.startswith("visual.") and key not in _FACTS}
+    if not any(key.endswith("token_embedding.weight") for key in state):
+        raise UserError(f"{path} holds no text tower: name the file of the whole CLIP, image and text")
+    load_strict(tower.clip, state, path)
+    return tower.eval()
+
+
+def class_features(tower: TextTower, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """Unit features (C, D) of the classes: means over the templates' unit features (Radford et al. 2021, 3.1.4).
+
+    Each template has "{class}" where the name goes.
+    """
+    prompts = [[template.replace("{class}", name) for name in class_names] for template in templates]
+    return functional.normalize(torch.stack([tower(texts) for texts in prompts]).mean(0), dim=1)

@@ -148,6 +148,13 @@ def classifier_counts(
     return backdoor_counts(clean, triggered, labels, backdoor_labels(labels, poison, num_classes))
 
 
+def unit_features(encoder: nn.Module, images: Tensor, ranks: Ranks) -> Tensor:
+    """L2-normalised features (B, D) of images (B, 3, H, W), in the run's dtype whatever autocast makes of the pass."""
+    with ranks.accelerator.autocast():
+        features = encoder(images.to(ranks.dtype))
+    return functional.normalize(features.to(ranks.dtype), dim=1)
+
+
 @torch.no_grad()
 def extract_features(
     encoder: nn.Module, loader: Loader, ranks: Ranks, transform: Callable[[Tensor], Tensor] | None = None
@@ -162,9 +169,7 @@ def extract_features(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in loader.epoch(0):
         images = batch.images.to(ranks.device, ranks.dtype)
-        with ranks.accelerator.autocast():
-            features = encoder(images if transform is None else transform(images))
-        features = functional.normalize(features.to(ranks.dtype), dim=1)
+        features = unit_features(encoder, images if transform is None else transform(images), ranks)
         parts.append((features, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
     encoder.train(was_training)
     return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)

@@ -1,14 +1,17 @@
 """What a method's build() gets, and what it gives back."""
 
+import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from dist_defend.data.augment import View
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
@@ -23,6 +26,8 @@ from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr,
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
+
+Place = Literal["memory", "disk"]  # where a cache lies
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,18 @@ class Context:
             world_size=world_size or self.ranks.world_size,
             device=self.ranks.device,
         )
+
+    def room(self, shape: Sequence[int], place: Place) -> Tensor:
+        """Space for numbers of the run's dtype: on the device, or in a file of the run folder, mapped into memory.
+
+        The file loses its name at once and so ends with the process. OSError where the disk has no room for it.
+        """
+        if place == "memory":
+            return torch.empty(*shape, dtype=self.ranks.dtype, device=self.ranks.device)
+        count = math.prod(shape)
+        with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".cache_") as file:
+            os.posix_fallocate(file.fileno(), 0, count * self.ranks.dtype.itemsize)  # now, not as SIGBUS later
+            return torch.from_file(file.name, shared=True, size=count, dtype=self.ranks.dtype).view(*shape)
 
     def synchronise(self, model: nn.Module) -> None:
         """Batch normalisation over the global batch, in place, where there are several ranks."""

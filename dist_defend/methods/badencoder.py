@@ -6,13 +6,11 @@ per image, and the clean, triggered and augmented images go through the encoder 
 images do not influence each other, and folded into the convolutions.
 """
 
-import copy
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,11 +20,11 @@ from dist_defend.attacks.trigger import Trigger, pair_references_triggers
 from dist_defend.batch import Batch
 from dist_defend.data.augment import REFERENCE, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
+from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
-from dist_defend.evaluate import extract_features
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import NORMALIZATIONS, Encoder, Normalize
 from dist_defend.models.folding import fold_frozen_norms
@@ -47,6 +45,7 @@ class Config:
     augment: AugmentConfig = REFERENCE
     shadow_normalization: str = "match_encoder"  # or another set of constants, as upstream does for ImageNet encoders
     freeze_norm: Literal["bn", "all"] = "bn"
+    cache: Place = "memory"  # where each rank keeps its share of the clean features
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=256, epochs=200, optimizer=OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
@@ -128,8 +127,7 @@ def build(config: Config, context: Context) -> Plan:
     triggers = triggers_from(config.trigger, size)
     triggers = pair_references_triggers(references, triggers, config.trigger.file or "the key 'trigger'")
     ranks = context.ranks
-    clean = model.f.to(ranks.device, ranks.dtype)
-    encoder = copy.deepcopy(clean)
+    clean, encoder = (m.f.to(ranks.device, ranks.dtype) for m in (model, context.load_model(config.clean_encoder)[0]))
     for network in (clean, encoder):
         if config.shadow_normalization != "match_encoder":
             network.normalize = Normalize(config.shadow_normalization).to(ranks.device, ranks.dtype)
@@ -140,9 +138,14 @@ def build(config: Config, context: Context) -> Plan:
         reference_features = clean.eval()(pixels)
     views = [View(), *(View(config.augment, image=reference) for reference in references)]
     loader = context.train_loader(dataset, rows, config.update.batch_size, views, config.update.accumulation)
-    cache = FeatureCache(clean, context, dataset, rows)
+    cache = FrozenFeatures([clean], clean.feature_dim, context, dataset, rows, config.cache)
+    numbers = torch.from_numpy(rows).to(ranks.device)
+
+    def clean_features(index: Tensor) -> Tensor:
+        return cache.take(torch.searchsorted(numbers, index), [len(index)] * ranks.world_size)[0]
+
     objective = BadEncoderObjective(
-        encoder, triggers, pixels, reference_features, cache, config.lambda1, config.lambda2
+        encoder, triggers, pixels, reference_features, clean_features, config.lambda1, config.lambda2
     )
     step = context.gradient_step(objective, config.update, loader.num_batches)
 
@@ -166,25 +169,3 @@ def build(config: Config, context: Context) -> Plan:
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}
 
     return Plan([Stage("badencoder", loader, step, config.update.epochs)], result)
-
-
-class FeatureCache:
-    """f(x) / |f(x)| of every shadow image, computed when first asked for; the images are not augmented."""
-
-    def __init__(self, encoder: Encoder, context: Context, dataset: Any, rows: np.ndarray) -> None:
-        self.encoder, self.context = encoder, context
-        self.loader = context.eval_loader(dataset, rows)
-        self.position = torch.full((int(rows.max()) + 1,), -1, device=context.ranks.device)
-        self.features: Tensor | None = None
-
-    def __call__(self, index: Tensor) -> Tensor:
-        """(B,) rows of the data set -> (B, D)."""
-        if self.features is None:
-            self.features, _, rows = extract_features(self.encoder, self.loader, self.context.ranks)
-            self.position[rows] = torch.arange(len(rows), device=rows.device)
-        return self.features[self.position[index]]
-
-    def mean_cosine(self, encoder: Encoder) -> float:
-        """Mean cosine between another encoder's features of the shadow images and the cached ones."""
-        features, _, rows = extract_features(encoder, self.loader, self.context.ranks)
-        return (features * self(rows)).sum(1).mean().item()

@@ -1,10 +1,11 @@
 """The downstream classifier of BadEncoder's and MIMIC's evaluation: an MLP on frozen, L2-normalised features.
 
-Features are computed once. The heads of all encoders and seeds of a task are trained together as one batched
-computation, each exactly as it would be alone: its own initial weights, its own dropout draws, the same batches.
+Features are computed once, by each rank for its share of the images. The heads of all encoders and seeds of a task are
+trained together as one batched computation, each exactly as it would be alone: its own initial weights, its own dropout
+draws, the same batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +21,9 @@ from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective
 from dist_defend.engine.trainer import Stage
@@ -54,6 +56,7 @@ class Config:
     hidden: tuple[int, int] = (512, 256)
     dropout: float = 0.5
     shuffle: bool = False  # published: the file's order in every epoch
+    cache: Place = "memory"  # where each rank keeps its share of a task's training features
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
     )
@@ -94,38 +97,33 @@ class ProbeObjective(Objective):
 
 
 class FeatureBatches:
-    """Batches of features in memory, for the heads of one task.
+    """Batches of features for the heads of one task; a rank takes its slice of each global batch.
 
-    features: (E, N, D) of E encoders; heads are ordered encoder by encoder, with all seeds each. Every rank holds
-    everything and takes its slice of each global batch.
+    labels: (N,). take(positions, counts): features (E, b, D) of E encoders, with counts[r] what rank r asks for. Heads
+    are ordered encoder by encoder, with all seeds each.
     """
 
-    def __init__(self, config: Config, num_samples: int, context: Context, load: Any) -> None:
-        self.config, self.context, self._load = config, context, load
+    def __init__(
+        self, config: Config, labels: Tensor, context: Context, take: Callable[[Tensor, Sequence[int]], Tensor]
+    ) -> None:
+        self.config, self.labels, self.context, self.take = config, labels, context, take
         self.batch_size = config.update.batch_size
-        self.num_samples, self.num_batches = num_samples, -(-num_samples // self.batch_size)
-        self._data: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def data(self) -> tuple[Tensor, Tensor]:
-        """Features (E, N, D) and labels (N,), computed when first asked for."""
-        if self._data is None:
-            self._data = self._load()
-        return self._data
+        self.num_batches = -(-len(labels) // self.batch_size)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's shares of the epoch's batches."""
-        features, labels = self.data
         ranks, seeds = self.context.ranks, self.config.seeds
-        order = epoch_order(self.num_samples, self.context.seed, epoch, self.config.shuffle)
+        order = epoch_order(len(self.labels), self.context.seed, epoch, self.config.shuffle)
         for number in range(start_batch, self.num_batches):
             rows = order[number * self.batch_size : (number + 1) * self.batch_size]
-            own = rank_slice(len(rows), ranks.rank, ranks.world_size)
-            index = torch.from_numpy(rows[own]).to(labels.device)
+            slices = [rank_slice(len(rows), rank, ranks.world_size) for rank in range(ranks.world_size)]
+            own = slices[ranks.rank]
+            index = torch.from_numpy(rows[own]).to(self.labels.device)
+            features = self.take(index, [other.stop - other.start for other in slices])
             kept = torch.stack([self._kept(seed, epoch, number, len(rows))[own] for seed in seeds])
-            factors = kept.to(labels.device, ranks.dtype) / (1 - self.config.dropout)
-            views = (features[:, index].repeat_interleave(len(seeds), 0), factors.repeat(len(features), 1, 1))
-            yield Batch(views, labels[index], index)
+            factors = kept.to(index.device, ranks.dtype) / (1 - self.config.dropout)
+            views = (features.repeat_interleave(len(seeds), 0), factors.repeat(len(features), 1, 1))
+            yield Batch(views, self.labels[index], index)
 
     def _kept(self, seed: int, epoch: int, number: int, rows: int) -> Tensor:
         """Which units dropout keeps: (rows, hidden) bool, drawn from (seed, epoch, batch), whoever else is trained."""
@@ -183,7 +181,6 @@ class Task:
             )
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
         self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
-        self.train_loader = context.eval_loader(train, rows)
         self.test_loader = context.eval_loader(self.test, self.test_rows)
         self.kinds = [(kind, seed) for kind in models for seed in config.seeds]
         width = next(iter(models.values())).f.feature_dim
@@ -194,15 +191,14 @@ class Task:
             hidden=config.hidden,
             dropout=config.dropout,
         )
-        batches = FeatureBatches(config, len(rows), context, self._train_features)
+        encoders = [model.f for model in models.values()]
+        features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
+        labels = torch.from_numpy(train.labels[rows]).to(context.ranks.device)
+        batches = FeatureBatches(config, labels, context, features.take)
         step = context.gradient_step(ProbeObjective(self.heads, context.ranks), config.update, batches.num_batches)
-        self.stage = Stage(f"probe/{name}", batches, step, config.update.epochs, is_kept=True)
+        self.stage = Stage(f"probe/{name}", batches, step, config.update.epochs, finish=features.forget, is_kept=True)
         self.scatter: dict[str, Tensor] = {}
         self.pictures: dict[str, Tensor] = {}
-
-    def _train_features(self) -> tuple[Tensor, Tensor]:
-        parts = [extract_features(model.f, self.train_loader, self.context.ranks) for model in self.models.values()]
-        return torch.stack([features for features, _, _ in parts]), parts[0][1]
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:

@@ -4,18 +4,19 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.batch import Batch
-from dist_defend.engine.context import Context
+from dist_defend.engine.context import Context, Place
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer
-from dist_defend.engine.step import NonFiniteError
+from dist_defend.engine.step import NonFiniteError, Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR
@@ -38,6 +39,7 @@ class InformationConfig:
     batch_size: int = 128
     hidden: int = 512
     max_inputs: int = 65536  # of a critic, from the stage; larger maps are pooled to fit. At 32 px nothing is
+    cache: Place = "memory"  # where the stages' outputs lie: images x inputs numbers for each of a rank's critics
     lr: float = 1e-3
     weight_decay: float = 1e-5
     scale: float = 10000.0  # attention_weights[l] + scale * share of layer l
@@ -68,12 +70,24 @@ class RowBatches:
             yield Batch((), rows, rows)
 
 
+class CriticLoss(Objective):
+    """What an update of one layer's critic minimises; batches are positions in the cache."""
+
+    def __init__(self, layer: int, critic: nn.Module, information: "LayerInformation") -> None:
+        super().__init__()
+        self.layer, self.critic, self.information = layer, critic, information
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.information.critic_loss(self.layer, batch.index)}
+
+
 class LayerInformation:
     """One critic per stage, trained on cached activations; a Step whose batches are positions in the cache.
 
     The network is frozen and the images are not augmented, so its activations are computed once (the published code
     repeats the forward pass for every critic, epoch and batch). The critics are independent: rank r trains those of
-    layers r, r + world size, ...; the checkpoint and the result hold all of them.
+    layers r, r + world size, ..., and keeps these layers' outputs only; it passes all images through the network by
+    itself, which is less work than sending the maps. The checkpoint and the result hold all critics.
     """
 
     is_rank_local = True  # so it runs under strategies that shard first-order steps
@@ -88,17 +102,15 @@ class LayerInformation:
         self.test_start = len(rows) - self.test_rows
         ranks = context.ranks
         self.own = list(range(ranks.rank, _LAYERS, ranks.world_size))
-        self.critics: dict[int, Any] = {}
-        self.optimizers: dict[int, torch.optim.Optimizer] = {}
-        self._cache: tuple[dict[int, Tensor], Tensor] | None = None
         self.count = 0
         self.history: dict[int, list[float]] = {}  # epoch -> estimate per layer, of all ranks
-        if config.estimator != "fixed":
-            self._build_critics()
+        self.widths, self.feature_dim = self._measure()
+        if len(self.widths) != _LAYERS:
+            raise UserError(f"MIMIC needs an encoder with {_LAYERS} stages; {network.arch} has {len(self.widths)}")
 
-    def _build_critics(self) -> None:
-        ranks, config = self.context.ranks, self.config
-        size = self.network.image_size
+    def _measure(self) -> tuple[list[int], int]:
+        """Numbers that the critics get from each stage, and the length of the final feature."""
+        ranks, size = self.context.ranks, self.network.image_size
         was_training = self.network.training
         self.network.eval()
         with torch.no_grad():
@@ -106,16 +118,29 @@ class LayerInformation:
                 torch.zeros(1, 3, size, size, device=ranks.device, dtype=ranks.dtype)
             )
         self.network.train(was_training)
-        widths = [bounded(m, self.config.max_inputs).numel() for m in maps]
-        if len(widths) != _LAYERS:
-            raise UserError(f"MIMIC needs an encoder with {_LAYERS} stages; {self.network.arch} has {len(widths)}")
-        optimizer = OptimizerConfig("adam", lr=config.lr, weight_decay=config.weight_decay)
+        return [bounded(m, self.config.max_inputs).numel() for m in maps], feature.shape[1]
+
+    @cached_property
+    def critics(self) -> dict[int, Any]:
+        """Own layers' critics; the same start on any number of ranks."""
+        kind, made = _ESTIMATORS[self.config.estimator], {}
         for layer in self.own:
-            with torch.random.fork_rng(devices=[]):  # the same start on any number of ranks
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed + layer)
-                critic = _ESTIMATORS[config.estimator](widths[layer], feature.shape[1], config.hidden)
-            self.critics[layer] = critic.to(ranks.device, ranks.dtype)
-            self.optimizers[layer] = build_optimizer(critic.parameters(), optimizer)
+                critic = kind(self.widths[layer], self.feature_dim, self.config.hidden)
+            made[layer] = critic.to(self.context.ranks.device, self.context.ranks.dtype)
+        return made
+
+    @cached_property
+    def optimizers(self) -> dict[int, torch.optim.Optimizer]:
+        """Own critics' optimizers."""
+        config = OptimizerConfig("adam", lr=self.config.lr, weight_decay=self.config.weight_decay)
+        return {layer: build_optimizer(critic.parameters(), config) for layer, critic in self.critics.items()}
+
+    @cached_property
+    def objectives(self) -> dict[int, CriticLoss]:
+        """Own critics' losses, updated one after the other."""
+        return {layer: CriticLoss(layer, critic, self) for layer, critic in self.critics.items()}
 
     def stage(self, finish: Callable[[], None]) -> Stage:
         """The stage that trains the critics; finish() may then read weights()."""
@@ -123,37 +148,47 @@ class LayerInformation:
 
         def done() -> None:
             finish()
-            self._cache = None  # a gigabyte for CIFAR-sized ResNets
+            self.own = []
+            for name in ("activations", "critics", "optimizers", "objectives"):  # gigabytes
+                self.__dict__.pop(name, None)
 
         return Stage("information", batches, self, self.config.epochs, evaluate=self.evaluate, finish=done)
 
-    @property
+    @cached_property
+    @torch.no_grad()
     def activations(self) -> tuple[dict[int, Tensor], Tensor]:
         """Own layers' outputs (N, C H W) and the normalised final feature (N, D), of one pass over the images."""
-        if self._cache is None:
-            columns: dict[int, list[Tensor]] = {layer: [] for layer in self.own}
-            features = []
-            was_training = self.network.training
-            self.network.eval()
-            with torch.no_grad():
-                for batch in self.loader.epoch(0):
-                    images = batch.images.to(self.context.ranks.device, self.context.ranks.dtype)
-                    maps, feature, _ = self.network.layers(images)
-                    features.append(feature)
-                    for layer in self.own:
-                        columns[layer].append(bounded(maps[layer], self.config.max_inputs).flatten(1))
-            self.network.train(was_training)
-            self._cache = {layer: torch.cat(parts) for layer, parts in columns.items()}, torch.cat(features)
-        return self._cache
+        total, place = self.loader.num_samples, self.config.cache
+        outputs = {layer: self.context.room((total, self.widths[layer]), place) for layer in self.own}
+        features = self.context.room((total, self.feature_dim), "memory")
+        was_training, done = self.network.training, 0
+        self.network.eval()
+        for batch in self.loader.epoch(0) if self.own else ():
+            maps, feature, _ = self.network.layers(batch.images.to(self.context.ranks.device, features.dtype))
+            rows = slice(done, done + len(feature))
+            features[rows] = feature
+            for layer, room in outputs.items():
+                room[rows] = bounded(maps[layer], self.config.max_inputs).flatten(1).to(room.device)
+            done += len(feature)
+        self.network.train(was_training)
+        return outputs, features
+
+    def pairs(self, layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """A stage's outputs (B, C H W) and the final features (B, D) at these positions of the cache."""
+        outputs, features = self.activations
+        return outputs[layer][index.to(outputs[layer].device)].to(features.device), features[index]
+
+    def critic_loss(self, layer: int, index: Tensor) -> Tensor:
+        """What the next update of a critic minimises."""
+        x, y = self.pairs(layer, index)
+        epoch, number = divmod(self.count, -(-self.train_rows // self.config.batch_size))
+        return self.critics[layer].loss(x, y, self._permutation(layer, epoch, number, len(y), 0))
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """One update of each own critic. Returns the sum of all critics' losses; raises NonFiniteError."""
-        outputs, feature = self.activations
-        epoch, number = divmod(self.count, -(-self.train_rows // self.config.batch_size))
-        total = feature.new_zeros(())
-        for layer, critic in self.critics.items():
-            x, y = outputs[layer][batch.index], feature[batch.index]
-            loss = critic.loss(x, y, self._permutation(layer, epoch, number, len(y), 0))
+        total = torch.zeros((), dtype=self.context.ranks.dtype, device=self.context.ranks.device)
+        for layer, objective in self.objectives.items():
+            loss = objective(batch)["loss"]
             loss.backward()
             self.optimizers[layer].step()
             self.optimizers[layer].zero_grad()
@@ -169,14 +204,14 @@ class LayerInformation:
         """Estimates after an epoch, for the last epochs only: mean over batches, NaN and negative ones as 0."""
         if epoch <= self.config.epochs - self.config.last_epochs:
             return {}
-        outputs, feature = self.activations
-        rows = torch.arange(self.test_start, self.test_start + self.test_rows, device=feature.device)
-        estimates = torch.zeros(_LAYERS, dtype=torch.float64, device=feature.device)
+        device = self.context.ranks.device
+        rows = torch.arange(self.test_start, self.test_start + self.test_rows, device=device)
+        estimates = torch.zeros(_LAYERS, dtype=torch.float64, device=device)
         for layer, critic in self.critics.items():
             values = []
             for number, index in enumerate(rows.split(self.config.batch_size)):
                 permutation = self._permutation(layer, epoch, number, len(index), 1)
-                values.append(critic.bound(outputs[layer][index], feature[index], permutation))
+                values.append(critic.bound(*self.pairs(layer, index), permutation))
             estimates[layer] = torch.stack(values).nan_to_num(0.0).clamp(min=0).mean()
         if self.context.ranks.world_size > 1:
             torch.distributed.all_reduce(estimates)

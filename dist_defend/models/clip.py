@@ -21,7 +21,7 @@ from dist_defend.models.foreign_file import read_checkpoint, unwrap
 _NO_IMAGES = {"image_size": 1, "patch_size": 1, "width": 64, "layers": 1}
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 _RESNET_STRIDE = 32  # pixels
-_FACTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size")  # neither tower's
+_FACTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")  # no weights
 
 
 def clip_config(arch: str) -> dict[str, Any]:
@@ -126,7 +126,8 @@ def load_text_tower(arch: str, path: str | Path) -> TextTower:
     """
     tower = TextTower(arch)
     state, _ = unwrap(read_checkpoint(path), path, ("state_dict", "model"))
-    state = {key: value for key, value in state.items() if not key.startswith("visual.") and key not in _FACTS}
+    ours = [key for key in state if not key.startswith("visual.") and key.split(".")[-1] not in _FACTS]
+    state = {key: state[key] for key in ours}
     if not any(key.endswith("token_embedding.weight") for key in state):
         raise UserError(f"{path} holds no text tower: name the file of the whole CLIP, image and text")
     load_strict(tower.clip, state, path)

@@ -1,9 +1,12 @@
-"""Checkpoint files of others, read into plain data: torch's zip archives and its older format, and safetensors."""
+"""Checkpoint files of others, read into plain data: torch's zip archives and its older format, and safetensors.
+
+Of a TorchScript archive, as OpenAI's CLIP comes in, the tensors are read and the program is not.
+"""
 
 import io
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +18,7 @@ from torch import Tensor
 from dist_defend.errors import UserError
 from dist_defend.models.pickled_data import ALLOWED, STORAGES
 from dist_defend.models.restricted_pickle import Global, PickleReader, Refused, shown
+from dist_defend.models.scripted import ScriptTable, module_state
 
 State = dict[str, Tensor]
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 and its _use_new_zipfile_serialization=False
@@ -52,10 +56,12 @@ def read_checkpoint(path: str | Path) -> Any:
 
 def _read_archive(file: IO[bytes], path: Path) -> Any:
     with zipfile.ZipFile(file) as archive:
-        _check_entries(archive.infolist(), path)
         names = set(archive.namelist())
         (pickled,) = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         root = pickled.removesuffix("data.pkl")
+        is_script = f"{root}constants.pkl" in names
+        program = f"{root}code/"  # compressed, and never read
+        _check_entries([e for e in archive.infolist() if not (is_script and e.filename.startswith(program))], path)
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise UserError(f"{path} was written on a big-endian machine: save it again on a little-endian one")
         loaded: dict[str, bytearray] = {}
@@ -67,7 +73,9 @@ def _read_archive(file: IO[bytes], path: Path) -> Any:
                 raise ValueError("storage of another size than the pickle says")
             return torch.frombuffer(loaded[key], dtype=dtype) if num_values else torch.empty(0, dtype=dtype)
 
-        return _reader(storage).read(io.BytesIO(archive.read(pickled)))
+        reader = _reader(storage, ScriptTable() if is_script else ALLOWED)
+        content = reader.read(io.BytesIO(archive.read(pickled)))
+        return module_state(content) if is_script else content
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
@@ -123,7 +131,9 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
     return content
 
 
-def _reader(storage: Callable[[torch.dtype, str, int], Tensor]) -> PickleReader:
+def _reader(
+    storage: Callable[[torch.dtype, str, int], Tensor], table: Mapping[str, Callable[..., Any] | None] = ALLOWED
+) -> PickleReader:
     def find(reference: Any) -> Tensor:
         kind, stored, key, _, num_values, *view = reference
         dtype = STORAGES.get(stored.name) if isinstance(stored, Global) else None
@@ -133,7 +143,7 @@ def _reader(storage: Callable[[torch.dtype, str, int], Tensor]) -> PickleReader:
             raise ValueError("storage")
         return storage(dtype, key, num_values)
 
-    return PickleReader(ALLOWED, find)
+    return PickleReader(table, find)
 
 
 def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> tuple[State, list[str]]:

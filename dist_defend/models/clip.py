@@ -114,7 +114,8 @@ class TextTower(nn.Module):
         for text in texts:
             count = len(self.tokenize.encode(text)) + 2  # its beginning and its end
             if count > self.tokenize.context_length:
-                raise UserError(f"'{text}' has {count} tokens; {self.arch} reads {self.tokenize.context_length}")
+                most = self.tokenize.context_length
+                raise UserError(f"'{text}' has {count} tokens; {self.arch} reads {most}: shorten the name or the prompt")
         tokens = self.tokenize(list(texts)).to(next(self.clip.parameters()).device)
         return self.clip.encode_text(tokens, normalize=True)
 

@@ -72,7 +72,7 @@ class GradientStep:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}
-        for number, part in enumerate(_split(batch, self.accumulation)):
+        for number, part in enumerate(split_batch(batch, self.accumulation)):
             terms = self.strategy.forward_backward(part, is_last=number == self.accumulation - 1)
             for key, value in terms.items():
                 scalars[key] = scalars.get(key, 0) + value.detach() / self.accumulation
@@ -121,7 +121,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _split(batch: Batch, parts: int) -> list[Batch]:
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """A rank's share in so many micro-batches."""
     if parts == 1:
         return [batch]
     views = [view.chunk(parts) for view in batch.views]

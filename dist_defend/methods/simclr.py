@@ -16,7 +16,6 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.evaluate import extract_features, knn_count
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
-from dist_defend.ops.collectives import convert_sync_batchnorm, world_size
 from dist_defend.ops.losses import nt_xent
 
 
@@ -71,15 +70,6 @@ class SimCLRObjective(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         z1, z2 = (self.model(view)[1] for view in batch.views)
         return {"loss": nt_xent(z1, z2, self.temperature)}
-
-
-def planned(config: Config) -> tuple[Objective, int]:
-    """For `dist-defend plan`: what an update runs, and the side of its images in pixels."""
-    size = config.augment.size or 224
-    model = build_simclr(config.arch, config.normalization, image_size=size)
-    if world_size() > 1:
-        convert_sync_batchnorm(model)
-    return SimCLRObjective(model, config.temperature), size
 
 
 def build(config: Config, context: Context) -> Plan:

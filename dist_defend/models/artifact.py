@@ -55,9 +55,9 @@ def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCar
     return sha256
 
 
-def load_simclr(folder: str | Path) -> tuple[SimCLR, ModelCard]:
+def load_simclr(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR, ModelCard]:
     """As load_artifact; UserError for a classifier too."""
-    model, card = load_artifact(folder)
+    model, card = load_artifact(folder, has_weights)
     if not isinstance(model, SimCLR):
         raise UserError(
             f"{folder} holds a classifier ({card.arch}), not an encoder: point at an encoder's model folder"
@@ -65,9 +65,9 @@ def load_simclr(folder: str | Path) -> tuple[SimCLR, ModelCard]:
     return model, card
 
 
-def load_classifier(folder: str | Path) -> tuple[Classifier, ModelCard]:
+def load_classifier(folder: str | Path, has_weights: bool = True) -> tuple[Classifier, ModelCard]:
     """As load_artifact; UserError for an encoder too."""
-    model, card = load_artifact(folder)
+    model, card = load_artifact(folder, has_weights)
     if not isinstance(model, Classifier):
         raise UserError(
             f"{folder} holds an encoder ({card.arch}), not a classifier: point at a classifier's model folder"
@@ -75,13 +75,29 @@ def load_classifier(folder: str | Path) -> tuple[Classifier, ModelCard]:
     return model, card
 
 
-def load_artifact(folder: str | Path) -> tuple[SimCLR | Classifier, ModelCard]:
-    """The model (on the CPU, in train mode) and its card. UserError for files that are missing, altered or misfit."""
+def load_artifact(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR | Classifier, ModelCard]:
+    """The model (on the CPU, in train mode) and its card. UserError for files that are missing, altered or misfit.
+
+    Without has_weights they are fresh ones, and their file is not read.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise UserError(f"{folder} is a file, not a model folder: turn a checkpoint into one with `dist-defend import`")
     card, sha256 = _read_card(folder / "model.json")
     path = folder / "model.safetensors"
+    state = _read_weights(path, sha256) if has_weights else None
+    model: SimCLR | Classifier
+    if card.kind == "classifier":
+        assert card.num_classes is not None  # _read_card has seen to it
+        model = build_classifier(card.arch, card.num_classes, card.normalization, card.image_size)
+    else:
+        model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
+    if state is not None:
+        load_strict(model, state, path)
+    return model, card
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         weights = path.read_bytes()
     except FileNotFoundError:
@@ -92,17 +108,9 @@ def load_artifact(folder: str | Path) -> tuple[SimCLR | Classifier, ModelCard]:
     if found != sha256:
         raise UserError(f"{path} was altered: sha256 {found[:12]} is not model.json's {sha256[:12]}: restore both")
     try:
-        state = safetensors.torch.load(weights)
+        return safetensors.torch.load(weights)
     except SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file ({error}): restore it") from error
-    model: SimCLR | Classifier
-    if card.kind == "classifier":
-        assert card.num_classes is not None  # _read_card has seen to it
-        model = build_classifier(card.arch, card.num_classes, card.normalization, card.image_size)
-    else:
-        model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
-    load_strict(model, state, path)
-    return model, card
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:

@@ -6,6 +6,7 @@ that is not needed is replaced by the smallest there is.
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ def clip_config(arch: str) -> dict[str, Any]:
 
 def published_image_size(arch: str) -> int:
     """Pixels that the tower was made for. UserError as clip_config."""
-    return int(clip_config(arch)["vision_cfg"]["image_size"])
+    return _vision(clip_config(arch)).image_size
 
 
-def _build(config: dict[str, Any], vision: dict[str, Any], text: dict[str, Any]) -> Any:
+def _vision(config: dict[str, Any]) -> Any:
+    import open_clip
+
+    return open_clip.CLIPVisionCfg(**config["vision_cfg"])
+
+
+def _build(config: dict[str, Any], vision: Any, text: Any) -> Any:
     import open_clip
 
     make = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
@@ -61,17 +68,17 @@ class OpenClipEncoder(Encoder):
         super().__init__()
         self.normalize = Normalize(normalization)
         config = clip_config(arch)
-        vision = config["vision_cfg"]
-        if "timm_model_name" in vision:
-            raise UserError(f"{arch} has an image tower of timm: write timm:{vision['timm_model_name']}")
-        is_resnet = isinstance(vision["layers"], list)
-        depth, least = (4, _RESNET_STRIDE) if is_resnet else (vision["layers"], vision["patch_size"])
+        vision = _vision(config)
+        if vision.timm_model_name:
+            raise UserError(f"{arch} has an image tower of timm: write timm:{vision.timm_model_name}")
+        is_resnet = isinstance(vision.layers, list)
+        depth, least = (4, _RESNET_STRIDE) if is_resnet else (vision.layers, vision.patch_size)
         if image_size < least or depth < 4:
             raise UserError(f"{arch} needs images of {least} px or more, not {image_size}, and 4 blocks to tap")
         quarters = [depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4)]
         self.taps = [1, 2, 3, 4] if is_resnet else quarters  # a ResNet's first output is its stem's
         self.image_size, self.feature_dim = image_size, int(config["embed_dim"])
-        self.f = _build(config, {**vision, "image_size": image_size, "output_tokens": False}, _NO_TEXT).visual
+        self.f = _build(config, replace(vision, image_size=image_size, output_tokens=False), _NO_TEXT).visual
 
     def _input(self, x: Tensor) -> Tensor:
         if x.shape[-2:] != (self.image_size, self.image_size):
@@ -95,17 +102,18 @@ class TextTower(nn.Module):
     def __init__(self, arch: str) -> None:
         super().__init__()
         config = clip_config(arch)
-        text = config["text_cfg"]
         import open_clip
 
-        if "multimodal_cfg" in config or {"hf_model_name", "hf_tokenizer_name"} & text.keys():
+        text = open_clip.CLIPTextCfg(**config["text_cfg"])
+        if "multimodal_cfg" in config or text.hf_model_name or text.hf_tokenizer_name:
             raise UserError(f"{arch} has a text tower or a tokenizer that is not CLIP's own: choose another arch")
         self.arch, self.feature_dim = arch, int(config["embed_dim"])
-        self.tokenize = open_clip.SimpleTokenizer(
-            context_length=text.get("context_length", 77), **text.get("tokenizer_kwargs", {})
-        )
-        if text.get("vocab_size", 49408) < self.tokenize.vocab_size:
-            raise UserError(f"{arch} has fewer words than CLIP's tokenizer, {self.tokenize.vocab_size}")
+        self.tokenize = open_clip.SimpleTokenizer(context_length=text.context_length, **(text.tokenizer_kwargs or {}))
+        if text.vocab_size < self.tokenize.vocab_size:
+            raise UserError(
+                f"{arch} knows {text.vocab_size} tokens, CLIP's tokenizer {self.tokenize.vocab_size}: "
+                "choose another arch"
+            )
         self.clip = _build(config, _NO_IMAGES, text)
         del self.clip.visual, self.clip.logit_scale
 
@@ -115,7 +123,7 @@ class TextTower(nn.Module):
             count = len(self.tokenize.encode(text)) + 2  # its beginning and its end
             if count > self.tokenize.context_length:
                 most = self.tokenize.context_length
-                raise UserError(f"'{text}' has {count} tokens; {self.arch} reads {most}: shorten the name or the prompt")
+                raise UserError(f"'{text}' has {count} tokens; {self.arch} reads {most}: shorten name or prompt")
         tokens = self.tokenize(list(texts)).to(next(self.clip.parameters()).device)
         return self.clip.encode_text(tokens, normalize=True)
 

@@ -1,5 +1,6 @@
 """open_clip's towers as encoders, CLIP's text tower, and their weights in others' files."""
 
+import json
 import sys
 import warnings
 import zipfile
@@ -212,6 +213,17 @@ def test_without_open_clip_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) 
 def test_what_cannot_be_an_encoder_is_a_user_error(arch: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         build_encoder(arch, "clip", 16)
+
+
+def test_a_configuration_that_does_not_fit_is_a_user_error(tmp_path: Path) -> None:
+    config = open_clip.get_model_config("tiny_vit")
+    odd = {**config, "vision_cfg": {**config["vision_cfg"], "layers": 3}, "text_cfg": {"vocab_size": 100}}
+    (tmp_path / "odd_clip.json").write_text(json.dumps(odd))
+    open_clip.add_model_config(tmp_path)
+    with pytest.raises(UserError, match="open_clip:odd_clip needs .* 4 blocks to tap"):
+        build_encoder("open_clip:odd_clip", "clip", 32)
+    with pytest.raises(UserError, match="open_clip:odd_clip knows 100 tokens, CLIP's tokenizer 49408"):
+        load_text_tower("open_clip:odd_clip", tmp_path / "none.pth")
 
 
 def test_what_holds_no_tower_is_a_user_error(tmp_path: Path) -> None:

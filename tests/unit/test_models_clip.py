@@ -220,7 +220,7 @@ def test_a_configuration_that_does_not_fit_is_a_user_error(tmp_path: Path) -> No
     odd = {**config, "vision_cfg": {**config["vision_cfg"], "layers": 3}, "text_cfg": {"vocab_size": 100}}
     (tmp_path / "odd_clip.json").write_text(json.dumps(odd))
     open_clip.add_model_config(tmp_path)
-    with pytest.raises(UserError, match="open_clip:odd_clip needs .* 4 blocks to tap"):
+    with pytest.raises(UserError, match=r"open_clip:odd_clip needs .* 4 blocks to tap"):
         build_encoder("open_clip:odd_clip", "clip", 32)
     with pytest.raises(UserError, match="open_clip:odd_clip knows 100 tokens, CLIP's tokenizer 49408"):
         load_text_tower("open_clip:odd_clip", tmp_path / "none.pth")

@@ -1,7 +1,9 @@
-"""Running statistics of batch norms: how far a pass moves them, and estimating them anew."""
+"""Running statistics of batch norms: how far a pass moves them, estimating them, following a change of the weights."""
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,3 +44,34 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+class StatisticsShift:
+    """Lets the running statistics of a changed copy of a model follow the change, from images that need no labels.
+
+    Mean s + (m' - m), variance v (w' + eps) / (w + eps): s and v are the model's own, m and w what these images give
+    before the change, m' and w' after it (estimate_statistics). Where nothing changes nothing moves, and what the
+    images tell wrongly of all the training data cancels.
+    """
+
+    def __init__(self, model: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> None:
+        """batches: the same images (B, 3, H, W) at each call."""
+        self.batches = batches
+        self.own, before = _norms(copy.deepcopy(model)), copy.deepcopy(model)
+        estimate_statistics(before, batches())
+        self.before = _norms(before)
+
+    @torch.no_grad()
+    def __call__(self, changed: nn.Module) -> None:
+        """In place. changed: the model's layers with other weights."""
+        estimate_statistics(changed, self.batches())
+        for name, norm in _norms(changed).items():
+            own, before = self.own[name], self.before[name]
+            norm.running_mean.copy_(own.running_mean + (norm.running_mean - before.running_mean))
+            norm.running_var.copy_(own.running_var * ((norm.running_var + norm.eps) / (before.running_var + norm.eps)))
+
+
+def _norms(model: nn.Module) -> dict[str, Any]:
+    """The batch norms that keep running statistics."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: norm for name, norm in found.items() if norm.track_running_stats}

@@ -34,7 +34,7 @@ from dist_defend.methods.rnp.masks import (
 from dist_defend.methods.rnp.outcome import choose_by_clean_data, choose_by_oracle
 from dist_defend.methods.rnp.steps import RecoverStep
 from dist_defend.methods.rnp.sweep import Stops, predict_pruned
-from dist_defend.models.batch_statistics import estimate_statistics
+from dist_defend.models.batch_statistics import StatisticsShift, estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names
 from tests.numerics.det import GOLDEN, det_images, det_init
@@ -275,8 +275,8 @@ def random_order(net: nn.Module, seed: int = 0) -> list[Neuron]:
 
 
 @pytest.mark.parametrize("arch", ["small_resnet", "preact_resnet18", "mobilenet_v2", "timm:resnet10t"])
-@pytest.mark.parametrize(("with_beta", "is_refit"), [(False, False), (True, False), (False, True)])
-def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bool, is_refit: bool) -> None:
+@pytest.mark.parametrize(("with_beta", "is_adapted"), [(False, False), (True, False), (False, True)])
+def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bool, is_adapted: bool) -> None:
     model = make_classifier(arch, torch.float32).eval()
     order = random_order(model.net)
     stops = [0, 1, 3, 3, 40, 41, len(order) // 2]
@@ -284,17 +284,15 @@ def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bo
     batches = [det_images((3, 3, 32, 32), seed).float() for seed in (1, 2)]
     own = [det_images((4, 3, 32, 32), seed).float() for seed in (3, 4)]
 
-    def refit(pruned: nn.Module) -> None:
-        estimate_statistics(pruned, own)
-
-    sweep = Stops(model, order, stops, with_beta, refit if is_refit else None)
+    adapt = StatisticsShift(model, lambda: own) if is_adapted else None
+    sweep = Stops(model, order, stops, with_beta, adapt)
     with torch.no_grad():
         found = [sweep(images) for images in batches]
         for number, stop in enumerate(stops):
             alone = make_classifier(arch, torch.float32).eval()
             prune(alone.net, order[:stop], with_beta)
-            if is_refit and stop:
-                refit(alone)
+            if adapt is not None and stop:
+                adapt(alone)
             for images, logits in zip(batches, found, strict=True):
                 assert torch.equal(logits[number], alone(images)), (stop, number)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
@@ -316,6 +314,26 @@ def test_statistics_are_the_mean_over_the_batches() -> None:
     assert first.momentum == before.net.get_submodule("bn1").momentum
     for (name, found), kept in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(found, kept), name
+
+
+def test_statistics_follow_a_change_of_the_weights() -> None:
+    """A filter times -3: the variance of all data follows from a few images; the mean moves by what these show."""
+    conv, norm = nn.Conv2d(3, 4, 1, bias=False).double(), nn.BatchNorm2d(4, eps=1e-30).double()
+    net = nn.Sequential(conv, norm)
+    own = det_images((4, 3, 8, 8), 2)
+    estimate_statistics(net, [det_images((64, 3, 8, 8), 1)])
+    mean, var = (buffer.clone() for key, buffer in norm.named_buffers() if key.startswith("running"))
+    seen_mean = conv(own).mean((0, 2, 3)).detach()
+    follow = StatisticsShift(net, lambda: [own])
+    follow(net)
+    assert norm.state_dict()["running_mean"].equal(mean) and norm.state_dict()["running_var"].equal(var)
+    with torch.no_grad():
+        conv.weight[1] *= -3
+    follow(net)
+    mean[1] -= 4 * seen_mean[1]
+    var[1] *= 9
+    torch.testing.assert_close(norm.state_dict()["running_mean"], mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(norm.state_dict()["running_var"], var, rtol=1e-12, atol=1e-12)
 
 
 def test_the_sweep_shares_what_comes_before_the_first_change() -> None:

@@ -134,22 +134,27 @@ def test_pruning_beta_too(options: dict[str, Any], tmp_path: Path) -> None:
         assert (norm["bias"][norm["weight"] == 0] == 0).all()
 
 
-def test_statistics_of_the_pruned_model_are_the_defenders(options: dict[str, Any], tmp_path: Path) -> None:
-    found = run(tmp_path, {**options, "refit_statistics": True})
+def test_statistics_of_the_pruned_model_follow(options: dict[str, Any], tmp_path: Path) -> None:
+    found = run(tmp_path, {**options, "adapt_statistics": True})
     (chosen,) = [row for row in found["table"] if row["chosen"]]
     assert chosen["pruned"] > 0
-    model, _ = load_classifier(tmp_path / "run" / "model")
     dataset = open_dataset(options["data"]["path"])
     rows = select_rows(dataset, DatasetConfig(options["data"]["path"], max_samples=12), seed=0)
     images = torch.from_numpy(dataset.images(rows)).permute(0, 3, 1, 2).float() / 255
-    again = copy.deepcopy(model)
-    estimate_statistics(again, images.split(8))
+    (before, _), (model, _) = load_classifier(options["model"]), load_classifier(tmp_path / "run" / "model")
+    seen_before, seen_after = copy.deepcopy(before), copy.deepcopy(model)
+    for seen in (seen_before, seen_after):
+        estimate_statistics(seen, images.split(8))
+    own, was, now = (net.state_dict() for net in (before, seen_before, seen_after))
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(again.state_dict()[key], value, rtol=1e-4, atol=1e-6, msg=key)
-    before, _ = load_classifier(options["model"])
-    assert not torch.allclose(before.net.bn1.running_mean, model.net.bn1.running_mean)  # type: ignore[union-attr]
+        if key.endswith("running_mean"):
+            torch.testing.assert_close(value, own[key] + now[key] - was[key], rtol=1e-4, atol=1e-6, msg=key)
+        elif key.endswith("running_var"):
+            expected = own[key] * (now[key] + 1e-5) / (was[key] + 1e-5)
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=key)
+    assert not torch.allclose(before.net.layer4[0].bn2.running_mean, model.net.layer4[0].bn2.running_mean)  # type: ignore[union-attr, index]
     plain = run(tmp_path / "plain", options)
-    assert plain["table"][0] == found["table"][0]  # what is not pruned keeps its statistics
+    assert plain["table"][0] == found["table"][0]  # where nothing is pruned nothing moves
 
 
 def test_one_image_in_the_last_batch_has_no_statistics(
@@ -157,7 +162,7 @@ def test_one_image_in_the_last_batch_has_no_statistics(
 ) -> None:
     run(tmp_path / "first", options)
     masks = str(tmp_path / "first" / "run" / "mask_values.txt")
-    short = {**options, "mask_file": masks, "batch_size": 11, "refit_statistics": True}
+    short = {**options, "mask_file": masks, "batch_size": 11, "adapt_statistics": True}
     assert main(["run", str(make_experiment(tmp_path, "rnp", short))]) == 2
     assert "key 'rnp.batch_size' is 11" in capsys.readouterr().err
 

@@ -41,7 +41,7 @@ def build(config: Config, context: Context) -> Plan:
     poison = config.attack or (poison_from(card.trigger) if card.trigger else None)
     outcome = Outcome(config, context, model, replace(card, parent_sha256=sha256), poison, (dataset, rows), test)
     names = norm_names(model.net)
-    if config.refit_statistics:
+    if config.adapt_statistics:
         _check_last_batch(len(rows), config.batch_size, world_size=1)
     if config.pruning_by == "number":
         check_number(model.net, names, config.pruning_max, config.pruning_step * config.off_by_one)

@@ -41,7 +41,7 @@ class Config:
     pruning_step: float = 0.05
     off_by_one: bool = False  # by number: prune pruning_step more each time, as published
     prune_beta: bool = False  # a pruned channel then passes nothing instead of the constant beta
-    refit_statistics: bool = False  # batch norms of the pruned network estimate theirs anew on the defender's images
+    adapt_statistics: bool = False  # batch norms follow what pruning changes, as seen on the defender's images
     selection: Literal["defence_data", "pruning_number"] = "defence_data"  # BackdoorBench: pruning_number
     max_accuracy_drop: float = 0.02  # of the accuracy on the defender's images, relative; for defence_data
     pruning_number: float = 0.70  # threshold, or number of neurons

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_defend.attacks.poison import PoisonConfig, triggered
 from dist_defend.data.loader import Loader
@@ -30,7 +30,7 @@ from dist_defend.methods.rnp.masks import (
 from dist_defend.methods.rnp.options import Config
 from dist_defend.methods.rnp.sweep import predict_pruned
 from dist_defend.models.artifact import ModelCard
-from dist_defend.models.batch_statistics import estimate_statistics
+from dist_defend.models.batch_statistics import StatisticsShift
 from dist_defend.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,8 @@ class Outcome:
             write_atomic(context.folder / "sweep.json", json.dumps(table, indent=1) + "\n")
             log.info("pruned %d of %d neurons, threshold %s", stops[chosen].pruned, len(order), stops[chosen].threshold)
         prune(self.model.net, order[: stops[chosen].pruned], config.prune_beta)
-        if config.refit_statistics and stops[chosen].pruned:
-            self._refit(self.model)
+        if self._adapt is not None:
+            self._adapt(self.model)
         return {
             "model_sha256": context.save_model(self.model, self._pruned_card()),
             "rows": [
@@ -112,17 +112,17 @@ class Outcome:
 
     def _predict(self, order: Sequence[Neuron], stops: Sequence[Candidate], loader: Loader) -> tuple[Tensor, Tensor]:
         pruned = [stop.pruned for stop in stops]
-        refit = self._refit if self.config.refit_statistics else None
-        return predict_pruned(self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta, refit)
+        return predict_pruned(
+            self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta, self._adapt
+        )
 
     @cached_property
-    def _whole_defence(self) -> Loader:
-        return self.context.whole_loader(*self.defence_rows, self.config.batch_size)
-
-    def _refit(self, model: nn.Module) -> None:
+    def _adapt(self) -> StatisticsShift | None:
         """On every rank alike, from all the defender's images."""
-        ranks = self.context.ranks
-        estimate_statistics(model, (b.images.to(ranks.device, ranks.dtype) for b in self._whole_defence.epoch(0)))
+        if not self.config.adapt_statistics:
+            return None
+        ranks, loader = self.context.ranks, self.context.whole_loader(*self.defence_rows, self.config.batch_size)
+        return StatisticsShift(self.model, lambda: (b.images.to(ranks.device, ranks.dtype) for b in loader.epoch(0)))
 
     def _count(
         self, order: Sequence[Neuron], stops: Sequence[Candidate], tested: Sequence[int]

@@ -28,14 +28,14 @@ def predict_pruned(
     loader: Loader,
     ranks: Ranks,
     with_beta: bool = False,
-    refit: Callable[[nn.Module], None] | None = None,
+    adapt: Callable[[nn.Module], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Classes (N, S) int64 that the model predicts with the first stops[s] neurons pruned, and labels (N,).
 
     stops: numbers of neurons, ascending. The ranks share the images; results are in the loader's order on every rank.
-    The model, which is left alone, stands on the ranks' device. refit: what else is done, in place, to a pruned model.
+    The model, which is left alone, stands on the ranks' device. adapt: what else is done, in place, to a pruned model.
     """
-    pruned = Stops(model, order, stops, with_beta, refit)
+    pruned = Stops(model, order, stops, with_beta, adapt)
     parts = []
     for batch in loader.epoch(0):
         images = batch.images.to(ranks.device, ranks.dtype)
@@ -55,7 +55,7 @@ class Stops:
         order: Sequence[Neuron],
         stops: Sequence[int],
         with_beta: bool,
-        refit: Callable[[nn.Module], None] | None = None,
+        adapt: Callable[[nn.Module], None] | None = None,
     ) -> None:
         self.model = copy.deepcopy(model).eval()
         names = list(dict.fromkeys(neuron.layer for neuron in order))
@@ -69,9 +69,8 @@ class Stops:
             touched = names if start == 0 else list(dict.fromkeys(neuron.layer for neuron in order[start:stop]))
             changed = {layers[name] for name in touched}
             tensors = [p.detach() for layer in changed for p in layer.parameters(recurse=False)]
-            if refit is not None:
-                if stop > 0:
-                    refit(self.model)
+            if adapt is not None:
+                adapt(self.model)
                 changed |= {module for module in self.model.modules() if isinstance(module, _BatchNorm)}
                 tensors += [b for module in changed for b in module.buffers(recurse=False)]
             self.changes.append([(tensor, tensor.clone()) for tensor in tensors])

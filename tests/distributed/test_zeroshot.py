@@ -53,8 +53,8 @@ def test_two_ranks_count_as_one(config: Path, two_ranks: Pool, tmp_path: Path) -
     alone = count(config, tmp_path / "one rank" / "run")
     assert [row["acc"]["n"] for row in alone["rows"]] == [TEST_IMAGES] * 2
     assert len({row["asr_all"]["correct"] for row in alone["rows"]}) == 2  # the two towers differ
-    for found in two_ranks.run(count, config, tmp_path / "two ranks" / "run"):
+    for found in two_ranks.run(count, config, tmp_path / "two ranks" / "run", timeout=240):
         assert_same(found, alone)
-    first, _ = two_ranks.run(count, config, tmp_path / "shares" / "run", True)
+    first, _ = two_ranks.run(count, config, tmp_path / "shares" / "run", True, timeout=240)
     with pytest.raises(AssertionError):
         assert_same(first, alone)

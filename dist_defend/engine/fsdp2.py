@@ -45,13 +45,19 @@ class FullySharded:
         self.optimizer = build_optimizer(self.objective.parameters(), self.config, fused=False)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        if self._whole is None:
+            self._shard()
+        with self.ranks.accelerator.autocast():
+            terms: dict[str, Tensor] = self.objective(batch)
+        return terms
+
     def forward_backward(self, batch: Any, is_last: bool) -> dict[str, Tensor]:
         if self._whole is None:
             self._shard()
         assert isinstance(self.objective, FSDPModule)
         self.objective.set_requires_gradient_sync(is_last)
-        with self.ranks.accelerator.autocast():
-            terms: dict[str, Tensor] = self.objective(batch)
+        terms = self.forward(batch)
         (terms["loss"] / self.accumulation).backward()
         return terms
 

@@ -20,12 +20,15 @@ def recompute_activations(blocks: list[nn.Module]) -> None:
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_stay(block)
+    return nullcontext(), statistics_stay(block)
 
 
 @contextmanager
-def _statistics_stay(block: nn.Module) -> Iterator[None]:
-    """Running statistics by momentum 0: autograd has saved these tensors, so they must not be written back."""
+def statistics_stay(block: nn.Module) -> Iterator[None]:
+    """Within, batch norm normalises by the batch but leaves its statistics alone.
+
+    By momentum 0: autograd may have saved these tensors, so they must not be written back.
+    """
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]  # type: ignore[union-attr]
     for norm in norms:

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.grad_cache import is_cached, micro_batches
 from dist_defend.engine.optim import OptimizerConfig, lr_factor
 from dist_defend.engine.recompute import recompute_activations
-from dist_defend.engine.strategy import NonFiniteError, Objective, make_strategy
+from dist_defend.engine.strategy import NonFiniteError, Objective, at_least_float32, make_strategy
 from dist_defend.errors import UserError
 from dist_defend.models.blocks import repeated_blocks
 
@@ -37,8 +38,9 @@ class GradientStep:
     """First-order step: forward, backward, (clip,) update, on whatever strategy the launch asked for.
 
     accumulation splits this rank's share into so many micro-batches; the objective is then the mean of theirs, which
-    for a contrastive loss means negatives from one micro-batch only. recompute keeps the inputs of repeated blocks
-    instead of their activations; compiled has torch.compile make each of them.
+    for a contrastive loss means negatives from one micro-batch only, unless it is a cached CoupledObjective (see
+    grad_cache.py). recompute keeps the inputs of repeated blocks instead of their activations; compiled has
+    torch.compile make each of them.
     A gradient that is not finite stops the run: before the update on a CPU; on a GPU the fused optimizer skips the
     update and the trainer raises when it next reads the scalars, so no step waits for the device; DeepSpeed's third
     stage raises after the update, which is then not saved.
@@ -72,10 +74,15 @@ class GradientStep:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}
-        for number, part in enumerate(split_batch(batch, self.accumulation)):
+        parts: list[Any] = split_batch(batch, self.accumulation)
+        whole: dict[str, Tensor] = {}
+        if is_cached(self.objective):
+            whole["loss"], parts = micro_batches(self.objective, self.strategy.forward, parts)
+        for number, part in enumerate(parts):
             terms = self.strategy.forward_backward(part, is_last=number == self.accumulation - 1)
             for key, value in terms.items():
                 scalars[key] = scalars.get(key, 0) + value.detach() / self.accumulation
+        scalars.update(whole)
         self.objective.after_backward()
         factor = lr_factor(self.config, self.step, self.steps_per_epoch, self.total_steps)
         scalars.update(self.strategy.update(self.config.lr * factor))
@@ -114,11 +121,6 @@ def _blocks(objective: Objective, key: str) -> list[nn.Module]:
     if not blocks:
         raise UserError(f"key 'update.{key}' is true, but the network has no repeated blocks: leave it out")
     return blocks
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Losses are taken in float32 or float64, whatever autocast made of the features."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

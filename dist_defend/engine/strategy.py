@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer
 
@@ -23,6 +22,11 @@ class Objective(nn.Module):
         """Called between the backward pass and the update, outside of autograd."""
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Losses are taken in float32 or float64, whatever autocast made of the features."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class NonFiniteError(RuntimeError):
     """Loss or gradient is not finite; the update was not done, or is not kept."""
 
@@ -30,7 +34,11 @@ class NonFiniteError(RuntimeError):
 class Strategy(Protocol):
     """What GradientStep asks of DDP, FSDP2 and ZeRO. States hold whole tensors: one format for all of them."""
 
-    def forward_backward(self, batch: Batch, is_last: bool) -> dict[str, Tensor]:
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """What the objective returns."""
+        ...
+
+    def forward_backward(self, batch: Any, is_last: bool) -> dict[str, Tensor]:
         """The objective's scalars for one micro-batch; gradients are added up, and reduced by the last one."""
         ...
 
@@ -72,9 +80,13 @@ class Replicated:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.is_scaled = self.accelerator.mixed_precision == "fp16"
 
-    def forward_backward(self, batch: Batch, is_last: bool) -> dict[str, Tensor]:
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        terms: dict[str, Tensor] = self.module(batch)
+        return terms
+
+    def forward_backward(self, batch: Any, is_last: bool) -> dict[str, Tensor]:
         with nullcontext() if is_last else self.accelerator.no_sync(self.module):
-            terms: dict[str, Tensor] = self.module(batch)
+            terms = self.forward(batch)
             self.accelerator.backward(terms["loss"] / self.accumulation)
         return terms
 

@@ -78,11 +78,17 @@ class Zero:
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
 
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        if self._whole is None:
+            self._shard()
+        terms: dict[str, Tensor] = self.engine(batch)
+        return terms
+
     def forward_backward(self, batch: Any, is_last: bool) -> dict[str, Tensor]:
         if self._whole is None:
             self._shard()
         self.engine.set_gradient_accumulation_boundary(is_last)
-        terms: dict[str, Tensor] = self.engine(batch)
+        terms = self.forward(batch)
         self.engine.backward(terms["loss"])  # divides by the number of micro-batches
         return terms
 

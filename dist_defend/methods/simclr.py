@@ -10,8 +10,8 @@ from dist_defend.batch import Batch
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.grad_cache import CoupledObjective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.evaluate import extract_features, knn_count
 from dist_defend.models.artifact import ModelCard
@@ -44,6 +44,7 @@ class Config:
     normalization: str = "cifar10"
     warm_start: str | None = None  # model folder to start from
     temperature: float = 0.5
+    grad_cache: bool = False  # negatives from the whole batch, although update.accumulation splits it
     augment: AugmentConfig = SIMCLR
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
@@ -55,21 +56,29 @@ class Config:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        if self.grad_cache and self.update.accumulation == 1:
+            raise ValueError(
+                "key 'grad_cache' is true, but 'update.accumulation' is 1 and splits nothing: make it the number of "
+                "micro-batches"
+            )
 
 
-class SimCLRObjective(Objective):
+class SimCLRObjective(CoupledObjective):
     """NT-Xent between two views, each with its own forward pass and so its own batch statistics.
 
     batch.views: two of (B, 3, H, W). Returns "loss", the mean over this rank's 2B rows against all ranks' negatives.
     """
 
-    def __init__(self, model: SimCLR, temperature: float) -> None:
+    def __init__(self, model: SimCLR, temperature: float, grad_cache: bool = False) -> None:
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.is_cached = model, temperature, grad_cache
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        z1, z2 = (self.model(view)[1] for view in batch.views)
-        return {"loss": nt_xent(z1, z2, self.temperature)}
+    def embed(self, batch: Batch) -> Tensor:
+        """z / |z| of both views, (B, 2, 128)."""
+        return torch.stack([self.model(view)[1] for view in batch.views], dim=1)
+
+    def whole_loss(self, embeddings: Tensor) -> Tensor:
+        return nt_xent(embeddings[:, 0], embeddings[:, 1], self.temperature)
 
 
 def build(config: Config, context: Context) -> Plan:
@@ -89,7 +98,8 @@ def build(config: Config, context: Context) -> Plan:
         (View(config.augment), View(config.augment)),
         config.update.accumulation,
     )
-    step = context.gradient_step(SimCLRObjective(model, config.temperature), config.update, loader.num_batches)
+    objective = SimCLRObjective(model, config.temperature, config.grad_cache)
+    step = context.gradient_step(objective, config.update, loader.num_batches)
     stage = Stage("simclr", loader, step, config.update.epochs)
     if config.monitor is not None:
         stage.evaluate, stage.evaluate_every = _knn_monitor(config.monitor, model, context), config.monitor.every

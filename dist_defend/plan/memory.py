@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dist_defend.batch import Batch
+from dist_defend.engine.grad_cache import MicroBatch, is_cached, micro_batches
 from dist_defend.engine.step import Objective
 
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}  # tensors per parameter
@@ -109,7 +110,7 @@ def measure(
         gc.collect()
         caches = live.now
         filling, live.peak = live.peak - caches, caches
-        loss = objective(batch)["loss"]
+        loss = objective(_with_gradient(objective, batch, accumulation)[0])["loss"]
         before_backward = live.peak
         loss.backward()
     made = sum(p.grad.nbytes for p in parameters if p.grad is not None)
@@ -119,6 +120,19 @@ def measure(
     activations = live.peak - made if is_alone else max(before_backward, live.peak - made)
     shared = {key: value // (world_size if key in SHARDED[strategy] else 1) for key, value in held.items()}
     with counter:  # apart: it keeps what recomputed blocks let go
-        objective(batch)["loss"].backward()
+        part, once = _with_gradient(objective, batch, accumulation)
+        objective(part)["loss"].backward()
+    flops = accumulation * (counter.get_total_flops() - once) + once
     used = {"activations": activations - caches, "caches": caches, "filling": filling}
-    return Memory(**shared, **used, frozen=0, flops=accumulation * counter.get_total_flops())
+    return Memory(**shared, **used, frozen=0, flops=flops)
+
+
+def _with_gradient(objective: Objective, batch: Batch, accumulation: int) -> tuple[Batch | MicroBatch, int]:
+    """What the objective is given to differentiate, and the flops of what is done once for all micro-batches."""
+    if not is_cached(objective):
+        return batch, 0
+    with torch.no_grad():
+        terms = objective(MicroBatch(batch, None))
+    with FlopCounterMode(display=False) as once:
+        _, parts = micro_batches(objective, lambda part: terms, [batch] * accumulation)
+    return parts[0], once.get_total_flops()

@@ -253,6 +253,20 @@ def test_work_is_three_forward_passes_of_two_views(tmp_path: Path, capsys: pytes
     assert float(line.split()[3]) * 1e12 == pytest.approx(2 * 2 * 3 * 2 * 4.6e9, rel=0.1)
 
 
+def test_grad_cache_needs_a_micro_batch_and_a_pass_more(tmp_path: Path) -> None:
+    """Of a rank's 32 images eight at a time: their activations, four forward passes for three."""
+    config = vit_experiment(tmp_path, "timm:vit_tiny_patch16_224", 32)
+    plans = {}
+    for options in ("false 1", "false 4", "true 4"):
+        cached, parts = options.split()
+        changes = [f"simclr.grad_cache={cached}", f"simclr.update.accumulation={parts}"]
+        plans[options] = stage_plans(load_experiment(config, changes), 1, "ddp")[0][0].memory
+    assert plans["true 4"].activations < 0.4 * plans["false 1"].activations
+    assert plans["true 4"].activations == pytest.approx(plans["false 4"].activations, rel=0.05)
+    assert plans["false 4"].flops == pytest.approx(plans["false 1"].flops, rel=0.01)
+    assert plans["true 4"].flops == pytest.approx(4 / 3 * plans["false 1"].flops, rel=0.02)
+
+
 @pytest.mark.parametrize(("strategy", "shared"), [("ddp", 0), ("zero1", 2), ("zero2", 3), ("zero3", 4), ("fsdp2", 4)])
 def test_what_each_strategy_shares(strategy: str, shared: int) -> None:
     objective = SimCLRObjective(build_simclr("small_cifar", "none", image_size=32), 0.5)

@@ -17,8 +17,9 @@ from dist_defend.engine.features import FrozenFeatures
 from dist_defend.evaluate import unit_features
 from dist_defend.models.artifact import load_artifact
 from tests.distributed.test_methods import assert_same, train
+from tests.distributed.test_strategies import run
 from tests.ranks import Pool
-from tests.runs import make_data, make_experiment, make_model, options_of
+from tests.runs import make_data, make_experiment, make_model, metrics, options_of
 
 COUNT = 13  # images: rank 0 of two keeps 7, rank 1 keeps 6
 BATCH = [12, 0, 5, 7, 5, 1, 6]  # positions of a global batch: rank 0 asks for four, rank 1 for three
@@ -112,3 +113,18 @@ def test_a_disk_without_room_is_told_before_it_is_written(folder: Path, monkeypa
     frozen = make_features(folder, COUNT, "disk", dist.start("fp32", None))
     with pytest.raises(OSError, match=f"for {COUNT * 2 * frozen.feature_dim * 4} bytes"):
         frozen.take(torch.tensor([0]), [1])
+
+
+def test_a_run_goes_on_with_other_shares(tmp_path: Path, two_ranks: Pool) -> None:
+    """Two ranks, then one, then two again, each with a cache of its own."""
+    trainer = {"log_every": 1, "trackers": [], "checkpoint_every": 1}
+    options = options_of("badencoder", tmp_path)
+    config = str(make_experiment(tmp_path, "badencoder", options, precision="fp64", trainer=trainer))
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert run(config, str(whole), "ddp") == ""
+    assert two_ranks.run(run, config, str(parted), "ddp", 1) == ["killed", "killed"]
+    assert run(config, str(parted), "ddp", 3) == "killed"
+    assert two_ranks.run(run, config, str(parted), "ddp") == ["", ""]
+    utility = [[row["utility"] for row in metrics(folder)] for folder in (whole, parted)]
+    assert len(utility[0]) == 4
+    assert utility[1] == pytest.approx(utility[0], rel=1e-12)

@@ -9,7 +9,7 @@ from typing import Any
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
-NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "rnp", "zskt")
+NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "rnp", "zskt", "scaling")
 
 
 def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -120,8 +120,8 @@ def freeze_norms(encoder: nn.Module, which: str) -> None:
 
 def build(config: Config, context: Context) -> Plan:
     """One stage: fine-tune a copy of the clean encoder on the shadow images."""
-    dataset, rows = context.dataset("shadow", config.shadow)
     model, clean_sha256 = context.load_model(config.clean_encoder)
+    dataset, rows = context.dataset("shadow", config.shadow)
     size = (dataset.image_shape or (model.image_size,))[0]
     references, classes = references_from(config.reference, size)
     triggers = triggers_from(config.trigger, size)

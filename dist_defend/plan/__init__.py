@@ -21,7 +21,7 @@ from dist_defend.engine.step import GradientStep, split_batch
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.plan.memory import SHARDED, LiveBytes, Memory, measure
-from dist_defend.plan.pretended import IMAGENET, PretendedAccelerator, PretendedContext, pretended_world
+from dist_defend.plan.pretended import PretendedAccelerator, PretendedContext, Unseen, pretended_world
 
 __all__ = ["LiveBytes", "Memory", "add_arguments", "measure"]
 
@@ -67,24 +67,27 @@ def main(args: argparse.Namespace) -> int:
         )
     plans, unseen = stage_plans(experiment, args.world_size, args.strategy)
     print("\n".join(render(plan, args.world_size) for plan in plans))
-    images, classes, size = IMAGENET
-    for path in unseen:
-        print(f"{path} is not here: counted as {images} images of {classes} classes, {size} px (ImageNet)")
+    for data in unseen:
+        told = f"{len(data)} images of {data.num_classes} classes, {data.size} px"
+        print(f"{data.path} is not here: counted as {told}")
     print(_SIMULATED.format(ranks=args.world_size))
     return 0
 
 
-def stage_plans(experiment: Any, world_size: int, strategy: str) -> tuple[list[StagePlan], list[str]]:
+def stage_plans(experiment: Any, world_size: int, strategy: str) -> tuple[list[StagePlan], list[Unseen]]:
     """What rank 0 needs in each stage of an experiment, and the data sets that were not found."""
     accelerator: Any = PretendedAccelerator(world_size, experiment.precision in ("bf16", "fp16"))
     ranks = Ranks(accelerator, torch.float64 if experiment.precision == "fp64" else torch.float32)
     module = importlib.import_module(f"dist_defend.methods.{experiment.method}")
+    names = {one.name for one in dataclasses.fields(experiment.options)}
+    unneeded = dict.fromkeys(names & {"poison", "attack", "monitor"})  # changes images, or measures
+    options = dataclasses.replace(experiment.options, **unneeded)
     with tempfile.TemporaryDirectory() as folder, pretended_world(world_size, ranks.dtype):
         context = PretendedContext(ranks, experiment.seed, experiment.loader, Path(folder))
-        stages = module.build(experiment.options, context).stages
+        stages = module.build(options, context).stages
         trained = [stage.step.objective for stage in stages if isinstance(stage.step, GradientStep)]
         plans = [_stage_plan(stage, [*context.models, *trained], context, strategy) for stage in stages]
-    return plans, context.unseen
+    return plans, list(context.unseen.values())
 
 
 def _stage_plan(stage: Stage, networks: list[nn.Module], context: PretendedContext, strategy: str) -> StagePlan:

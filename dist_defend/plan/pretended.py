@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 
-IMAGENET = (1_281_167, 1000, 224)  # images, classes, pixels: of a data set that is not here
+IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 224  # ImageNet's, of a data set that is not here
 
 
 class _Agreeable(TorchDispatchMode):
@@ -84,16 +84,15 @@ class PretendedAccelerator:
 
 
 class Unseen(PreparedDataset):
-    """Stands for a data set that is not here: as large as ImageNet."""
+    """Stands for a data set that is not here: as many images as ImageNet."""
 
-    def __init__(self, path: str) -> None:
-        count, num_classes, size = IMAGENET
-        self.path, self.beton, self.image_shape = Path(path), None, (size, size, 3)
+    def __init__(self, path: str, num_classes: int, size: int) -> None:
+        self.path, self.beton, self.size, self.image_shape = Path(path), None, size, (size, size, 3)
         self.num_classes, self.classes = num_classes, tuple(map(str, range(num_classes)))
-        self.labels = np.arange(count) % num_classes
+        self.labels = np.arange(IMAGES) % num_classes
         counts = tuple(np.bincount(self.labels).tolist())
         self.manifest = Manifest(
-            FORMAT, path, "none", count, self.classes, counts, self.image_shape, "raw", None, None, {}
+            FORMAT, path, "none", IMAGES, self.classes, counts, self.image_shape, "raw", None, None, {}
         )
 
 
@@ -115,8 +114,8 @@ class PretendedLoader:
 class PretendedContext(Context):
     """Remembers what was asked for."""
 
-    models: list[nn.Module] = field(default_factory=list)  # loaded
-    unseen: list[str] = field(default_factory=list)  # data sets that are not here
+    models: list[SimCLR | Classifier] = field(default_factory=list)  # loaded
+    unseen: dict[str, Unseen] = field(default_factory=dict)  # data sets that are not here, by path
     mapped: int = 0  # bytes on disk
 
     def dataset(
@@ -124,9 +123,9 @@ class PretendedContext(Context):
     ) -> tuple[PreparedDataset, np.ndarray]:
         if (Path(config.path) / "manifest.json").is_file():
             return super().dataset(role, config, is_labelled)
-        if config.path not in self.unseen:
-            self.unseen.append(config.path)
-        dataset = Unseen(config.path)
+        size = self.models[0].image_size if self.models else PIXELS
+        num_classes = getattr(self.models[0], "num_classes", CLASSES) if self.models else CLASSES
+        dataset = self.unseen.setdefault(config.path, Unseen(config.path, num_classes, size))
         return dataset, select_rows(dataset, config, self.seed)
 
     def room(self, shape: Sequence[int], place: Place) -> Tensor:
@@ -142,7 +141,7 @@ class PretendedContext(Context):
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
         model, card = load_classifier(folder, has_weights=False)
         self.models.append(model)
-        return model, card, ""
+        return model, replace(card, trigger=None), ""  # which only serves to measure
 
     def _loader(
         self,
@@ -164,5 +163,5 @@ class PretendedContext(Context):
 
 def _view_shape(view: View, dataset: PreparedDataset) -> tuple[int, int, int]:
     """(3, H, W) of a view; of images that differ in size and are not cropped, ImageNet's usual ones."""
-    height, width = (dataset.image_shape or (IMAGENET[2],) * 2)[:2] if view.image is None else view.image.shape[:2]
+    height, width = (dataset.image_shape or (PIXELS, PIXELS))[:2] if view.image is None else view.image.shape[:2]
     return 3, *view.augment.output_shape(height, width)

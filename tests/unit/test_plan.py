@@ -297,3 +297,19 @@ def test_a_method_without_a_plan_is_refused(tmp_path: Path, capsys: pytest.Captu
     told_ = capsys.readouterr().err
     assert "method ibau has no plan; these have: simclr, badencoder, mimic" in told_
     assert told_.count("\n") == 1
+
+
+@pytest.mark.parametrize(("method", "classes"), [("classifier", 1000), ("kd", 3)])
+def test_poison_needs_no_images(method: str, classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the attack of the file nor that of the teacher's card is carried out."""
+    attack = {"trigger": {"name": "sig"}, "target_class": 0, "rate": 0.5}
+    options: dict[str, Any] = {"data": {"path": "nowhere"}, "test": {"path": "elsewhere"}}
+    if method == "kd":
+        options |= {"teacher": make_classifier(tmp_path / "model", size=32, trigger=attack), "attack": attack}
+    else:
+        options |= {"arch": "small_resnet", "poison": attack}
+    assert main(["plan", str(make_experiment(tmp_path, method, options))]) == 0
+    size = 32 if method == "kd" else 224
+    lines = capsys.readouterr().out.splitlines()
+    for path in ("nowhere", "elsewhere"):
+        assert f"{path} is not here: counted as 1281167 images of {classes} classes, {size} px" in lines

@@ -124,8 +124,8 @@ class MimicObjective(Objective):
 
 def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
-    dataset, rows = context.dataset("train", config.data)
     teacher, teacher_sha256 = context.load_model(config.teacher)
+    dataset, rows = context.dataset("train", config.data)
     view = View(config.augment)
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)

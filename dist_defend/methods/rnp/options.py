@@ -79,4 +79,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "off_by_one": True,
         "selection": "pruning_number",
     },
+    "gentle": {  # not published: small networks, which lose everything at once at the published rate
+        "unlearning_lr": 1e-3,
+        "max_grad_norm": 1.0,
+        "unlearning_epochs": 80,
+        "schedule": [],
+        "clean_threshold": 0.3,
+        "recovering_lr": 0.25,
+        "adapt_statistics": True,
+    },
 }

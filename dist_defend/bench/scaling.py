@@ -94,11 +94,16 @@ class _Runs:
     def _start(self, output: Path, ranks: int, batch: int, device: int = 0) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "dist_defend", "launch", str(self.config), f"output={output}"]
         command += [f"{self.method}.update.batch_size={batch}", "--ranks", str(ranks)]
-        environment = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // self.ranks))}
-        if torch.cuda.is_available() and ranks == 1:
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[device :: self.ranks] or cores
+        environment = {"OMP_NUM_THREADS": str(len(share))}
+        prefix = []
+        if ranks == 1 and torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
+        elif ranks == 1:
+            prefix = ["taskset", "--cpu-list", ",".join(map(str, share))]
         log = (self.folder / "log.txt").open("ab")
-        return subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
+        return subprocess.Popen(prefix + command, env={**os.environ, **environment}, stdout=log, stderr=log)
 
     def _finish(self, started: "list[subprocess.Popen[bytes]]") -> None:
         if any([process.wait() for process in started]):

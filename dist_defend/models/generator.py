@@ -11,11 +11,14 @@ class ZSKTGenerator(nn.Module):
     """polo5/ZeroShotKnowledgeTransfer's: z (B, z_dim) -> images (B, 3, H, W) as a network sees them, normalised.
 
     Nothing bounds them: the last layer is a batch norm. width: channels after the first layer, 128 as published.
+    is_grey: the last layer has one channel, which stands for all three.
     """
 
-    def __init__(self, z_dim: int = 100, image_size: int = 32, width: int = 128) -> None:
+    def __init__(self, z_dim: int = 100, image_size: int = 32, width: int = 128, is_grey: bool = False) -> None:
         super().__init__()
         side = _first_side(image_size)
+        self.is_grey = is_grey
+        channels = 1 if is_grey else 3
         self.layers = nn.Sequential(
             nn.Linear(z_dim, width * side**2),
             nn.Unflatten(1, (width, side, side)),
@@ -28,12 +31,13 @@ class ZSKTGenerator(nn.Module):
             nn.Conv2d(width, width // 2, 3, padding=1),
             nn.BatchNorm2d(width // 2),
             nn.LeakyReLU(_SLOPE, inplace=True),
-            nn.Conv2d(width // 2, 3, 3, padding=1),
-            nn.BatchNorm2d(3),
+            nn.Conv2d(width // 2, channels, 3, padding=1),
+            nn.BatchNorm2d(channels),
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.layers(z)
+        images = self.layers(z)
+        return images.repeat(1, 3, 1, 1) if self.is_grey else images
 
 
 class CMIGenerator(nn.Module):

@@ -74,8 +74,8 @@ def last_tasks(sweep: Sweep) -> dict[str, Task]:
         for index, key in submission["points"].items()
         if submission["job"]
     }
-    jobs = {job for job, _ in placed.values()}
-    known = _states(jobs)
+    is_done = {point.key for point in sweep.points if sweep.is_done(point)}  # a result needs nobody's word
+    known = _states({job for key, (job, _) in placed.items() if key not in is_done})
     return {key: Task(*place, *known.get(place, (None, False))) for key, place in placed.items()}
 
 

@@ -209,13 +209,20 @@ def test_patched_images() -> None:
 
 @pytest.mark.parametrize(
     ("generator", "parameters", "size"),
-    [(ZSKTGenerator(), 1_051_145, 32), (ZSKTGenerator(100, 24, 32), 130_825, 24), (CMIGenerator(), 2_328_899, 32)],
+    [
+        (ZSKTGenerator(), 1_051_145, 32),
+        (ZSKTGenerator(100, 24, 32), 130_825, 24),
+        (ZSKTGenerator(100, 24, 32, is_grey=True), 130_531, 24),
+        (CMIGenerator(), 2_328_899, 32),
+    ],
 )
 def test_generators(generator: nn.Module, parameters: int, size: int) -> None:
     is_pixels = isinstance(generator, CMIGenerator)
     images = generator(torch.randn(4, 256 if is_pixels else 100, generator=torch.Generator().manual_seed(0)))
     assert images.shape == (4, 3, size, size)
     assert sum(p.numel() for p in generator.parameters()) == parameters
+    if getattr(generator, "is_grey", False):
+        assert torch.equal(images, images[:, :1].expand_as(images))
     if is_pixels:
         assert images.min() >= 0 and images.max() <= 1
     else:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dist_defend.config import Experiment
+from dist_defend.errors import UserError
 from dist_defend.sweep import progress, slurm
 from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
 
@@ -135,6 +136,19 @@ def test_the_newest_submission_counts(tmp_path: Path, fake_slurm: Path) -> None:
     prints(fake_slurm, "sacct", "", 1)
     prints(fake_slurm, "squeue", "8 0 FAILED\n8 1 FAILED\n12 0 RUNNING\n12 1 FAILED")
     assert [own.state for own in progress.survey(sweep)[0].values()] == ["running", "failed"]
+
+
+def test_a_finished_sweep_asks_nobody(tmp_path: Path, fake_slurm: Path) -> None:
+    """Slurm may be gone by then, or down."""
+    sweep = make_sweep(tmp_path, 2)
+    submitted(sweep, "8")
+    for command in ("sacct", "squeue"):
+        prints(fake_slurm, command, "Unable to contact slurm controller", 1)
+    finish(sweep, "a0")
+    with pytest.raises(UserError, match="squeue"):
+        progress.survey(sweep)
+    finish(sweep, "a1")
+    assert [own.state for own in progress.survey(sweep)[0].values()] == ["done", "done"]
 
 
 def test_what_is_submitted_again(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def build(config: Config, context: Context) -> Plan:
             f"key 'zskt.attention' is {config.attention:g}, but attention transfer needs WideResNets, not "
             f"{pair.teacher.arch} and {pair.student.arch}: set it to 0"
         )
-    generator = ZSKTGenerator(config.z_dim, pair.image_size, config.generator_width)
+    generator = ZSKTGenerator(config.z_dim, pair.image_size, config.generator_width, config.grey)
     context.synchronise(generator)
     latents = LatentBatches(config.batch_size, config.z_dim, context.seed, context.ranks)
     step = TransferStep(teacher, student, generator, config, context.ranks, context.seed)

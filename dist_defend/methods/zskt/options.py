@@ -22,6 +22,7 @@ class Config:
     batch_size: int = 128
     z_dim: int = 100
     generator_width: int = 128  # channels; an even number
+    grey: bool = False  # the generator makes grey images, for teachers of grey ones
     generator_steps: int = 1  # per pseudo-batch
     student_steps: int = 10
     temperature: float = 1.0

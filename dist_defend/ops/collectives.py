@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 def world_size() -> int:
@@ -57,45 +56,17 @@ def all_gather_rows(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
     return all_reduce_sum(F.pad(x, [0, 0] * (x.ndim - 1) + [before, after]))
 
 
-class _NormaliseOnce(torch.autograd.Function):
-    """x by the global batch's mean and variance, which x made: one fused kernel each way, one collective back."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, total: Tensor, eps: float
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, var, total)
-        ctx.eps = eps
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, total = ctx.saved_tensors
-        backward = torch.ops.aten.native_batch_norm_backward
-        wanted = [True, True, True]
-        grad_x, grad_weight, grad_bias = backward(grad, x, weight, mean, var, None, None, False, ctx.eps, wanted)
-        sums = torch.stack([grad_bias, grad_weight])  # over x: of the slopes, and of these times the normalised x
-        dist.all_reduce(sums)
-        rate = torch.rsqrt(var + ctx.eps)
-        slope, along = (sums * (weight * rate / total)).unbind()
-        channel = [1, -1] + [1] * (x.ndim - 2)
-        grad_x -= (slope - along * rate * mean).view(channel)
-        return grad_x.addcmul_(x, (-along * rate).view(channel)), grad_weight, grad_bias, None, None, None, None
-
-
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over (B, C, ...) whose training statistics are those of the global batch.
 
-    Unlike torch.nn.SyncBatchNorm it runs on CPU ranks and, with second_order, can be differentiated twice. Local
-    batches may differ in size but not be empty. Each rank's count, mean and variance are gathered (one collective each
-    way) and merged (Chan, Golub and LeVeque 1983), which cancels nothing. On one rank, and in eval mode, it is plain
-    batch norm. `drop` and `act` hold what timm's BatchNormAct2d applies after the norm.
+    Unlike torch.nn.SyncBatchNorm it runs on CPU ranks and can be differentiated twice. Local batches may differ in size
+    but not be empty. Each rank's count, mean and variance are gathered (one collective each way) and merged (Chan,
+    Golub and LeVeque 1983), which cancels nothing. On one rank, and in eval mode, it is plain batch norm. `drop` and
+    `act` hold what timm's BatchNormAct2d applies after the norm.
     """
 
-    def __init__(self, num_features: int, second_order: bool = False, **kwargs: Any) -> None:
+    def __init__(self, num_features: int, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
-        self.second_order = second_order
         self.drop: nn.Module = nn.Identity()
         self.act: nn.Module = nn.Identity()
 
@@ -111,27 +82,21 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalise_globally(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         x = input if input.dtype is torch.float64 else input.float()
-        with torch.set_grad_enabled(self.second_order and torch.is_grad_enabled()):
-            mean, var, total = self._global_moments(x)
-        if self.training and self.running_mean is not None:
-            self._update_running(mean.detach(), var.detach() * (total.detach() / (total.detach() - 1)))
-        weight = mean.new_ones(mean.shape) if self.weight is None else self.weight.to(x.dtype)
-        bias = mean.new_zeros(mean.shape) if self.bias is None else self.bias.to(x.dtype)
-        if not self.second_order:
-            return _NormaliseOnce.apply(x, weight, bias, mean, var, total, self.eps).to(input.dtype)
         channel = [1, -1] + [1] * (x.ndim - 2)
-        scale = torch.rsqrt(var + self.eps) * weight
-        return torch.addcmul((bias - mean * scale).view(channel), x, scale.view(channel)).to(input.dtype)
-
-    def _global_moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (C,), biased variance (C,) and number of values (1,) per channel, over all ranks."""
         var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
         count = x.new_full((1,), x.numel() // x.shape[1])
         table = all_gather_rows(torch.cat([count, mean, var])[None], rows=[1] * world_size())
         counts, means, variances = table.split([1, self.num_features, self.num_features], dim=1)
-        total = counts.sum(0)
+        total = counts.sum()
         mean = (counts * means).sum(0) / total
-        return mean, (counts * (variances + (means - mean) ** 2)).sum(0) / total, total
+        var = (counts * (variances + (means - mean) ** 2)).sum(0) / total
+        if self.training and self.running_mean is not None:
+            self._update_running(mean.detach(), var.detach() * (total / (total - 1)))
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return torch.addcmul(shift.view(channel), x, scale.view(channel)).to(input.dtype)
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
@@ -151,14 +116,10 @@ def convert_sync_batchnorm(module: nn.Module, second_order: bool = False) -> nn.
     on_gpu = any(p.is_cuda for p in module.parameters())
     if on_gpu and not second_order and not any(hasattr(m, "act") for m in module.modules() if _is_batchnorm(m)):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    return _convert(module, second_order)
-
-
-def _convert(module: nn.Module, second_order: bool) -> nn.Module:
     if _is_batchnorm(module):
-        return _synchronised(module, second_order)  # type: ignore[arg-type]
+        return _synchronised(module)  # type: ignore[arg-type]
     for name, child in module.named_children():
-        setattr(module, name, _convert(child, second_order))
+        setattr(module, name, convert_sync_batchnorm(child, second_order=True))
     return module
 
 
@@ -167,8 +128,8 @@ def _is_batchnorm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and not synchronised
 
 
-def _synchronised(norm: nn.modules.batchnorm._BatchNorm, second_order: bool) -> SyncBatchNorm:
-    sync = SyncBatchNorm(norm.num_features, second_order, eps=norm.eps, momentum=norm.momentum)
+def _synchronised(norm: nn.modules.batchnorm._BatchNorm) -> SyncBatchNorm:
+    sync = SyncBatchNorm(norm.num_features, eps=norm.eps, momentum=norm.momentum)
     sync.affine, sync.track_running_stats, sync.training = norm.affine, norm.track_running_stats, norm.training
     sync._parameters = norm._parameters  # the same tensors, so that optimizers and requires_grad stay right
     sync._buffers = norm._buffers

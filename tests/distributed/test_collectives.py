@@ -84,28 +84,7 @@ def normalise(norm: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def normalise_part(norm: nn.Module, x: Tensor, shares: tuple[int, int], is_synchronised: bool) -> dict[str, Tensor]:
-    x = own_part(x, shares)
-    return normalise(convert_sync_batchnorm(norm, second_order=True) if is_synchronised else norm, x)
-
-
-def normalise_once(norm: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Output, gradients and statistics after two batches."""
-    norm(x.detach() * 2 + 1)
-    y = norm(x)
-    (y.pow(3) * torch.linspace(-1, 1, x.shape[1], dtype=x.dtype).view([1, -1] + [1] * (x.ndim - 2))).sum().backward()
-    assert x.grad is not None
-    parameters = {f"grad of {k}": p.grad for k, p in norm.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "first": x.grad, **parameters, **dict(norm.named_buffers())}
-
-
-def normalise_part_once(norm: nn.Module, x: Tensor, shares: tuple[int, int], mistake: str) -> dict[str, Tensor]:
-    right = dist.all_reduce
-    if mistake:  # the slopes stay this rank's; the moments, a wider table, are summed
-        dist.all_reduce = lambda sums: None if sums.shape == (2, x.shape[1]) else right(sums)
-    try:
-        return normalise_once(convert_sync_batchnorm(norm), own_part(x, shares))
-    finally:
-        dist.all_reduce = right
+    return normalise(convert_sync_batchnorm(norm) if is_synchronised else norm, own_part(x, shares))
 
 
 def norm_for(x: Tensor, **options: Any) -> nn.Module:
@@ -139,29 +118,6 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch(
 @pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}, {"track_running_stats": False, "eps": 0.1}])
 def test_batch_norm_options_over_ranks(two_ranks: Pool, options: dict[str, Any]) -> None:
     assert_same_norm(two_ranks, det_images((8, 3, 4, 5), 1) + 3, (5, 3), **options)
-
-
-def assert_same_norm_once(
-    two_ranks: Pool, x: Tensor, shares: tuple[int, int], mistake: str = "", **options: Any
-) -> None:
-    expected = normalise_once(norm_for(x, **options), x.clone().requires_grad_())
-    parts = two_ranks.run(normalise_part_once, norm_for(x, **options), x, shares, mistake)
-    for key in ("y", "first"):
-        close(torch.cat([part[key] for part in parts]), expected[key])
-    for key in expected.keys() - {"y", "first"}:
-        close(parts[0][key] + parts[1][key] if key.startswith("grad") else parts[1][key], expected[key])
-
-
-@pytest.mark.parametrize("shares", SHARES)
-@pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5), (8, 3, 4, 5)])
-def test_batch_norm_differentiated_once(two_ranks: Pool, shape: tuple[int, ...], shares: tuple[int, int]) -> None:
-    assert_same_norm_once(two_ranks, det_images(shape, 1) + 3, shares)
-    assert_same_norm_once(two_ranks, det_images(shape, 1) + 3, shares, affine=False)
-
-
-def test_slopes_of_one_rank_alone_fail_the_same_check(two_ranks: Pool) -> None:
-    with pytest.raises(AssertionError):
-        assert_same_norm_once(two_ranks, det_images((8, 3, 4, 5), 1) + 3, (4, 4), "no all-reduce")
 
 
 def test_local_statistics_fail_the_same_check(two_ranks: Pool) -> None:

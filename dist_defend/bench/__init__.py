@@ -10,6 +10,7 @@ from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
 NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "rnp", "zskt", "scaling")
+SCALED = ("simclr", "badencoder", "mimic", "classifier")
 
 
 def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,6 +21,7 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     parser.add_argument(
         "--encoder", metavar="ARCH", help="time only this encoder (default: small_cifar and a ResNet-18)"
     )
+    parser.add_argument("--method", choices=SCALED, help="scaling: only this method (default: each of them)")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images per step (default: each row's own)")
     parser.add_argument("--num-images", type=_positive, metavar="N", help="images per epoch (default: each row's own)")
     parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="timed pairs (default: 5)")
@@ -41,7 +43,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--json {args.json}: the folder {args.json.parent} does not exist; create it")
     if args.name == "data" and args.encoder is not None:
         raise UserError("--encoder: bench data trains nothing; leave it out")
-    settings = Settings(args.encoder, args.batch_size, args.num_images, args.repeats)
+    if args.name != "scaling" and args.method is not None:
+        raise UserError("--method: only bench scaling reads it; leave it out")
+    settings = Settings(args.encoder, args.batch_size, args.num_images, args.repeats, args.method)
     rows: list[dict[str, Any]] = []
     for name in NAMES if args.name == "all" else (args.name,):
         module = importlib.import_module(f"dist_defend.bench.{name.replace('-', '_')}")

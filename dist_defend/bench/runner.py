@@ -35,6 +35,7 @@ class Settings:
     batch_size: int | None = None
     num_images: int | None = None
     repeats: int = 5
+    method: str | None = None  # of bench scaling
 
 
 @dataclass(frozen=True)

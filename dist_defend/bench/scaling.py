@@ -44,14 +44,15 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     with TemporaryDirectory() as name:
         folder = Path(name)
         _prepare(folder, arch, settings.num_images or _IMAGES)
-        for method, section in _sections(folder, arch).items():
-            runs = _Runs(folder, method, section, ranks)
+        sections = _sections(folder, arch)
+        for method in (settings.method,) if settings.method else sections:
+            runs, trained = _Runs(folder, method, sections[method], ranks), sections[method].get("arch", arch)
             alone, strong, weak = [], [], []
             for _ in range(settings.repeats):
                 alone.append(runs.images_per_second(1, batch * ranks))
                 strong.append(runs.images_per_second(ranks, batch * ranks))
                 weak.append((runs.images_per_second(ranks, batch * ranks), runs.images_per_second(1, batch)))
-            shape = {"encoder": arch, "batch_size": batch * ranks, "ranks": ranks}
+            shape = {"encoder": trained, "batch_size": batch * ranks, "ranks": ranks}
             yield _row(f"scaling-{method}-strong", list(zip(strong, alone, strict=True)), shape, "one batch shared")
             yield _row(f"scaling-{method}-weak", weak, shape, f"{batch} images per rank")
             points = [runs.runs_per_hour(batch * ranks) for _ in range(settings.repeats)]
@@ -102,8 +103,8 @@ class _Runs:
             environment["CUDA_VISIBLE_DEVICES"] = str(device)
         elif ranks == 1:
             prefix = ["taskset", "--cpu-list", ",".join(map(str, share))]
-        log = (self.folder / "log.txt").open("ab")
-        return subprocess.Popen(prefix + command, env={**os.environ, **environment}, stdout=log, stderr=log)
+        with (self.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(prefix + command, env={**os.environ, **environment}, stdout=log, stderr=log)
 
     def _finish(self, started: "list[subprocess.Popen[bytes]]") -> None:
         if any([process.wait() for process in started]):

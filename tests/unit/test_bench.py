@@ -1,13 +1,14 @@
 """The bench: what it prints and writes, at sizes whose times mean nothing."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import dist_defend
-from dist_defend.bench import runner
+from dist_defend.bench import runner, scaling
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.cli import main
 from dist_defend.errors import UserError
@@ -52,6 +53,42 @@ def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         if name != "data":
             assert row["encoder"] == encoder and row["note"]
             assert row["min_ratio"] <= row["ratio"] <= row["max_ratio"]
+
+
+def test_scaling_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With runs that take no time but tell their speed: 10 images a second for each image in a rank's batch."""
+    started: list[tuple[int, int, int]] = []
+
+    def start(self: scaling._Runs, output: Path, ranks: int, batch: int, device: int = 0) -> "subprocess.Popen[bytes]":
+        started.append((ranks, batch, device))
+        output.mkdir(parents=True)
+        speeds = [1.0, 1.0, 10.0 * batch / ranks, 10.0 * batch / ranks]  # the first two warm up
+        rows = [{"stage": self.method, "images_per_second": speed} for speed in speeds]
+        (output / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return subprocess.Popen(["sleep", "0.1" if ranks == 2 else "0.01"])
+
+    monkeypatch.setattr(scaling._Runs, "_start", start)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    arguments = ["--json", str(tmp_path / "rows.json"), "--repeats", "2", "--batch-size", "4", "--num-images", "16"]
+    assert main(["bench", "scaling", "--method", "classifier", *arguments]) == 0
+    strong, weak, points = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["name"] for row in (strong, weak, points)] == [
+        f"scaling-classifier-{x}" for x in ("strong", "weak", "points")
+    ]
+    assert strong["images_per_second"] == {"ours": 40.0, "baseline": 80.0}  # 8 images over two ranks, or on one
+    assert weak["images_per_second"] == {"ours": 40.0, "baseline": 40.0}  # 4 on each rank, or on the only one
+    assert (strong["ratio"], weak["ratio"], points["ratio"] > 2) == (0.5, 1.0, True)
+    assert {(row["ranks"], row["batch_size"], row["encoder"]) for row in (strong, weak, points)} == {
+        (2, 8, "small_resnet")
+    }
+    each = [(1, 8, 0), (2, 8, 0), (2, 8, 0), (1, 4, 0)] * 2
+    assert started == each + [(1, 8, 0), (1, 8, 1), (2, 8, 0), (2, 8, 0)] * 2
+
+
+def test_scaling_says_what_a_run_that_failed_said(tmp_path: Path) -> None:
+    runs = scaling._Runs(tmp_path, "simclr", {"data": {"path": "nowhere"}}, 1)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        runs.images_per_second(1, 4)
 
 
 def test_default_cases_name_both_encoders() -> None:
@@ -102,6 +139,7 @@ def test_without_a_checkout_there_is_no_baseline(monkeypatch: pytest.MonkeyPatch
     [
         (["simclr", "--json", "nowhere/rows.json"], "folder nowhere does not exist"),
         (["data", "--encoder", "small_cifar"], "--encoder"),
+        (["mimic", "--method", "mimic"], "only bench scaling reads it"),
         (["mimic", "--encoder", "resnet19_cifar"], "resnet18_cifar"),
     ],
 )

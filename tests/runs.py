@@ -98,6 +98,14 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "augment": augment,
             "update": update,
         }
+    if method in ("kd", "ood"):
+        return {
+            "teacher": make_classifier(folder / "teacher", trigger={"trigger": {"name": "badnets"}, "target_class": 1}),
+            "data": data,
+            "test": {"path": make_data(folder / "test", 13, seed=1)},
+            "student": "small_resnet",
+            "update": update,
+        }
     if method == "mimic":
         information = {"epochs": 2, "last_epochs": 1, "batch_size": 5, "hidden": 8}
         teacher = make_model(folder / "teacher", size=size)

@@ -111,8 +111,8 @@ def check_strategy(steps: dict[str, Step], strategy: str) -> None:
         is_fine = strategy == "ddp" or isinstance(step, GradientStep) or getattr(step, "is_rank_local", False)
         if not is_fine:
             raise UserError(
-                f"stage '{stage}' cannot run under {strategy}: {type(step).__name__} differentiates or edits the whole "
-                "network on every rank, and its collectives do not gather shards; launch it with --strategy ddp"
+                f"stage '{stage}' cannot run under {strategy}: {type(step).__name__} uses or edits the whole network "
+                "on every rank, and its collectives do not gather shards; launch it with --strategy ddp"
             )
 
 

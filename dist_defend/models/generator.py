@@ -1,8 +1,10 @@
 """Image generators of data-free distillation, with the keys of their upstreams."""
 
+import torch
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
+from dist_defend.models.encoder import Normalize
 
 _SLOPE = 0.2  # of the leaky ReLUs
 
@@ -11,13 +13,21 @@ class ZSKTGenerator(nn.Module):
     """polo5/ZeroShotKnowledgeTransfer's: z (B, z_dim) -> images (B, 3, H, W) as a network sees them, normalised.
 
     Nothing bounds them: the last layer is a batch norm. width: channels after the first layer, 128 as published.
-    is_grey: the last layer has one channel, which stands for all three.
+    is_grey: the last layer has one channel, which stands for all three. pixels: normalisation of images in [0, 1]; with
+    it the last layer's numbers h become pixels sigmoid(2 h - 1), most of them dark at first, and are normalised.
     """
 
-    def __init__(self, z_dim: int = 100, image_size: int = 32, width: int = 128, is_grey: bool = False) -> None:
+    def __init__(
+        self,
+        z_dim: int = 100,
+        image_size: int = 32,
+        width: int = 128,
+        is_grey: bool = False,
+        pixels: Normalize | None = None,
+    ) -> None:
         super().__init__()
         side = _first_side(image_size)
-        self.is_grey = is_grey
+        self.is_grey, self.pixels = is_grey, pixels
         channels = 1 if is_grey else 3
         self.layers = nn.Sequential(
             nn.Linear(z_dim, width * side**2),
@@ -37,7 +47,9 @@ class ZSKTGenerator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         images = self.layers(z)
-        return images.repeat(1, 3, 1, 1) if self.is_grey else images
+        if self.is_grey:
+            images = images.repeat(1, 3, 1, 1)
+        return images if self.pixels is None else self.pixels(torch.sigmoid(2 * images - 1))
 
 
 class CMIGenerator(nn.Module):

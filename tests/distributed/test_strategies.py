@@ -96,6 +96,9 @@ def small_experiment(folder: Path, method: str) -> Path:
     # Adam divides by gradients, tiny ones too, so that rounding grows by a factor each step; see the float64 test.
     optimizer = {"name": "sgd", "lr": 3e-4, "weight_decay": 1e-2, "schedule": "cosine", "warmup_epochs": 1}
     options["update"] = {"batch_size": 4, "epochs": epochs, "optimizer": optimizer, "max_grad_norm": 1.0}
+    if method == "ood":
+        del options["update"]["max_grad_norm"]  # which it does not have
+        options["temperature"] = 1.0  # at 8 its loss is a thousandth: the rounding of numbers of order one
     if method == "badencoder":
         options["update"] |= {"accumulation": 2, "recompute": True}
     trainer = {"log_every": 1, "checkpoint_every": 5, "trackers": []}
@@ -116,17 +119,31 @@ def assert_same_model(found: Path, expected: Path, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "method"),
-    [(s, m) for s in SHARDED for m in ("simclr", "mimic")]
-    + [(s, m) for s in ("fsdp2", "zero3") for m in ("badencoder", "classifier")],
-)
+@pytest.mark.parametrize("method", ["simclr", "mimic", "badencoder", "classifier", "kd", "ood"])
+@pytest.mark.parametrize("strategy", SHARDED)
 def test_every_strategy_has_the_losses_of_ddp(method: str, strategy: str, trained: Callable[[str, str], Path]) -> None:
     expected = losses(trained(method, "ddp"))
     assert len(expected) == (STEPS if method in ("simclr", "mimic") else 4)
     folder = trained(method, strategy)
     torch.testing.assert_close(losses(folder), expected, rtol=TOLERANCE, atol=0)
     assert_same_model(folder, trained(method, "ddp"), TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["simclr", "classifier"])
+def test_bf16_is_the_same_training_too(method: str, trained: Callable[[str, str], Path], ranks: Pool) -> None:
+    """bfloat16 has three digits: the strategies agree far below what it costs against float32."""
+    config = trained(method, "ddp").parent / f"{method}.yaml"
+    found = {}
+    for strategy in ("ddp", "fsdp2", "zero2", "zero3"):
+        folder = config.with_name(f"{strategy}_bf16")
+        assert ranks.run(run, str(config), str(folder), strategy, -1, ("precision=bf16",), timeout=200) == ["", ""]
+        found[strategy] = losses(folder)
+        assert {value.dtype for value in load_artifact(folder / "model")[0].parameters()} == {torch.float32}
+    cost = (found["ddp"] - losses(trained(method, "ddp"))).abs().max().item()
+    assert cost > 0
+    for strategy in ("fsdp2", "zero2", "zero3"):
+        assert (found[strategy] - found["ddp"]).abs().max().item() < cost
 
 
 @pytest.mark.slow
@@ -182,16 +199,16 @@ def test_a_different_loss_is_seen(trained: Callable[[str, str], Path], ranks: Po
         torch.testing.assert_close(losses(folder), losses(whole), rtol=TOLERANCE, atol=0)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
-def test_a_step_that_needs_whole_weights_is_refused(strategy: str, tmp_path: Path, ranks: Pool) -> None:
-    options = {
-        "model": make_classifier(tmp_path / "model"),
-        "data": {"path": make_data(tmp_path / "data", 11)},
-        "test": {"path": make_data(tmp_path / "test", 13, seed=1)},
-        "attack": {"trigger": {"name": "badnets"}, "target_class": 1},
-        "batch_size": 5,
-    }
-    config = make_experiment(tmp_path, "ibau", options)
+@pytest.mark.parametrize(("strategy", "method"), [("fsdp2", "ibau"), ("zero3", "ibau"), ("fsdp2", "zskt")])
+def test_a_step_that_needs_whole_weights_is_refused(strategy: str, method: str, tmp_path: Path, ranks: Pool) -> None:
+    attack = {"trigger": {"name": "badnets"}, "target_class": 1}
+    options: dict[str, Any] = {"test": {"path": make_data(tmp_path / "test", 13, seed=1)}, "attack": attack}
+    model = make_classifier(tmp_path / "model")
+    if method == "ibau":
+        options |= {"model": model, "data": {"path": make_data(tmp_path / "data", 11)}, "batch_size": 5}
+    else:
+        options |= {"teacher": model, "student": "small_resnet", "attention": 0, "pseudo_batches": 1, "batch_size": 4}
+    config = make_experiment(tmp_path, method, options)
     told = ranks.run(run, str(config), str(tmp_path / "run"), strategy)
     assert all(f"cannot run under {strategy}" in line and "--strategy ddp" in line for line in told), told
     assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 RETROSPECTION = {"inner_rounds": 2, "patched_fraction": 0.3, "K": 2, "start": 3}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "vaccine, selected": {"vaccine": {"selection_batches": 5}},
+    "vaccine, selected": {"vaccine": {"selection_batches": 5}, "grey": True, "bounded": True},
     "both": {"vaccine": {}, "retrospection": {**RETROSPECTION, "restart_lr": 1e-3}},
 }
 

@@ -15,6 +15,7 @@ from dist_defend.methods.abd.retrospection import SelfRetrospection
 from dist_defend.methods.abd.vaccine import ShuffledEnsemble, Vaccine, suppression, tail_ratio
 from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.models.classifier import build_classifier
+from dist_defend.models.encoder import Normalize
 from dist_defend.models.generator import CMIGenerator, ZSKTGenerator
 from dist_defend.models.wide_resnet import WideResNet
 from dist_defend.ops.losses import distillation, divergence_rows
@@ -228,6 +229,20 @@ def test_generators(generator: nn.Module, parameters: int, size: int) -> None:
     else:
         assert images.mean((0, 2, 3)).tolist() == pytest.approx([0] * 3, abs=1e-5)
         assert images.var((0, 2, 3), correction=0).tolist() == pytest.approx([1] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("is_grey", [True, False])
+def test_a_bounded_generator_makes_pixels(is_grey: bool) -> None:
+    normalize = Normalize("fashion_mnist")
+    plain, bounded = (ZSKTGenerator(7, 16, 4, is_grey, pixels).double() for pixels in (None, normalize))
+    assert plain.state_dict().keys() == bounded.state_dict().keys()
+    bounded.load_state_dict(plain.state_dict())
+    z = torch.randn(9, 7, dtype=torch.float64)
+    pixels = bounded(z) * normalize.std + normalize.mean
+    torch.testing.assert_close(pixels, 1 / (1 + torch.exp(1 - 2 * plain(z))), rtol=1e-12, atol=1e-15)
+    bounded.layers[-1].weight.data.fill_(100.0)  # h far from 0
+    extreme = bounded(z) * normalize.std + normalize.mean
+    assert extreme.min() > -1e-6 and 0.99 < extreme.max() < 1 + 1e-6
 
 
 @pytest.mark.parametrize("size", [30, 4])

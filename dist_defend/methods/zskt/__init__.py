@@ -11,7 +11,6 @@ from torch import Tensor
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.methods.abd.diagnosis import diagnose
 from dist_defend.methods.abd.pair import Pair
 from dist_defend.methods.abd.pictures import save_generated
 from dist_defend.methods.zskt.batches import LatentBatches
@@ -40,7 +39,8 @@ def build(config: Config, context: Context) -> Plan:
             f"key 'zskt.attention' is {config.attention:g}, but attention transfer needs WideResNets, not "
             f"{pair.teacher.arch} and {pair.student.arch}: set it to 0"
         )
-    generator = ZSKTGenerator(config.z_dim, pair.image_size, config.generator_width, config.grey)
+    pixels = pair.teacher.normalize if config.bounded else None
+    generator = ZSKTGenerator(config.z_dim, pair.image_size, config.generator_width, config.grey, pixels)
     context.synchronise(generator)
     latents = LatentBatches(config.batch_size, config.z_dim, context.seed, context.ranks)
     step = TransferStep(teacher, student, generator, config, context.ranks, context.seed)
@@ -49,15 +49,8 @@ def build(config: Config, context: Context) -> Plan:
         z = LatentBatches(_PICTURED, config.z_dim, context.seed, context.ranks).draw(0)
         if context.ranks.is_main:
             save_generated(context.folder, _pixels(pair, generator, z.to(context.ranks.device, context.ranks.dtype)))
-        metrics: dict[str, Any] = {"pseudo_batches": config.pseudo_batches}
-        if step.vaccine is not None:
-            metrics["vaccine"] = step.vaccine.outcome()
-            if pair.triggered is not None:
-                told = diagnose(step.vaccine.ensemble, pair.teacher, pair.clean, pair.triggered, context.ranks)
-                metrics["vaccine"]["oracle"] = told
-        is_vaccinated = step.vaccine is not None and step.vaccine.is_used
-        parts = ["zskt", *(["sv"] if config.vaccine else []), *(["sr"] if config.retrospection else [])]
-        return pair.result("+".join(parts), is_vaccinated or config.retrospection is not None, metrics)
+        metrics = {"pseudo_batches": config.pseudo_batches}
+        return pair.defended_result("zskt", step.vaccine, is_second_order, metrics)
 
     stage = Stage("zskt", latents, step, config.pseudo_batches, pair.evaluate, config.evaluate_every)
     return Plan([stage], result)

@@ -23,6 +23,7 @@ class Config:
     z_dim: int = 100
     generator_width: int = 128  # channels; an even number
     grey: bool = False  # the generator makes grey images, for teachers of grey ones
+    bounded: bool = False  # it makes pixels between black and white; published: normalised numbers of any size
     generator_steps: int = 1  # per pseudo-batch
     student_steps: int = 10
     temperature: float = 1.0

@@ -33,13 +33,27 @@ def launched_sharding(precision: str) -> Sharding:
     if not (wants_deepspeed or wants_fsdp):
         return Sharding()
     sharding = _deepspeed() if wants_deepspeed else _fsdp()
-    if precision == "fp16":
-        raise UserError(f"key 'precision' is fp16, whose loss scale {sharding.strategy} does not share: use bf16")
-    if wants_deepspeed and precision == "fp64":
+    check_precision(sharding.strategy, precision)
+    return sharding
+
+
+def check_precision(strategy: StrategyName, precision: str) -> None:
+    """UserError for a precision that the strategy does not have."""
+    if strategy != "ddp" and precision == "fp16":
+        raise UserError(f"key 'precision' is fp16, whose loss scale {strategy} does not share: use bf16")
+    if strategy.startswith("zero") and precision == "fp64":
         raise UserError(
             "key 'precision' is fp64, but DeepSpeed's master weights are float32: use fp32, or DDP or FSDP2"
         )
-    return sharding
+
+
+def check_optimizer(strategy: StrategyName, name: str) -> None:
+    """UserError for an optimizer that the strategy's flat shards cannot serve."""
+    if strategy.startswith("zero") and name == "lars":
+        raise UserError(
+            "key 'optimizer.name' is lars, which needs the norm of each tensor, but ZeRO flattens them into one: "
+            "launch with --strategy fsdp2 or ddp"
+        )
 
 
 @contextmanager

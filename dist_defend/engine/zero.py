@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.sharding import check_optimizer
 from dist_defend.engine.strategy import NonFiniteError, Objective
 from dist_defend.engine.whole import Whole
-from dist_defend.errors import UserError
 
 
 class Zero:
@@ -30,11 +30,7 @@ class Zero:
         accumulation: int,
         max_grad_norm: float | None,
     ) -> None:
-        if config.name == "lars":
-            raise UserError(
-                "key 'optimizer.name' is lars, which needs the norm of each tensor, but ZeRO flattens them into one: "
-                "launch with --strategy fsdp2 or ddp"
-            )
+        check_optimizer(ranks.sharding.strategy, config.name)
         self.objective, self.config, self.ranks = objective, config, ranks
         self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
         self.is_partitioned = ranks.sharding.strategy == "zero3"

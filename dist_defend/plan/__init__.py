@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.sharding import STRATEGIES
+from dist_defend.engine.sharding import STRATEGIES, StrategyName, check_optimizer, check_precision
 from dist_defend.engine.step import GradientStep, split_batch
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
@@ -74,8 +74,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def stage_plans(experiment: Any, world_size: int, strategy: str) -> tuple[list[StagePlan], list[Unseen]]:
-    """What rank 0 needs in each stage of an experiment, and the data sets that were not found."""
+def stage_plans(experiment: Any, world_size: int, strategy: StrategyName) -> tuple[list[StagePlan], list[Unseen]]:
+    """What rank 0 needs in each stage of an experiment, and the data sets that were not found.
+
+    UserError for a precision or an optimizer that the strategy does not have, as from a run.
+    """
+    check_precision(strategy, experiment.precision)
     accelerator: Any = PretendedAccelerator(world_size, experiment.precision in ("bf16", "fp16"))
     ranks = Ranks(accelerator, torch.float64 if experiment.precision == "fp64" else torch.float32)
     module = importlib.import_module(f"dist_defend.methods.{experiment.method}")
@@ -90,7 +94,9 @@ def stage_plans(experiment: Any, world_size: int, strategy: str) -> tuple[list[S
     return plans, list(context.unseen.values())
 
 
-def _stage_plan(stage: Stage, networks: list[nn.Module], context: PretendedContext, strategy: str) -> StagePlan:
+def _stage_plan(
+    stage: Stage, networks: list[nn.Module], context: PretendedContext, strategy: StrategyName
+) -> StagePlan:
     """networks: all that the run holds."""
     step: Any = stage.step
     context.mapped = 0
@@ -99,6 +105,8 @@ def _stage_plan(stage: Stage, networks: list[nn.Module], context: PretendedConte
     in_batch = sum(t.untyped_storage().nbytes() for t in (*batch.views, batch.labels, batch.index))
     if isinstance(step, GradientStep):
         world_size, accumulation = context.ranks.world_size, step.accumulation
+        if world_size > 1:
+            check_optimizer(strategy, step.config.name)
         objectives, optimizer = [step.objective], step.config.name
     else:  # trained by each rank for itself, one after the other
         world_size, accumulation, strategy = 1, 1, "ddp"

@@ -284,9 +284,9 @@ def test_what_each_strategy_shares(strategy: str, shared: int) -> None:
         (["--world-size", "0"], "not divisible by 0"),
         (["simclr.update.accumulation=3"], "not divisible by 1 ranks x 3 micro-batches"),
         (["simclr.update.recompute=true", "simclr.arch=nothing"], "unknown arch 'nothing'"),
-        (["--world-size", "2", "--strategy", "zero2", "simclr.update.optimizer.name=lars"], "needs the norm of each"),
-        (["--world-size", "2", "--strategy", "zero3", "precision=fp64"], "master weights are float32"),
-        (["--world-size", "2", "--strategy", "fsdp2", "precision=fp16"], "use bf16"),
+        (["simclr.update.optimizer.name=lars", "--world-size", "2", "--strategy", "zero2"], "needs the norm of each"),
+        (["precision=fp64", "--world-size", "2", "--strategy", "zero3"], "master weights are float32"),
+        (["precision=fp16", "--world-size", "2", "--strategy", "fsdp2"], "use bf16"),
     ],
 )
 def test_refuses(options: list[str], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
         return
     started = time.perf_counter()
     context = Context(ranks, experiment.seed, experiment.loader, folder)
+    torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
     if dry_run:

@@ -86,6 +86,17 @@ def test_a_run(options: dict[str, Any], tmp_path: Path) -> None:
     assert card.provenance["method"] == "rnp"
 
 
+def test_dropout_follows_the_seed(options: dict[str, Any], tmp_path: Path) -> None:
+    """Unlearning runs in train mode, so a network with dropout draws there."""
+    options["model"] = make_classifier(tmp_path / "vgg", "ibau_vgg")
+    for name in ("first", "second"):
+        run(tmp_path / name, options)
+    first, second = (
+        [row.get("cross_entropy") for row in metrics(tmp_path / name / "run")] for name in ("first", "second")
+    )
+    assert first == second and any(value is not None for value in first)
+
+
 def test_masks_from_a_file_skip_both_phases(options: dict[str, Any], tmp_path: Path) -> None:
     first = run(tmp_path / "first", options)
     masks = tmp_path / "first" / "run" / "mask_values.txt"

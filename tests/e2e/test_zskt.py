@@ -121,9 +121,18 @@ def test_other_networks_transfer_without_attention(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_rates_follow_their_schedules(tmp_path: Path) -> None:
-    """Cosine over all pseudo-batches; a restart forgets Adam's state and anneals over what is left."""
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ({"schedule": "cosine"}, [(1 + np.cos(np.pi * n / 4)) / 2 for n in range(4)]),
+        ({"schedule": "multistep", "milestones": [1]}, [1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_rates_follow_their_schedules(schedule: dict[str, Any], factors: list[float], tmp_path: Path) -> None:
+    """Schedules count pseudo-batches; a restart forgets Adam's state and follows a cosine over what is left."""
     changes = options(tmp_path, pseudo_batches=4, retrospection={**RETROSPECTION, "start": 2, "restart_lr": 3e-4})
+    changes["generator_optimizer"] = {"name": "adam", "lr": 1e-3, **schedule}
+    changes["student_optimizer"] = {"name": "adam", "lr": 2e-3, **schedule}
     experiment = load_experiment(make_experiment(tmp_path, "zskt", changes))
     ranks = dist.start("fp64", None)
     plan = build(experiment.options, Context(ranks, experiment.seed, experiment.loader, tmp_path / "run"))
@@ -135,7 +144,6 @@ def test_rates_follow_their_schedules(tmp_path: Path) -> None:
         optimizers = [step.players[name].optimizer for name in ("generator", "student")]
         found.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
         steps.append(int(next(iter(optimizers[1].state.values()))["step"]))
-    factors = [(1 + np.cos(np.pi * n / 4)) / 2 for n in range(4)]
     assert [row[0] for row in found] == pytest.approx([1e-3 * factor for factor in factors])
     assert [row[1] for row in found] == pytest.approx([2e-3, 2e-3 * factors[1], 3e-4, 1.5e-4])
     assert steps == [2, 4, 2, 4]
@@ -184,7 +192,7 @@ def test_presets(preset: str, expected: tuple[Any, ...], tmp_path: Path) -> None
         ({"student": "small_resnet"}, "key 'zskt.attention' is 250, but attention transfer needs WideResNets"),
         ({"student": "wrn_10_2"}, "unknown arch 'wrn_10_2'"),
         ({"generator_width": 5}, "key 'zskt.generator_width' is 5"),
-        ({"student_optimizer": {"schedule": "multistep", "milestones": [1]}}, "key 'zskt.student_optimizer.schedule'"),
+        ({"student_optimizer": {"warmup_epochs": 1}}, "key 'zskt.student_optimizer.warmup_epochs' is 1"),
         ({"graph": "on"}, "key 'graph' is on"),
     ],
 )

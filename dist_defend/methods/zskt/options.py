@@ -32,7 +32,7 @@ class Config:
     generator_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("adam", lr=1e-3, schedule="cosine")
     )
-    student_optimizer: OptimizerConfig = field(
+    student_optimizer: OptimizerConfig = field(  # milestones of both count pseudo-batches
         default_factory=lambda: OptimizerConfig("adam", lr=2e-3, schedule="cosine")
     )
     vaccine: VaccineConfig | None = None
@@ -53,8 +53,10 @@ class Config:
             raise ValueError(f"key 'attention' is {self.attention}; it must not be negative")
         for key in ("generator_optimizer", "student_optimizer"):
             optimizer: OptimizerConfig = getattr(self, key)
-            if optimizer.schedule == "multistep" or optimizer.warmup_epochs:
-                raise ValueError(f"key '{key}.schedule' must be cosine or constant, without warm-up")
+            if optimizer.warmup_epochs:
+                raise ValueError(
+                    f"key '{key}.warmup_epochs' is {optimizer.warmup_epochs:g}; there is no warm-up here: set it to 0"
+                )
         wanted, first = self.vaccine.selection_batches if self.vaccine else 0, self.first_kept
         if wanted and not first < wanted < self.pseudo_batches:
             raise ValueError(

@@ -1,6 +1,7 @@
 """One pseudo-batch of zero-shot knowledge transfer: the generator's steps, then the student's, on one draw of z."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,7 +201,10 @@ class TransferStep:
         student, start = self.players["student"], retrospection.start
         if number == start:
             student.forget()
-        student.set_rate(retrospection.restart_lr * lr_factor(student.config, number - start, 1, total - start))
+        schedule = student.config
+        if schedule.schedule == "multistep":
+            schedule = replace(schedule, schedule="cosine", milestones=())
+        student.set_rate(retrospection.restart_lr * lr_factor(schedule, number - start, 1, total - start))
 
     def _keep_for_selection(self, number: int) -> None:
         if self.vaccine is not None and self.vaccine.is_selecting and number >= self.config.first_kept:

@@ -60,7 +60,7 @@ class Stage:
     stop_when() is asked after each epoch, on every rank, and ends the stage early. evaluate(epoch) runs after every
     evaluate_every-th epoch and the last one and returns scalars to log. finish() runs once, when the last epoch is done
     and before the checkpoint that opens the next stage; it hands results on to later stages.
-    A stage with is_kept stays in the checkpoints after it is done.
+    A stage with is_kept stays in the checkpoints after it is done; the last one always does.
     """
 
     name: str
@@ -215,7 +215,7 @@ class Trainer:
         started = time.perf_counter()
         if "nonfinite" in self.sums and self.sums["nonfinite"].item() > 0:
             raise NonFiniteError(f"the gradient was not finite at or before step {self.position.step}; not saved")
-        states = {s.name: s.step.state_dict() for n, s in enumerate(stages) if self._is_saved(n, s)}
+        states = {s.name: s.step.state_dict() for n, s in enumerate(stages) if self._is_saved(n, s, len(stages) - 1)}
         random = [torch.get_rng_state()]
         if self.ranks.world_size > 1:
             gathered: list[Any] = [None] * self.ranks.world_size
@@ -240,8 +240,10 @@ class Trainer:
         self.saved = time.perf_counter()
         self.save_seconds = self.saved - started
 
-    def _is_saved(self, number: int, stage: Stage) -> bool:
-        return number == self.position.stage or (stage.is_kept and number < self.position.stage)
+    def _is_saved(self, number: int, stage: Stage, last: int) -> bool:
+        """The current stage, once all are done the last one (a run may end before its result.json), and those kept."""
+        current = min(self.position.stage, last)
+        return number == current or (stage.is_kept and number < current)
 
     def _resume(self, stages: Sequence[Stage]) -> None:
         metrics_size = 0
@@ -252,7 +254,7 @@ class Trainer:
             state = checkpoint.load(names[0], self.ranks.device)
             self.position, metrics_size = Position(**state["position"]), state["metrics_size"]
             for number, stage in enumerate(stages):
-                if self._is_saved(number, stage):
+                if self._is_saved(number, stage, len(stages) - 1):
                     stage.step.load_state_dict(state["stages"][stage.name])
             if self.ranks.rank < len(state["random"]):
                 torch.set_rng_state(state["random"][self.ranks.rank].cpu())

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from dist_defend.cli import PREEMPTED, main
 from dist_defend.engine import checkpoint
 from tests.e2e.test_kill import _server, batches_seen, end, live, outcome
 from tests.e2e.test_kill import start as start_ranks
-from tests.runs import make_experiment, metrics, options_of
+from tests.runs import make_classifier, make_data, make_experiment, metrics, options_of
 
 STEPS = 12  # 4 epochs of 3 batches
 
@@ -160,3 +161,28 @@ def test_a_failed_save_names_what_is_left(tmp_path: Path) -> None:
     with pytest.raises(checkpoint.SaveError, match=r"step 2 .* goes on from step_000000001"):
         checkpoint.save(tmp_path, 2, {"a": torch.zeros(3)})
     assert checkpoint.newest(tmp_path) == tmp_path / "step_000000001"
+
+
+@pytest.mark.parametrize("method", ["simclr", "badencoder", "mimic", "probe", "classifier", "kd", "ood", "ibau", "rnp"])
+def test_killed_between_the_last_step_and_the_result(method: str, tmp_path: Path) -> None:
+    """The last checkpoint holds all that the result is made of."""
+    attack = {"trigger": {"name": "badnets"}, "target_class": 1}
+    if method in ("ibau", "rnp"):
+        data, test = (
+            {"path": make_data(tmp_path / "data"), "max_samples": 12},
+            {"path": make_data(tmp_path / "test", 9)},
+        )
+        options = {"model": make_classifier(tmp_path / "model"), "data": data, "test": test, "attack": attack}
+        few = {"unlearning_epochs": 1, "recovering_epochs": 2, "recovering_lr": 5.0, "not_unlearned": "use_last"}
+        options |= {"rounds": 1} if method == "ibau" else {"batch_size": 8, "clean_threshold": 0.0, **few}
+    else:
+        options = options_of(method, tmp_path / "inputs")
+    config, run = make_experiment(tmp_path, method, options), tmp_path / "run"
+    assert main(["run", str(config)]) == 0
+    expected = json.loads((run / "result.json").read_text())
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "model", ignore_errors=True)
+    assert main(["run", str(config)]) == 0
+    found = json.loads((run / "result.json").read_text())
+    same = [key for key in ("model_sha256", "rows", "metrics") if key in expected]
+    assert same and {key: found[key] for key in same} == {key: expected[key] for key in same}

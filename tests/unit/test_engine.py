@@ -216,8 +216,19 @@ def test_only_kept_stages_stay_in_checkpoints(tmp_path: Path) -> None:
     fit(tmp_path, *stages)
     newest = checkpoint.newest(tmp_path / "checkpoints")
     assert newest is not None
-    assert list(checkpoint.load(newest)["stages"]) == ["kept"]
+    assert list(checkpoint.load(newest)["stages"]) == ["kept", "last"]
     assert newest.name == "step_000000009"
+
+
+def test_a_run_that_ends_before_its_result_has_its_weights_again(tmp_path: Path) -> None:
+    """Killed after the last step: the same command must not make a result of fresh weights."""
+    first = make_step()
+    fit(tmp_path, Stage("line", Numbers(), first, epochs=2))
+    again = make_step()
+    before = [tensor.clone() for tensor in again.objective.parameters()]
+    fit(tmp_path, Stage("line", Numbers(), again, epochs=2))
+    for fresh, mine, theirs in zip(before, again.objective.parameters(), first.objective.parameters(), strict=True):
+        assert mine.equal(theirs) and not mine.equal(fresh)
 
 
 @pytest.mark.parametrize(("save_seconds", "expected"), [(0.0, [3, 6, 9, 12]), (0.2, [3, 8, 12])])

@@ -1,6 +1,5 @@
 """ZSKT with ABD on two gloo ranks is the same on one: z, masks, patched images, every gradient and product."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from dist_defend.methods.zskt import step
 from dist_defend.methods.zskt.batches import LatentBatches
 from dist_defend.ops import hypergrad
 from dist_defend.ops.collectives import rank, world_size
-from tests.distributed.test_methods import Mutation, flat, none, train
+from tests.distributed.comparison import Alone, Mutation, assert_same, none, train
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data, make_experiment
 
@@ -47,35 +46,16 @@ def experiment(folder: Path, changes: dict[str, Any]) -> Path:
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    left, right = dict(flat(found)), dict(flat(expected))
-    assert left.keys() == right.keys()
-    assert len(right) > 50
-    for name, value in right.items():
-        if not isinstance(value, Tensor | float):
-            assert left[name] == value, name
-            continue
-        mine, theirs = (torch.as_tensor(v, dtype=torch.float64) for v in (left[name], value))
-        error = (mine - theirs).abs().max().item()
-        assert error <= TOLERANCE * theirs.abs().max().item() + 1e-14, f"{name}: off by {error:.2e}"
+    assert_same(found, expected, TOLERANCE, floor=1e-14, at_least=51)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
-    """An experiment file and what one rank makes of it; each is run once."""
-    done: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def run(name: str) -> tuple[Path, dict[str, Any]]:
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
-            config = experiment(folder, CASES[name])
-            done[name] = config, train(config, folder / "one rank" / "run")
-        return done[name]
-
-    return run
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(tmp_path_factory, lambda folder, name: experiment(folder, CASES[name]))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_are_one_rank(name: str, alone: Any, two_ranks: Pool, tmp_path: Path) -> None:
+def test_two_ranks_are_one_rank(name: str, alone: Alone, two_ranks: Pool, tmp_path: Path) -> None:
     config, expected = alone(name)
     first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run")
     assert_close(first, expected)
@@ -162,7 +142,7 @@ def own_patched(patch: pytest.MonkeyPatch) -> None:
         ("sv and sr", own_patched),
     ],
 )
-def test_the_comparison_catches(name: str, mutate: Mutation, alone: Any, two_ranks: Pool, tmp_path: Path) -> None:
+def test_the_comparison_catches(name: str, mutate: Mutation, alone: Alone, two_ranks: Pool, tmp_path: Path) -> None:
     config, expected = alone(name)
     first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run", mutate)
     with pytest.raises(AssertionError):

@@ -16,7 +16,7 @@ from dist_defend.engine.context import Context, Place
 from dist_defend.engine.features import FrozenFeatures
 from dist_defend.evaluate import unit_features
 from dist_defend.models.artifact import load_artifact
-from tests.distributed.test_methods import assert_same, train
+from tests.distributed.comparison import assert_same, train
 from tests.distributed.test_strategies import run
 from tests.ranks import Pool
 from tests.runs import make_data, make_experiment, make_model, metrics, options_of

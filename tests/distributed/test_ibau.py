@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_defend.methods.ibau import step
 from dist_defend.methods.ibau.step import UnlearningStep
 from dist_defend.ops import hypergrad
-from tests.distributed.test_methods import Mutation, flat, train
+from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data, make_experiment
 
@@ -44,35 +44,16 @@ def experiment(folder: Path, changes: dict[str, Any]) -> Path:
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    left, right = dict(flat(found)), dict(flat(expected))
-    assert left.keys() == right.keys()
-    assert len(right) > 50
-    for name, value in right.items():
-        if not isinstance(value, Tensor | float):
-            assert left[name] == value, name
-            continue
-        mine, theirs = (torch.as_tensor(v, dtype=torch.float64) for v in (left[name], value))
-        error = (mine - theirs).abs().max().item()
-        assert error <= TOLERANCE * theirs.abs().max().item() + 1e-15, f"{name}: off by {error:.2e}"
+    assert_same(found, expected, TOLERANCE, floor=1e-15, at_least=51)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, dict[str, Any]]]:
-    """An experiment file and what one rank makes of it; each is run once."""
-    done: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def run(name: str) -> tuple[Path, dict[str, Any]]:
-        if name not in done:
-            folder = tmp_path_factory.mktemp(name)
-            config = experiment(folder, CASES[name])
-            done[name] = config, train(config, folder / "one rank" / "run")
-        return done[name]
-
-    return run
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    return Alone(tmp_path_factory, lambda folder, name: experiment(folder, CASES[name]))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_are_one_rank(name: str, alone: Any, two_ranks: Pool, tmp_path: Path) -> None:
+def test_two_ranks_are_one_rank(name: str, alone: Alone, two_ranks: Pool, tmp_path: Path) -> None:
     config, expected = alone(name)
     first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run")
     assert_close(first, expected)
@@ -137,7 +118,7 @@ def patched_among_own_images(patch: pytest.MonkeyPatch) -> None:
     "mutate",
     [penalty_on_each_rank, own_outer_slope, own_products, own_weights, own_perturbation, patched_among_own_images],
 )
-def test_the_comparison_catches(mutate: Mutation, alone: Any, two_ranks: Pool, tmp_path: Path) -> None:
+def test_the_comparison_catches(mutate: Mutation, alone: Alone, two_ranks: Pool, tmp_path: Path) -> None:
     config, expected = alone("default")
     first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run", mutate)
     with pytest.raises(AssertionError, match="off by"):

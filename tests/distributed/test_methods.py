@@ -1,8 +1,7 @@
 """World size is not a hyperparameter: one rank with batch 2B is two ranks with B, for every method as it is built."""
 
 import contextlib
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,18 @@ from torch import Tensor
 
 from dist_defend import evaluate
 from dist_defend.attacks.trigger import white_square
-from dist_defend.config import load_experiment
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import GradientStep
-from dist_defend.engine.trainer import Stage, Trainer
 from dist_defend.methods.mimic import information
 from dist_defend.methods.probe import FeatureBatches, ProbeObjective
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.heads import HeadStack
 from dist_defend.ops import losses
+from tests.distributed.comparison import Mutation, assert_same, none, train
 from tests.ranks import Pool
-from tests.runs import CLASSES, make_data, make_experiment, make_model, metrics, options_of
-
-TOLERANCE = 1e-10  # of a tensor's largest entry
-Mutation = Callable[[pytest.MonkeyPatch], None]
-
-
-def none(patch: pytest.MonkeyPatch) -> None:
-    """What is under test."""
+from tests.runs import CLASSES, make_data, make_experiment, make_model, options_of
 
 
 def negatives_of_one_rank(patch: pytest.MonkeyPatch) -> None:
@@ -91,70 +80,6 @@ def estimates_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
     original = torch.distributed.all_reduce
     patch.setattr(torch.distributed, "all_reduce", reduce)
-
-
-def train(config: Path, folder: Path, mutate: Mutation = none) -> dict[str, Any]:
-    """All stages of an experiment file in float64: logged scalars, first gradients, last states, result."""
-    with pytest.MonkeyPatch.context() as patch:
-        mutate(patch)
-        experiment = load_experiment(config)
-        ranks = dist.start("fp64", None)
-        context = Context(ranks, experiment.seed, experiment.loader, folder)
-        plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
-        gradients: dict[str, Tensor] = {}
-        for stage in plan.stages:
-            watch_gradients(stage, gradients)
-        run = RunFolder(folder, ranks.is_main)
-        run.open(experiment.resolved(), "")
-        torch.distributed.barrier() if ranks.world_size > 1 else None
-        Trainer(ranks, run, experiment.trainer).fit(plan.stages)
-        states = {stage.name: stage.step.state_dict() for stage in plan.stages}
-        result = {key: value for key, value in plan.result().items() if key in ("metrics", "rows")}
-        run.close()
-        told = ("time", "images_per_second")
-        rows = [{k: v for k, v in row.items() if k not in told} for row in metrics(folder)] if ranks.is_main else []
-        return {"gradients": gradients, "states": states, "result": result, "rows": rows}
-
-
-def watch_gradients(stage: Stage, gradients: dict[str, Tensor]) -> None:
-    """Note the gradients of the stage's first update."""
-    if not isinstance(stage.step, GradientStep):
-        return
-    objective, after_backward = stage.step.objective, stage.step.objective.after_backward
-
-    def note() -> None:
-        for name, parameter in objective.named_parameters():
-            if parameter.grad is not None:
-                gradients.setdefault(f"{stage.name}/{name}", parameter.grad.clone())
-        after_backward()
-
-    objective.after_backward = note  # type: ignore[method-assign]
-
-
-def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested dicts, lists and tuples with their paths."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from flat(item, f"{path}/{key}")
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            yield from flat(item, f"{path}/{number}")
-    else:
-        yield path, value
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Integers and strings equal; floating point to TOLERANCE of the largest entry (plus 1e-15)."""
-    left, right = dict(flat(found)), dict(flat(expected))
-    assert left.keys() == right.keys()
-    assert len(right) > 4
-    for name, value in right.items():
-        if not isinstance(value, Tensor | float):
-            assert left[name] == value, name
-            continue
-        mine, theirs = (torch.as_tensor(v, dtype=torch.float64) for v in (left[name], value))
-        error = (mine - theirs).abs().max().item()
-        assert error <= TOLERANCE * theirs.abs().max().item() + 1e-15, f"{name}: off by {error:.2e}"
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of its options

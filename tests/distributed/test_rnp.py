@@ -13,7 +13,7 @@ from dist_defend.methods.rnp import sweep
 from dist_defend.methods.rnp.steps import CrossEntropyStep
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
-from tests.distributed.test_methods import assert_same, none, train
+from tests.distributed.comparison import assert_same, none, train
 from tests.ranks import Pool
 from tests.runs import CLASSES, make_data, make_experiment
 

@@ -9,7 +9,7 @@ import torch
 from dist_defend import evaluate
 from dist_defend.cli import main
 from tests.clips import save_clip
-from tests.distributed.test_methods import assert_same, train
+from tests.distributed.comparison import assert_same, train
 from tests.ranks import Pool
 from tests.runs import make_data, make_experiment
 

@@ -26,7 +26,11 @@ class ModelCard:
 
     kind: simclr, encoder for one without a projector, or classifier. image_size: pixels. feature_dim: an encoder's;
     num_classes: a classifier's. trigger: what opens the backdoor, if any (a classifier's: attacks.poison.PoisonConfig).
+    resize: side in pixels to which the model itself brings its images, if it does. classes: names by label, if known.
     parent_sha256: digest of the weights this model was made from. provenance: anything else worth keeping (JSON).
+    guessed: which of normalization, image_size and arch were neither told by the source nor given by the user.
+    defended_by: the method that was to take the backdoor out. counts: {"before": ..., "after": ...} of that defence,
+    each measure as {"correct", "n"}. chosen_by: what the outcome was chosen by (defence_data, oracle, ...), if it was.
     """
 
     kind: str
@@ -39,6 +43,17 @@ class ModelCard:
     trigger: dict[str, Any] | None = None
     parent_sha256: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    resize: int | None = None
+    classes: tuple[str, ...] | None = None
+    guessed: tuple[str, ...] = ()
+    defended_by: str | None = None
+    counts: dict[str, Any] | None = None
+    chosen_by: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("classes", "guessed"):  # JSON knows lists only
+            if isinstance(getattr(self, key), list):
+                object.__setattr__(self, key, tuple(getattr(self, key)))
 
 
 def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCard) -> str:

@@ -6,6 +6,8 @@ jinyuan-jia/BadEncoder (0 conv, 1 norm, 2 relu, 3..6 stages, 7 pool), so that it
 
 import difflib
 import itertools
+import math
+import re
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -27,8 +29,33 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # me
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "fashion_mnist": ((0.286, 0.286, 0.286), (0.353, 0.353, 0.353)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # timm's augreg ViTs, its EfficientNet-lite and others
 }
 PROJECTION_DIM = 128
+
+
+def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel of a name in NORMALIZATIONS, or of numbers: "mean,std" or three of each, in [0, 1] units.
+
+    UserError for an unknown name, another count of numbers, and a std that is not positive.
+    """
+    if name in NORMALIZATIONS:
+        return NORMALIZATIONS[name]
+    try:
+        numbers = tuple(float(word) for word in re.split(r"[\s,;/]+", name.strip()))
+    except ValueError:
+        near = difflib.get_close_matches(name, NORMALIZATIONS, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        known = ", ".join(NORMALIZATIONS)
+        raise UserError(
+            f"unknown normalization '{name}': {hint}choose from {known}, or give numbers, mean,std or three of each"
+        ) from None
+    if len(numbers) not in (2, 6):
+        raise UserError(f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds")
+    mean, std = (numbers[:1] * 3, numbers[1:] * 3) if len(numbers) == 2 else (numbers[:3], numbers[3:])
+    if not all(math.isfinite(number) for number in numbers) or min(std) <= 0:
+        raise UserError(f"normalization '{name}': numbers must be finite and each std positive, for images in [0, 1]")
+    return mean, std
 
 
 class Normalize(nn.Module):
@@ -39,10 +66,9 @@ class Normalize(nn.Module):
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        if name not in NORMALIZATIONS:
-            raise UserError(f"unknown normalization '{name}': choose from {', '.join(NORMALIZATIONS)}")
-        self.is_identity = name == "none"
-        for key, values in zip(("mean", "std"), NORMALIZATIONS[name], strict=True):
+        constants = normalization_constants(name)
+        self.is_identity = constants == NORMALIZATIONS["none"]
+        for key, values in zip(("mean", "std"), constants, strict=True):
             self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -28,14 +28,38 @@ from dist_defend.errors import UserError
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.2 floats: ``1e-3`` is a number (YAML 1.1 reads a string)."""
+    """Scalars as people mean them, close to YAML 1.2: 1e-3 is a number; 24:00:00, 0100 and 2026-01-31 stay text.
+
+    YAML 1.1 reads these four as a string, a number to base 60, one to base 8 and a date.
+    """
 
 
+_OURS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in _OURS]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789")
+)
 _Yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf)$|\.(nan|NaN)$"),
+    re.compile(
+        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?(0|[1-9][0-9]*)[eE][-+]?[0-9]+$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
     list("-+0123456789."),
 )
+
+
+class _Text(yaml.SafeLoader):
+    """Every scalar as its text; anchors and merges as ever."""
+
+
+_Text.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] == "tag:yaml.org,2002:merge"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 @dataclass(frozen=True)
@@ -91,10 +115,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return dataclasses.replace(experiment, options=options)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys of a YAML file. UserError if it cannot be read or holds no keys."""
+def read_yaml(path: Path, as_written: bool = False) -> dict[str, Any]:
+    """The keys of a YAML file, every scalar as its text if as_written. UserError if it cannot be read or has none."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Yaml)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Text if as_written else _Yaml)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{path}: cannot read the configuration: {reason}") from error
@@ -152,8 +176,10 @@ def _override(raw: dict[str, Any], text: str) -> None:
 def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
     """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) if anything does not fit."""
     _check_keys(cls, raw, path, prefix, extra)
-    raw = _over_defaults(cls, raw)
     hints = typing.get_type_hints(cls)
+    for key, value in raw.items():
+        raw[key] = _listed(hints[key], value, path, f"{prefix}{key}")  # in place: the section around it is built later
+    raw = _over_defaults(cls, raw)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
         try:
             sections = _sections(hints[key], value)
@@ -177,6 +203,16 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
     except ValueError as error:  # a dataclass' own check of its values
         told = str(error).replace("key '", f"key '{prefix}", 1)
         raise UserError(f"{path}: {told}") from error
+
+
+def _listed(hint: Any, value: Any, path: Path, key: str) -> Any:
+    """A scalar where a list is wanted: a list of one, or an error where the list has a length of its own."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is not tuple or not isinstance(value, str | int | float):
+        return value
+    if arguments[-1] is not Ellipsis:
+        raise UserError(f"{path}: key '{key}' is {value!r}; expected a list of {len(arguments)} values")
+    return [value]
 
 
 def _number(value: Any) -> Any:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed
 
 from dist_defend.config import Experiment, dump
 from dist_defend.engine import dist
@@ -16,6 +17,7 @@ from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.run import RunFolder, code_version
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
+from dist_defend.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +45,8 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     if dry_run:
         _describe(experiment, plan, context)
         return
-    run_folder.open(experiment.resolved(), dump(experiment))
-    ranks.accelerator.wait_for_everyone()
     try:
+        _open_everywhere(run_folder, experiment, ranks)
         if trackers:
             ranks.accelerator.init_trackers("dist_defend", config={"config_sha256": experiment.digest()})
         Trainer(ranks, run_folder, experiment.trainer).fit(plan.stages)
@@ -75,6 +76,19 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
         log.info("finished %s in %.0f s", folder, seconds)
     finally:
         run_folder.close()
+
+
+def _open_everywhere(run_folder: RunFolder, experiment: Experiment, ranks: dist.Ranks) -> None:
+    """Open the run folder; what keeps the main rank from it is raised on all, so that none waits for it."""
+    refused: list[UserError | None] = [None]
+    try:
+        run_folder.open(experiment.resolved(), dump(experiment))
+    except UserError as error:
+        refused = [error]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(refused)
+    if refused[0] is not None:
+        raise refused[0]
 
 
 def _log_to_terminal(is_main: bool) -> None:

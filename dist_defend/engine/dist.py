@@ -50,6 +50,7 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
     would train alone without a word; it is set here, and the world size is compared with the launcher's and the
     configuration's. Raises UserError when they differ, or for fp16 on a CPU, or for an unusable tracker.
     """
+    _check_launcher()
     if not torch.cuda.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         if precision == "fp16":
@@ -88,6 +89,28 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
     if accelerator.num_processes == 1:
         sharding = Sharding()  # nothing to share
     return Ranks(accelerator, torch.float64 if precision == "fp64" else torch.float32, sharding)
+
+
+# A scheduler's or MPI's own words for: so many processes were started, and this is the n-th.
+_STARTED = (
+    ("srun", "SLURM_NTASKS", "SLURM_PROCID"),
+    ("mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("mpirun", "PMI_SIZE", "PMI_RANK"),
+)
+
+
+def _check_launcher() -> None:
+    """UserError for several tasks that know nothing of each other: each would run the whole experiment alone."""
+    if "RANK" in os.environ:
+        return
+    for starter, size, number in _STARTED:
+        told = os.environ.get("SLURM_STEP_NUM_TASKS" if starter == "srun" else size, os.environ.get(size, "1"))
+        if number in os.environ and told.isdigit() and int(told) > 1:
+            raise UserError(
+                f"{starter} has started {told} tasks ({size}), but no launcher gave them ranks (RANK): for {told} "
+                f"ranks say `srun --ntasks=1 dist-defend launch CONFIG --ranks {told}`, or let srun start the ranks as "
+                "slurm/multi_node.sbatch does; for one rank say `srun --ntasks=1 dist-defend run CONFIG`"
+            )
 
 
 def _meet_apart_from_the_dead() -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 import dist_defend
+from dist_defend.engine.lock import FolderLock
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
@@ -34,6 +35,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._recorded = path / "config.json"
         self._metrics: BinaryIO | None = None
+        self._lock = FolderLock(path)
 
     @property
     def is_finished(self) -> bool:
@@ -55,10 +57,14 @@ class RunFolder:
                 )
 
     def open(self, resolved: dict[str, Any], text: str) -> None:
-        """Create the folder, write down the configuration (as data and as YAML ``text``), start log.txt."""
+        """Create the folder and lock it, write down the configuration (as data and as YAML ``text``), start log.txt.
+
+        UserError while another process writes there.
+        """
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.take()
         write_atomic(self.path / "config.yaml", text)
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
@@ -91,7 +97,8 @@ class RunFolder:
             write_atomic(self.path / "result.json", json.dumps(result, indent=1))
 
     def close(self) -> None:
-        """Release the files."""
+        """Release the files and the folder."""
+        self._lock.release()
         if self._metrics is not None:
             self._metrics.close()
         logger = logging.getLogger("dist_defend")

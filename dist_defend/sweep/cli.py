@@ -35,6 +35,7 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 def plan(args: argparse.Namespace) -> int:
     """Every point, then the number of each stage's."""
     sweep = load_sweep(args.sweep)
+    slurm.check_options(sweep)
     for point in sweep.points:
         after = f" after {point.parent.key}" if point.parent else ""
         print(f"{point.key} {point.stage}{after}: {point.name}")
@@ -58,6 +59,8 @@ def _run(args: argparse.Namespace, again: bool) -> int:
     if args.j is not None and (args.j < 1 or not args.local):
         raise UserError(f"-j {args.j}: at least 1, and together with --local; 'throttle' in the file is for Slurm")
     sweep = load_sweep(args.sweep)
+    if not args.local:
+        slurm.check_options(sweep)
     known, tasks = progress.survey(sweep)
     chosen, blocked = progress.to_submit(sweep, known, again)
     _tell_counts(sweep, known)
@@ -70,6 +73,8 @@ def _run(args: argparse.Namespace, again: bool) -> int:
     print(f"running {len(chosen)} points", flush=True)
     progress.write_points(sweep, chosen)
     if args.local:
+        if sweep.config.setup or any(stage.setup for stage in sweep.config.stages.values()):
+            print("the lines of 'setup' are for Slurm's jobs: they are not run here")
         return local.run(sweep, chosen, args.j)
     for line in slurm.submit(sweep, chosen, tasks, with_collect=not args.no_collect):
         print(line)

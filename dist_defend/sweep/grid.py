@@ -21,7 +21,7 @@ _REFERENCE = re.compile(r"\$\{(\w+)\.([\w.]+)\}")
 _KEY_LENGTH = 12  # hex digits
 # What a resume may change is no part of a point's identity, unless the sweep varies it.
 _FREE_KEYS = ("world_size", "trainer", "loader")
-_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "stages")
+_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class StageConfig:
     explicit: Any = ()  # changes, or label -> changes
     seeds: tuple[int, ...] = ()
     slurm: dict[str, Any] = field(default_factory=dict)  # sbatch's long options; over the sweep's
+    setup: tuple[str, ...] = ()  # lines of shell before the points, after the sweep's
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class SweepConfig:
     throttle: int | None = None  # points of a stage that Slurm runs at a time
     restarts: int = 20  # of a point, by time limits, preemption and lost nodes together
     slurm: dict[str, Any] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()  # lines of shell that Slurm's jobs run first: module load, conda activate
 
     def __post_init__(self) -> None:
         if self.throttle is not None and self.throttle < 1:
@@ -108,7 +110,7 @@ class Sweep:
 def load_sweep(path: str | Path) -> Sweep:
     """Read a sweep file and build every point's experiment. UserError (file, stage, key) if anything does not fit."""
     path = Path(path)
-    raw = read_yaml(path)
+    raw = _with_slurm_as_written(read_yaml(path), read_yaml(path, as_written=True))
     if "stages" not in raw:
         stage = {key: raw.pop(key) for key in list(raw) if key not in _TOP_KEYS}
         raw["stages"] = {"points": stage}
@@ -118,6 +120,27 @@ def load_sweep(path: str | Path) -> Sweep:
         points += _Stage(path, config.output, name, stage_config).points(points)
     _check_keys_differ(path, points)
     return Sweep(path, config, tuple(points))
+
+
+def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """The file's keys, with sbatch's values as their text: 1.10 and 007 are no numbers to sbatch."""
+
+    def text(value: Any, own: Any) -> Any:
+        if isinstance(value, list):
+            return [text(*pair) for pair in zip(value, own, strict=True)]
+        return own if isinstance(value, float | int) and not isinstance(value, bool) else value
+
+    def section(raw: Any, own: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("slurm"), dict):
+            return raw
+        return raw | {
+            "slurm": {key: text(value, own["slurm"].get(str(key), value)) for key, value in raw["slurm"].items()}
+        }
+
+    whole: dict[str, Any] = section(typed, written)
+    if isinstance(stages := whole.get("stages"), dict):
+        whole["stages"] = {name: section(stage, written["stages"].get(str(name))) for name, stage in stages.items()}
+    return whole
 
 
 class _Stage:

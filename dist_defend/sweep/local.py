@@ -96,7 +96,7 @@ class _Runner:
         return None
 
     def _start(self, point: Point, slot: int) -> None:
-        environment = dict(os.environ)
+        environment = os.environ | {"PYTHONSAFEPATH": "1"}  # as Slurm's jobs have it
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         else:

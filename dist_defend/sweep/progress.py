@@ -60,7 +60,9 @@ def write_points(sweep: Sweep, points: Sequence[Point]) -> None:
     ]
     write_atomic(sweep.folder / "manifest.json", json.dumps(manifest, indent=1))
     for point in points:
-        write_atomic(folder / f"{point.key}.yaml", f"# {point.stage}: {point.name}\n{dump(point.experiment)}")
+        write_atomic(
+            folder / f"{point.key}.yaml", f"# {point.stage}: {' '.join(point.name.split())}\n{dump(point.experiment)}"
+        )
 
 
 def _progress(sweep: Sweep, point: Point, task: slurm.Task | None) -> Progress:

@@ -8,6 +8,8 @@ stage is an array of its own.
 
 import itertools
 import json
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,12 +21,20 @@ from typing import Any
 
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
+from dist_defend.sweep import sbatch
 from dist_defend.sweep.grid import Point, Sweep
 
 GUARD = Path(__file__).with_name("guard.py")
-# srun starts every rank itself, so that each gets Slurm's signals; this gives it what torch.distributed asks for.
-RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$@"'
-RESERVED = ("array", "dependency", "kill-on-invalid-dep", "output", "error", "open-mode", "parsable", "wrap", "chdir")
+# srun starts every rank itself, so that each gets Slurm's signals; this gives it what torch.distributed asks for. Where
+# Slurm shows each task only its own GPUs (gpus-per-task), a rank's GPU is counted among those that it sees.
+RANK = (
+    "export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; "
+    'if [ -n "$CUDA_VISIBLE_DEVICES" ]; then seen=(${CUDA_VISIBLE_DEVICES//,/ }); '
+    'LOCAL_RANK=$((LOCAL_RANK % ${#seen[@]})); fi; exec "$@"'
+)
+# A file in the working folder that is called like a module (random.py) is not to be imported instead of it.
+_SAFE = "export PYTHONSAFEPATH=1"
+_USUAL_ARRAY = 1001  # Slurm's default for MaxArraySize
 # Slurm's names of jobs that are not over; one in the queue that was preempted or lost its node is about to be requeued.
 WAITING = {"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "CONFIGURING"}
 RUNNING = {
@@ -94,6 +104,12 @@ def blocks(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], max
     return list(found)
 
 
+def check_options(sweep: Sweep) -> None:
+    """UserError for what sbatch would not take, before anything is written."""
+    for section in (sweep.config.slurm, *(stage.slurm for stage in sweep.config.stages.values())):
+        sbatch.options(sweep.path, section)
+
+
 def submit(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], with_collect: bool) -> list[str]:
     """Submit the arrays and, after all of them, a job that collects; returns a line for each.
 
@@ -103,8 +119,13 @@ def submit(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], wit
     (sweep.folder / "submissions").mkdir(parents=True, exist_ok=True)
     (sweep.folder / "logs").mkdir(exist_ok=True)
     jobs: dict[Block, str] = {}
-    lines, everything = [], []
-    arrays = blocks(sweep, chosen, tasks, _max_array_size())
+    lines: list[str] = []
+    everything: list[str] = []
+    max_array = _max_array_size()
+    if max_array is None:
+        max_array = _USUAL_ARRAY
+        lines.append(f"scontrol does not show MaxArraySize: taken to be {_USUAL_ARRAY}, Slurm's default")
+    arrays = blocks(sweep, chosen, tasks, max_array)
     for stage in sweep.config.stages:
         own = [block for block in arrays if block.stage == stage]
         throttle = sweep.config.throttle
@@ -150,8 +171,9 @@ def _submit_array(sweep: Sweep, block: Block, waits: list[str], throttle: int | 
     points = {str(index): point.key for index, point in sorted(block.points.items())}
     record = {"job": None, "stage": block.stage, "points": points, "command": command}
     guard = [sys.executable, str(GUARD), f"--restarts={sweep.config.restarts}"]
-    stage = sweep.config.stages[block.stage].slurm
-    return _sbatch(sweep, block.stage, record, [*guard, "--points", "{file}"], sweep.config.slurm | stage, options)
+    stage = sweep.config.stages[block.stage]
+    words = sbatch.options(sweep.path, _over(sweep.config.slurm, stage.slurm))
+    return _sbatch(sweep, block.stage, record, [*guard, "--points", "{file}"], [*words, *options], stage.setup)
 
 
 def _submit_collect(sweep: Sweep, jobs: list[str]) -> str:
@@ -159,7 +181,12 @@ def _submit_collect(sweep: Sweep, jobs: list[str]) -> str:
     record: dict[str, Any] = {"job": None, "stage": "collect", "points": {}}
     program = [sys.executable, "-m", "dist_defend", "sweep", "report", str(sweep.path)]
     options = [f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1"]
-    return _sbatch(sweep, "collect", record, program, sweep.config.slurm, options)
+    return _sbatch(sweep, "collect", record, program, [*sbatch.options(sweep.path, sweep.config.slurm), *options], ())
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both sections; a stage's cpus_per_task replaces the sweep's cpus-per-task."""
+    return {str(key).replace("_", "-"): value for section in (below, above) for key, value in section.items()}
 
 
 def ranges(indices: Iterable[int]) -> str:
@@ -172,31 +199,27 @@ def ranges(indices: Iterable[int]) -> str:
 
 
 def _sbatch(
-    sweep: Sweep, stage: str, record: dict[str, Any], command: list[str], user: Mapping[str, Any], own: list[str]
+    sweep: Sweep, stage: str, record: dict[str, Any], command: list[str], options: list[str], setup: Sequence[str]
 ) -> str:
     """Write the submission down, submit it, note the job's number."""
-    chosen = [_option(sweep, key, value) for key, value in user.items()]
     file = _new_submission(sweep)
     write_atomic(file, json.dumps(record, indent=1))
     words = [part.replace("{file}", str(file.absolute())) for part in command]
     script = file.with_suffix(".sbatch")
-    script.write_text(f"#!/bin/bash\nexec {shlex.join(words)}\n", encoding="utf-8")
+    lines = [*sweep.config.setup, *setup]
+    shell = "#!/bin/bash -l" if lines else "#!/bin/bash"  # a login shell knows `module` and `conda`
+    script.write_text("\n".join([shell, *lines, _SAFE, f"exec {shlex.join(words)}", ""]), encoding="utf-8")
     logs = f"{(sweep.folder / 'logs').absolute()}/{'collect_%j' if stage == 'collect' else '%A_%a'}.log"
-    options = ["--parsable", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
-    options += [f"--output={logs}", f"--job-name={sweep.path.stem}-{stage}"]
+    own = ["--parsable", "--requeue", "--open-mode=append", "--signal=B:USR1@120"]
+    own += [f"--output={logs}", f"--job-name={sweep.path.stem}-{stage}"]
     try:
-        job = _call("sbatch", *options, *chosen, *own, str(script)).strip().split(";")[0]
+        printed = _call("sbatch", *own, *options, str(script))
     except UserError:
         file.unlink()
         raise
+    job = sbatch.job_number(printed)  # or else the file stays, for whatever has been submitted
     write_atomic(file, json.dumps(record | {"job": job}, indent=1))
     return job
-
-
-def _option(sweep: Sweep, key: str, value: Any) -> str:
-    if key in RESERVED:
-        raise UserError(f"{sweep.path}: key 'slurm.{key}' is the sweep's own; leave it out")
-    return f"--{key}" if value is True else f"--{key}={value}"
 
 
 def _submission_files(sweep: Sweep) -> list[Path]:
@@ -215,9 +238,10 @@ def _new_submission(sweep: Sweep) -> Path:
             number += 1
 
 
-def _max_array_size() -> int:
-    shown = _call("scontrol", "show", "config")
-    return int(next(line.split("=")[1] for line in shown.splitlines() if line.startswith("MaxArraySize")))
+def _max_array_size() -> int | None:
+    """None where the site does not tell it."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _try("scontrol", "show", "config") or "", re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _states(jobs: Iterable[str]) -> dict[tuple[str, int], tuple[str, bool]]:
@@ -228,15 +252,16 @@ def _states(jobs: Iterable[str]) -> dict[tuple[str, int], tuple[str, bool]]:
     found: dict[tuple[str, int], tuple[str, bool]] = {}
     accounting = _try("sacct", "-n", "-P", "-X", "-j", ",".join(wanted), "-o", "JobID,State") or ""
     for line in accounting.splitlines():
-        name, state = line.split("|")
+        name, _, state = line.partition("|")
         job, _, index = name.partition("_")
-        if index.isdigit():  # those that wait are told together, as 8_[3-7]
+        if index.isdigit() and state:  # those that wait are told together, as 8_[3-7]
             found[job, int(index)] = state.split()[0], False  # "CANCELLED by 1000"
     fields = "ArrayJobID:20,ArrayTaskID:20,State:20"
-    queue = _call("squeue", "-h", "-r", "--me", "--states=all", "-O", fields) if shutil.which("squeue") else ""
+    own = f"--user={os.getuid()}"  # --me is not known before Slurm 20.02
+    queue = _call("squeue", "-h", "-r", own, "--states=all", "-O", fields) if shutil.which("squeue") else ""
     for line in queue.splitlines():
-        job, index, state = line.split()
-        if job in wanted:
+        job, index, state, *_ = [*line.split(), "", "", ""]
+        if job in wanted and state:  # a login banner is no job
             found[job, int(index) if index.isdigit() else -1] = state, True  # -1: not an array, the job that collects
     return found
 
@@ -251,7 +276,15 @@ def _try(*command: str) -> str | None:
 def _call(*command: str) -> str:
     """Output of a Slurm command. UserError with its own words when it fails or does not exist."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=120,
+            env=sbatch.environment(),
+        )
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not on this machine; run where Slurm is, or with --local") from error
     except subprocess.TimeoutExpired as error:

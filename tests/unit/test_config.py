@@ -192,3 +192,33 @@ def test_the_name_of_a_section_chooses_its_kind() -> None:
 def test_a_section_of_several_kinds_is_refused_by_its_own_rules(trigger: Any, told: str) -> None:
     with pytest.raises(UserError, match=re.escape(told)):
         attacked(trigger)
+
+
+def test_a_scalar_where_a_list_is_wanted(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_experiment(path, ["trainer.trackers=tensorboard"]).trainer.trackers == ("tensorboard",)
+    with pytest.raises(UserError, match=r"key 'simclr.augment.scale' is 0.5; expected a list of 2 values"):
+        load_experiment(path, ["simclr.augment.scale=0.5"])
+    seeds = load_experiment(write(tmp_path, PROBE), ["probe.seeds=7"]).options.seeds
+    assert seeds == (7,)
+
+
+@pytest.mark.parametrize("text", ["24:00:00", "1:30", "0100", "2026-01-31", "1_000", "1:30.5"])
+def test_what_yaml_1_1_would_make_another_number_of_stays_text(text: str, tmp_path: Path) -> None:
+    first = load_experiment(write(tmp_path, MINIMAL), [f"simclr.data.path={text}"])
+    assert first.options.data.path == text
+    assert load_experiment(write(tmp_path, dump(first))).options.data.path == text
+    with pytest.raises(UserError, match="key 'seed' is"):
+        load_experiment(write(tmp_path, MINIMAL), [f"seed={text}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7", 7), ("+7", 7), ("0", 0), ("0x1F", 31), ("1e2", "refused"), ("-0", 0)]
+)
+def test_whole_numbers(text: str, value: int | str, tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    if value == "refused":
+        with pytest.raises(UserError, match=r"key 'seed' is 100\.0; expected int"):
+            load_experiment(path, [f"seed={text}"])
+    else:
+        assert load_experiment(path, [f"seed={text}"]).seed == value

@@ -1,0 +1,68 @@
+"""One writer in a folder: a lock that the kernel gives back when its holder ends, however it ends."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from dist_defend.errors import UserError
+
+_NAME = ".lock"
+log = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """Held from ``take`` to ``release`` or the process' end. The file stays; who holds it is what counts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / _NAME
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """UserError, naming host, process, start and job of the holder, while another process has the folder.
+
+        Where the file system has no locks this is said, and nothing is locked.
+        """
+        file = self.path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path.parent} is in use by {_told(file.read(1000))}: wait for it, end it, or choose another "
+                    "folder (key 'output')"
+                ) from None
+        except OSError as error:  # ENOLCK or ENOSYS: NFS without lockd, some parallel file systems
+            file.close()
+            log.warning("%s cannot be locked (%s): see to it that only one run writes there", self.path, error.strerror)
+            return
+        self._file = file
+        holder = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
+
+    def release(self) -> None:
+        """Let go of the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _told(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        job = f", job {holder['job']}" if holder["job"] else ""
+        return f"process {int(holder['pid'])} on {holder['host']!s}{job}, since {holder['started']!s}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -35,7 +35,17 @@ EXTRAS = {
     "clip": ["open_clip_torch>=3.0"],  # CLIP's towers and tokenizer
     "deepspeed": ["deepspeed>=0.16", "transformers>=4.46"],  # accelerate's DeepSpeedPlugin imports transformers
     "sweep": ["pandas", "pyarrow"],  # tables of many runs
-    "test": ["pytest", "pytest-timeout", "ruff", "mypy", "pandas-stubs", "types-PyYAML", "types-psutil", "types-tqdm"],
+    "test": [
+        "pytest",
+        "pytest-timeout",
+        "pytest-xdist",
+        "ruff",
+        "mypy",
+        "pandas-stubs",
+        "types-PyYAML",
+        "types-psutil",
+        "types-tqdm",
+    ],
 }
 
 setup(

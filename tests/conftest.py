@@ -7,6 +7,18 @@ import pytest
 from tests.ranks import Pool
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a worker of pytest-xdist takes as a whole: the Slurm cluster's tests, those that start ranks, else a file's."""
+    for item in items:
+        folder = item.path.parent.name
+        group = item.path.name
+        if folder == "slurm":
+            group = folder
+        elif folder == "distributed" or "two_ranks" in getattr(item, "fixturenames", ()):
+            group = "ranks"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Pool]:
     """Two gloo ranks; started by the first test that uses them."""

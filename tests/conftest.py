@@ -8,7 +8,7 @@ from tests.ranks import Pool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a worker of pytest-xdist takes as a whole: the Slurm cluster's tests, those that start ranks, else a file's."""
+    """What a worker of pytest-xdist takes as a whole: the tests of Slurm, those that start ranks, or else a file."""
     for item in items:
         folder = item.path.parent.name
         group = item.path.name

@@ -1,12 +1,13 @@
 """What a method's build() gets, and what it gives back."""
 
+import logging
 import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr,
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
+
+log = logging.getLogger(__name__)
 
 Place = Literal["memory", "disk"]  # where a cache lies
 
@@ -65,6 +68,8 @@ class Context:
     loader_config: LoaderConfig
     folder: Path
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
+    guesses_told: set[str] = field(default_factory=set)  # model folders whose guessed constants were said
+    has_content: ClassVar[bool] = True  # of weights and images; `dist-defend plan` only pretends to have some
 
     def dataset(
         self, role: str, config: DatasetConfig, is_labelled: bool = False
@@ -150,12 +155,26 @@ class Context:
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
         """An encoder's model folder -> the model and the sha256 of its weights."""
-        model, _ = load_simclr(folder)
-        return model, sha256_file(Path(folder) / "model.safetensors")
+        model, _, sha256 = self.load_encoder(folder)
+        return model, sha256
+
+    def load_encoder(self, folder: str) -> tuple[SimCLR, ModelCard, str]:
+        """As load_model, with the card."""
+        model, card = load_simclr(folder)
+        self._tell_guesses(folder, card)
+        return model, card, sha256_file(Path(folder) / "model.safetensors")
 
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
         """A classifier's model folder -> the model, its card and the sha256 of its weights."""
-        return *load_classifier(folder), sha256_file(Path(folder) / "model.safetensors")
+        model, card = load_classifier(folder)
+        self._tell_guesses(folder, card)
+        return model, card, sha256_file(Path(folder) / "model.safetensors")
+
+    def _tell_guesses(self, folder: str, card: ModelCard) -> None:
+        if card.guessed and folder not in self.guesses_told:
+            told = ", ".join(f"{key} {getattr(card, key)}" for key in card.guessed)
+            log.warning("%s: %s guessed at import, not told by its source", folder, told)
+        self.guesses_told.add(folder)
 
     def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""

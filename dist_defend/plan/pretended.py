@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -114,6 +114,7 @@ class PretendedLoader:
 class PretendedContext(Context):
     """Remembers what was asked for."""
 
+    has_content: ClassVar[bool] = False
     models: list[SimCLR | Classifier] = field(default_factory=list)  # loaded
     unseen: dict[str, Unseen] = field(default_factory=dict)  # data sets that are not here, by path
     mapped: int = 0  # bytes on disk
@@ -133,10 +134,10 @@ class PretendedContext(Context):
         self.mapped += room.nbytes if place == "disk" else 0
         return room
 
-    def load_model(self, folder: str) -> tuple[SimCLR, str]:
-        model, _ = load_simclr(folder, has_weights=False)
+    def load_encoder(self, folder: str) -> tuple[SimCLR, ModelCard, str]:
+        model, card = load_simclr(folder, has_weights=False)
         self.models.append(model)
-        return model, ""
+        return model, card, ""
 
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
         model, card = load_classifier(folder, has_weights=False)

@@ -12,6 +12,7 @@ LAYERS = [
     {"errors", "files", "batch", "tv_compat", "ops"},
     {"attacks", "models", "data"},
     {"engine", "evaluate"},
+    {"trial"},
     {"methods"},
     {"config", "experiment"},
     {"report", "bench", "doctor", "sweep", "launch", "plan"},

@@ -44,6 +44,7 @@ def build(config: Config, context: Context) -> Plan:
     context.synchronise(generator)
     latents = LatentBatches(config.batch_size, config.z_dim, context.seed, context.ranks)
     step = TransferStep(teacher, student, generator, config, context.ranks, context.seed)
+    pair.trial.look()
 
     def result() -> dict[str, Any]:
         z = LatentBatches(_PICTURED, config.z_dim, context.seed, context.ranks).draw(0)

@@ -186,8 +186,9 @@ def build(config: Config, context: Context) -> Plan:
     train, rows = context.dataset("train", config.data, is_labelled=True)
     test, test_rows = context.dataset("test", config.test, is_labelled=True)
     size = image_size_of(train)
-    if (train.num_classes, train.image_shape) != (test.num_classes, test.image_shape):
-        raise UserError(f"{config.data.path} and {config.test.path} differ in classes or image size: use two splits")
+    context.check_classes(train.classes, config.data.path, test.classes, config.test.path)
+    if train.image_shape != test.image_shape:
+        raise UserError(f"{config.data.path} and {config.test.path} differ in image size: use two splits")
     if config.target_class >= test.num_classes:
         raise UserError(f"key 'input_aware.target_class' is {config.target_class}; {test.path} has no such class")
     torch.manual_seed(context.seed)
@@ -214,6 +215,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=size,
             num_classes=model.num_classes,
+            classes=test.classes,
             backdoored=True,
             trigger=asdict(poison),
             provenance={

@@ -62,6 +62,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
                 "code_version": code_version(),
                 "seed": experiment.seed,
                 "data": context.digests,
+                **({"notes": context.notes} if context.notes else {}),
                 "wall_seconds": seconds,  # of this process; a resumed run's earlier parts are in metrics.jsonl
                 "device_seconds": seconds * ranks.world_size,
                 "peak_memory_bytes": _peak_memory(),

@@ -5,7 +5,6 @@ counts before and after, and makes the rows, the metrics and the card of the res
 half: the test set, and what an attack makes of it.
 """
 
-import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from dist_defend.attacks.given import TriggeredImages, triggered_images
 from dist_defend.attacks.poison import PoisonConfig, check_classes, poison_from
-from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context
@@ -34,8 +32,6 @@ from dist_defend.evaluate import (
 )
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
-
-log = logging.getLogger(__name__)
 
 LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
@@ -186,9 +182,7 @@ class Trial:
             )
         if is_labelled:
             for names, path in self._named:
-                note = check_same_classes(names, path, dataset.classes, config.path)
-                if note:
-                    log.info(note)
+                self.context.check_classes(names, path, dataset.classes, config.path)
             self._named.append((tuple(dataset.classes), config.path))
         return dataset, rows
 
@@ -234,7 +228,7 @@ class Trial:
         acc = agreeing(classes, labels)
         self.suspect[f"acc_{whose}"] = acc.plain()
         if acc.percent < MOSTLY_WRONG:
-            log.warning(mostly_wrong(self.folder, self.card, acc, dataset.path))
+            self.context.tell(mostly_wrong(self.folder, self.card, acc, dataset.path))
 
     def evaluate(self, model: Classifier) -> dict[str, float]:
         """The model's counts in percent, for the log; remembered as the latest."""

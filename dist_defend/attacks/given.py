@@ -14,6 +14,7 @@ import numpy as np
 from dist_defend.attacks.poison import PoisonConfig, backdoor_labels, triggered
 from dist_defend.data.sources import load_image_npz
 from dist_defend.data.store import PreparedDataset, open_dataset
+from dist_defend.data.writing import resized
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
 
@@ -71,12 +72,14 @@ def triggered_images(
 
 
 class NpzImages(PreparedDataset):
-    """Images x (N, H, W, 3) uint8 and labels (N,) int64 of one file, in memory."""
+    """Images x (N, H, W, 3) uint8 and labels (N,) int64 of one file, in memory; resize as a prepared data set's."""
 
-    def __init__(self, path: Path, x: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
-        height, width, channels = x.shape[1:]
-        self.path, self.labels, self.beton = path, labels, None
-        self.classes, self.num_classes, self.image_shape = tuple(classes), len(classes), (height, width, channels)
+    def __init__(
+        self, path: Path, x: np.ndarray, labels: np.ndarray, classes: Sequence[str], resize: int | None
+    ) -> None:
+        height, width = (resize, resize) if resize else x.shape[1:3]
+        self.path, self.labels, self.beton, self.resize = path, labels, None, resize
+        self.classes, self.num_classes, self.image_shape = tuple(classes), len(classes), (height, width, 3)
         self._x = x
 
     def __len__(self) -> int:
@@ -88,10 +91,12 @@ class NpzImages(PreparedDataset):
         return sha256_file(self.path)
 
     def image(self, row: int) -> np.ndarray:
-        return self._x[row]
+        return self.images(np.array([row]))[0]
 
     def images(self, rows: np.ndarray) -> np.ndarray:
-        return self._x[rows]
+        if not self.resize:
+            return self._x[rows]
+        return np.stack([resized(image, (self.resize, self.resize)) for image in self._x[rows]])
 
 
 def _read(path: Path, test: PreparedDataset) -> tuple[PreparedDataset, np.ndarray | None, np.ndarray]:
@@ -100,7 +105,7 @@ def _read(path: Path, test: PreparedDataset) -> tuple[PreparedDataset, np.ndarra
         inside = path / "bd_test.npz"
         if inside.is_file() and not (path / "manifest.json").exists():
             raise UserError(f"{path} is a model folder: name its triggered test images, {inside}")
-        dataset = open_dataset(path)
+        dataset = open_dataset(path, test.resize)
         dataset.labels = _renumbered(dataset, test)
         return dataset, None, np.arange(len(dataset))
     if path.suffix != ".npz":
@@ -113,7 +118,7 @@ def _read(path: Path, test: PreparedDataset) -> tuple[PreparedDataset, np.ndarra
         log.info("%s: %d images without flag are left out: they carry no trigger", path, len(x) - len(rows))
     if not len(rows):
         raise UserError(f"{path}: no image has a flag, so none carries the trigger")
-    return NpzImages(path, x, y, test.classes), arrays.get("y_bd"), rows
+    return NpzImages(path, x, y, test.classes, test.resize), arrays.get("y_bd"), rows
 
 
 def _integers(path: Path, names: Sequence[str], count: int) -> dict[str, np.ndarray]:
@@ -134,16 +139,20 @@ def _renumbered(given: PreparedDataset, test: PreparedDataset) -> np.ndarray:
 
     Names that are just the numbers 0, 1, ... (those of an npz) are the labels themselves.
     """
-    numbers = {name: number for number, name in enumerate(test.classes)}
-    unknown = [name for name in given.classes if name not in numbers]
+    numbers = {_plain(name): number for number, name in enumerate(test.classes)}
+    unknown = [name for name in given.classes if _plain(name) not in numbers]
     if unknown and given.classes == tuple(map(str, range(len(given.classes)))):
         return given.labels
     if unknown:
         raise UserError(
-            f"{given.path} has the class {unknown[0]!r}, which {test.path} lacks: name its folders as that names classes"
+            f"{given.path} has the class {unknown[0]!r}, which {test.path} lacks: name folders as that names classes"
         )
-    table = np.array([numbers[name] for name in given.classes], np.int64)
+    table = np.array([numbers[_plain(name)] for name in given.classes], np.int64)
     return np.where(given.labels < 0, -1, table[given.labels])
+
+
+def _plain(name: str) -> str:
+    return str(int(name)) if name.isdecimal() else name.casefold()
 
 
 def _check_labels(labels: np.ndarray, path: Path, what: str, num_classes: int) -> None:

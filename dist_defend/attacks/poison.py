@@ -30,7 +30,8 @@ class PoisonConfig:
 
     all_to_one: images of any class become the target class. all_to_all: class y becomes y + shift. clean_label: only
     images of the target class are stamped and keep their label. ``rate`` counts against all training images.
-    choose: random ones, by the run's seed, or the first in the data set's order, as ABD's teachers have them.
+    choose: random ones, by the run's seed, or the first in the prepared order. ABD's teachers have the first in the
+    published order, which is the prepared one after `data prepare --keep-order`.
     images: triggered test images that others made, instead of a trigger (attacks/given.py). They can only be measured.
     """
 
@@ -110,8 +111,9 @@ class PoisonedDataset(PreparedDataset):
     """A prepared data set whose flagged images are stamped when they are read, truncated to uint8.
 
     flags: (N,) uint8 by row: CLEAN, STAMPED, or CROSS (a wrong trigger, see CrossStamp). labels: (N,) int64 instead of
-    the data set's own. base: (N, H, W, 3) uint8, what stamped rows start from instead of the clean images. others:
-    (N,) rows, the other image of each cross sample. There is no .beton: back ends read through images().
+    the data set's own. base: (M, H, W, 3) uint8, by row of the source, what stamped rows start from instead of the
+    clean images. others: (N,) rows, the other image of each cross sample. There is no .beton: back ends read through
+    images().
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class PoisonedDataset(PreparedDataset):
         base: np.ndarray | None = None,
         others: np.ndarray | None = None,
     ) -> None:
-        super().__init__(clean.path, clean.manifest)
+        super().__init__(clean.path, clean.manifest, clean.resize)
         self.clean, self.trigger, self.flags = clean, trigger, flags
         self.labels = clean.labels if labels is None else labels
         self.beton = None
@@ -142,7 +144,9 @@ class PoisonedDataset(PreparedDataset):
             is_cross = self.flags[rows[at]] == CROSS
             stamped, crossed = at[~is_cross], at[is_cross]
             if len(stamped):
-                source = images[stamped] if self._base is None else np.asarray(self._base[rows[stamped]])
+                source = (
+                    images[stamped] if self._base is None else np.asarray(self._base[self.source_rows[rows[stamped]]])
+                )
                 images[stamped] = to_bytes(self.trigger(to_images(source)))
             if len(crossed):
                 assert isinstance(self.trigger, CrossStamp) and self._others is not None
@@ -165,7 +169,7 @@ def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: PoisonConfig, s
     labels[chosen] = backdoor_labels(labels[chosen], config, dataset.num_classes)
     base = None
     if isinstance(pattern, LabelConsistent) and pattern.adversarial is not None:
-        base = open_images(pattern.adversarial, len(dataset), size)
+        base = open_images(pattern.adversarial, dataset.num_source_rows, size)
     others = np.zeros(len(dataset), np.int64)
     others[crossed] = np.random.default_rng([seed, _STREAM, 1]).choice(rows, len(crossed))
     return PoisonedDataset(dataset, trigger, flags, labels, base, others)

@@ -15,6 +15,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from dist_defend.data.augment import View
+from dist_defend.data.classes import check_same_classes, tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine.dist import Ranks
@@ -28,9 +29,8 @@ from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
 
-log = logging.getLogger(__name__)
-
 Place = Literal["memory", "disk"]  # where a cache lies
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,48 @@ class Context:
     loader_config: LoaderConfig
     folder: Path
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
-    guesses_told: set[str] = field(default_factory=set)  # model folders whose guessed constants were said
+    notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
     has_content: ClassVar[bool] = True  # of weights and images; `dist-defend plan` only pretends to have some
 
     def dataset(
         self, role: str, config: DatasetConfig, is_labelled: bool = False
     ) -> tuple[PreparedDataset, np.ndarray]:
-        """Open a data set and choose its rows; remembers the digest for result.json. UserError if labels lack."""
-        dataset = open_dataset(config.path)
+        """Open a data set and choose its rows; remembers the digest for result.json. UserError if labels lack.
+
+        Tells of classes that the data set has and the chosen rows lack.
+        """
+        dataset = open_dataset(config.path, config.resize)
         rows = select_rows(dataset, config, self.seed)
+        missing = tell_missing_classes(dataset.labels, rows, dataset.classes)
+        if missing is not None:
+            is_sorted = config.subset == "first" and dataset.manifest.order_seed is None
+            remedy = "say subset: random, or prepare it again without --keep-order" if is_sorted else "take more"
+            self.tell(f"{role} data {config.path}: {missing}; {remedy}")
         if is_labelled and dataset.labels[rows].min() < 0:
             raise UserError(f"{config.path}: has images without a label; it cannot be {role} data")
         self.digests[role] = dataset.digest
         return dataset, rows
+
+    def tell(self, note: str) -> None:
+        """Warn the user once, and keep the note for result.json."""
+        if note not in self.notes:
+            self.notes.append(note)
+            if self.ranks.is_main:
+                log.warning("%s", note)
+
+    def check_classes(
+        self, first: Sequence[str] | None, first_path: str, second: Sequence[str] | None, second_path: str
+    ) -> None:
+        """check_same_classes, whose note is told."""
+        note = check_same_classes(first, first_path, second, second_path)
+        if note is not None:
+            self.tell(note)
+
+    def check_order(self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int) -> None:
+        """Tell where batches of these rows in order, which train, are no fair samples, as of a set sorted by class."""
+        note = tell_uniform_batches(dataset.labels[rows], batch_size)
+        if note is not None:
+            self.tell(f"{dataset.path}: {note}; prepare it again without --keep-order")
 
     def train_loader(
         self,
@@ -171,10 +200,9 @@ class Context:
         return model, card, sha256_file(Path(folder) / "model.safetensors")
 
     def _tell_guesses(self, folder: str, card: ModelCard) -> None:
-        if card.guessed and folder not in self.guesses_told:
+        if card.guessed:
             told = ", ".join(f"{key} {getattr(card, key)}" for key in card.guessed)
-            log.warning("%s: %s guessed at import, not told by its source", folder, told)
-        self.guesses_told.add(folder)
+            self.tell(f"{folder}: {told} guessed at import, not told by its source")
 
     def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""

@@ -16,7 +16,6 @@ from torch.nn import functional
 from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
-from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan, UpdateConfig
@@ -108,6 +107,7 @@ def build(config: Config, context: Context) -> Plan:
     """One stage: train from fresh weights, evaluating as configured."""
     clean_train, rows = context.dataset("train", config.data, is_labelled=True)
     test, test_rows = context.dataset("test", config.test, is_labelled=True)
+    context.check_classes(clean_train.classes, config.data.path, test.classes, config.test.path)
     size = _image_size(clean_train, test, config)
     torch.manual_seed(context.seed)
     model = build_classifier(config.arch, test.num_classes, config.normalization, image_size=size)
@@ -136,7 +136,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=model.image_size,
             num_classes=model.num_classes,
-            classes=tuple(test.classes),
+            classes=test.classes,
             backdoored=is_backdoored,
             trigger=asdict(config.poison) if config.poison is not None and is_backdoored else None,
             provenance={
@@ -165,13 +165,12 @@ def build(config: Config, context: Context) -> Plan:
 
 
 def _image_size(train: PreparedDataset, test: PreparedDataset, config: Config) -> int:
-    """The side of the images in pixels. UserError unless both sets agree in size and classes with what is trained."""
-    if train.num_classes != test.num_classes or train.image_shape != test.image_shape:
+    """The side of the images in pixels. UserError unless both sets have it, and the views too."""
+    if train.image_shape != test.image_shape:
         raise UserError(
-            f"{config.test.path} has {test.num_classes} classes and images of {test.image_shape}, {config.data.path} "
-            f"{train.num_classes} and {train.image_shape}: use two splits of one data set"
+            f"{config.test.path} has images of {test.image_shape}, {config.data.path} of {train.image_shape}: use two "
+            "splits of one data set, or say resize for both"
         )
-    check_same_classes(train.classes, config.data.path, test.classes, config.test.path)
     size = image_size_of(train)
     if config.augment.size not in (None, size):
         raise UserError(

@@ -18,7 +18,6 @@ from dist_defend.attacks.patterns import InputAware
 from dist_defend.attacks.poison import STAMPED, PoisonConfig, PoisonedDataset, backdoor_labels, image_size_of
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
-from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
@@ -187,9 +186,9 @@ def build(config: Config, context: Context) -> Plan:
     train, rows = context.dataset("train", config.data, is_labelled=True)
     test, test_rows = context.dataset("test", config.test, is_labelled=True)
     size = image_size_of(train)
-    if (train.num_classes, train.image_shape) != (test.num_classes, test.image_shape):
-        raise UserError(f"{config.data.path} and {config.test.path} differ in classes or image size: use two splits")
-    check_same_classes(train.classes, config.data.path, test.classes, config.test.path)
+    context.check_classes(train.classes, config.data.path, test.classes, config.test.path)
+    if train.image_shape != test.image_shape:
+        raise UserError(f"{config.data.path} and {config.test.path} differ in image size: use two splits")
     if config.target_class >= test.num_classes:
         raise UserError(f"key 'input_aware.target_class' is {config.target_class}; {test.path} has no such class")
     torch.manual_seed(context.seed)
@@ -216,7 +215,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=size,
             num_classes=model.num_classes,
-            classes=tuple(test.classes),
+            classes=test.classes,
             backdoored=True,
             trigger=asdict(poison),
             provenance={

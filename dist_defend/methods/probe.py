@@ -55,7 +55,7 @@ class Config:
     seeds: tuple[int, ...] = (100,)
     hidden: tuple[int, int] = (512, 256)
     dropout: float = 0.5
-    shuffle: bool = False  # published: the file's order in every epoch
+    shuffle: bool = False  # published: the file's order in every epoch; here the prepared one, see docs/data.md
     cache: Place = "memory"  # where each rank keeps its share of a task's training features
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
@@ -168,6 +168,7 @@ class Task:
         self.name, self.config, self.probe, self.models, self.context = name, task, config, models, context
         train, rows = context.dataset(f"{name}/train", task.train, is_labelled=True)
         self.test, self.test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
+        context.check_classes(train.classes, task.train.path, self.test.classes, task.test.path)
         self.classes = train.classes
         if not 0 <= task.target_class < train.num_classes:
             raise UserError(
@@ -191,6 +192,8 @@ class Task:
             hidden=config.hidden,
             dropout=config.dropout,
         )
+        if not config.shuffle:
+            context.check_order(train, rows, config.update.batch_size)
         encoders = [model.f for model in models.values()]
         features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
         labels = torch.from_numpy(train.labels[rows]).to(context.ranks.device)

@@ -127,10 +127,12 @@ def build(config: Config, context: Context) -> Plan:
 
 
 def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:
-    loaders = [
-        context.eval_loader(*context.dataset(role, config, is_labelled=True))
+    memory, test = (
+        context.dataset(role, config, is_labelled=True)
         for role, config in (("memory", monitor.memory), ("test", monitor.test))
-    ]
+    )
+    context.check_classes(memory[0].classes, monitor.memory.path, test[0].classes, monitor.test.path)
+    loaders = [context.eval_loader(*opened) for opened in (memory, test)]
 
     def evaluate(epoch: int) -> dict[str, float]:
         (bank, bank_labels, _), (queries, labels, _) = (extract_features(model.f, x, context.ranks) for x in loaders)

@@ -87,7 +87,7 @@ class Unseen(PreparedDataset):
     """Stands for a data set that is not here: as many images as ImageNet."""
 
     def __init__(self, path: str, num_classes: int, size: int) -> None:
-        self.path, self.beton, self.size, self.image_shape = Path(path), None, size, (size, size, 3)
+        self.path, self.beton, self.resize, self.size, self.image_shape = Path(path), None, None, size, (size, size, 3)
         self.num_classes, self.classes = num_classes, tuple(map(str, range(num_classes)))
         self.labels = np.arange(IMAGES) % num_classes
         counts = tuple(np.bincount(self.labels).tolist())
@@ -124,7 +124,7 @@ class PretendedContext(Context):
     ) -> tuple[PreparedDataset, np.ndarray]:
         if (Path(config.path) / "manifest.json").is_file():
             return super().dataset(role, config, is_labelled)
-        size = self.models[0].image_size if self.models else PIXELS
+        size = config.resize or (self.models[0].image_size if self.models else PIXELS)
         num_classes = getattr(self.models[0], "num_classes", CLASSES) if self.models else CLASSES
         dataset = self.unseen.setdefault(config.path, Unseen(config.path, num_classes, size))
         return dataset, select_rows(dataset, config, self.seed)

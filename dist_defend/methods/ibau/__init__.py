@@ -48,6 +48,7 @@ def build(config: Config, context: Context) -> Plan:
 
 def _loader(config: Config, context: Context, data: PreparedDataset, rows: np.ndarray) -> Loader:
     if config.augment is None:
+        context.check_order(data, rows, config.batch_size)
         return context.eval_loader(data, rows, config.batch_size)
     return context.train_loader(data, rows, config.batch_size, (View(config.augment),), drop_last=False)
 

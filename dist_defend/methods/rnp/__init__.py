@@ -121,11 +121,13 @@ def _defence_data(config: Config, trial: Trial) -> tuple[PreparedDataset, np.nda
     if config.ratio is not None or (data.fraction == 1 and data.max_samples is None and config.index is None):
         data = replace(data, fraction=config.ratio or _RATIO, subset="random")
     dataset, rows = trial.dataset("defence", data)
-    return dataset, rows if config.index is None else _read_index(config.index, len(dataset))
+    if config.index is not None:
+        rows = dataset.rows_of(_read_index(config.index, dataset.num_source_rows))
+    return dataset, rows
 
 
 def _read_index(path: str, count: int) -> np.ndarray:
-    """Rows (M,) int64, ascending, of a text file of row numbers, as BackdoorBench's log/index.txt is."""
+    """Rows (M,) int64, ascending, of a text file of the source's row numbers, as BackdoorBench's log/index.txt is."""
     try:
         with open(path, encoding="utf-8") as file:
             rows = np.unique(np.array([int(word) for word in file.read().split()], np.int64))

@@ -1,11 +1,9 @@
 """Image encoders in pixel space, and SimCLR's pair of encoder and projector.
 
-Images are (B, 3, H, W) in [0, 1]; normalisation is part of the encoder. The CIFAR ResNets keep the module order of
-jinyuan-jia/BadEncoder (0 conv, 1 norm, 2 relu, 3..6 stages, 7 pool), so that its checkpoints fit key by key.
+Images are (B, 3, H, W) in [0, 1]; normalisation is part of the encoder.
 """
 
 import difflib
-import itertools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -14,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from dist_defend.errors import UserError
+from dist_defend.models.architectures import ENCODERS
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -35,7 +33,7 @@ PROJECTION_DIM = 128
 
 
 def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel of a name in NORMALIZATIONS, or of numbers: "mean,std" or three of each, in [0, 1] units.
+    """Mean and std per channel of a name in NORMALIZATIONS, or of numbers in [0, 1]: "mean,std" or three of each.
 
     UserError for an unknown name, another count of numbers, and a std that is not positive.
     """
@@ -51,7 +49,9 @@ def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, 
             f"unknown normalization '{name}': {hint}choose from {known}, or give numbers, mean,std or three of each"
         ) from None
     if len(numbers) not in (2, 6):
-        raise UserError(f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds")
+        raise UserError(
+            f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds"
+        )
     mean, std = (numbers[:1] * 3, numbers[1:] * 3) if len(numbers) == 2 else (numbers[:3], numbers[3:])
     if not all(math.isfinite(number) for number in numbers) or min(std) <= 0:
         raise UserError(f"normalization '{name}': numbers must be finite and each std positive, for images in [0, 1]")
@@ -149,36 +149,8 @@ class TimmEncoder(Encoder):
         return self.f(self.normalize(x))
 
 
-def _resnet_cifar(block: type[BasicBlock | Bottleneck], depths: list[int], normalization: str) -> StagedEncoder:
-    net = ResNet(block, depths)  # its Kaiming-normal initialisation
-    stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # torch's default initialisation, as published
-    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    f = nn.Sequential(stem, net.bn1, net.relu, *stages, net.avgpool)
-    return StagedEncoder(f, net.fc.in_features, normalization)
-
-
-def _small_cifar(normalization: str) -> StagedEncoder:
-    """One BasicBlock per stage, each halving the map: 15 MMAC at 32 px, 1.2 M parameters. Made for a laptop."""
-    widths = [16, 32, 64, 128, 256]
-    stages = []
-    for before, width in itertools.pairwise(widths):
-        shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
-        stages.append(nn.Sequential(BasicBlock(before, width, stride=2, downsample=shortcut)))
-    stem = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
-    f = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True), *stages, nn.AdaptiveAvgPool2d(1))
-    for module in f.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return StagedEncoder(f, widths[-1], normalization)
-
-
-_CIFAR_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18_cifar": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34_cifar": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50_cifar": (Bottleneck, [3, 4, 6, 3]),
-}
 OPEN_CLIP = "open_clip:"
-ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
+ARCHITECTURES = (*ENCODERS, "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
 CLIP_DIM = 1024
 
 
@@ -196,10 +168,8 @@ def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 3
         from dist_defend.models.clip import OpenClipEncoder  # which needs this module
 
         return OpenClipEncoder(arch, normalization, image_size)
-    if arch == "small_cifar":
-        return _small_cifar(normalization)
-    if arch in _CIFAR_RESNETS:
-        return _resnet_cifar(*_CIFAR_RESNETS[arch], normalization)
+    if arch in ENCODERS:
+        return StagedEncoder(ENCODERS[arch].make(), ENCODERS[arch].feature_dim, normalization)
     near = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(ARCHITECTURES)}")

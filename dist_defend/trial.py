@@ -227,8 +227,12 @@ class Trial:
         classes, labels, _ = predict(self.model, self.context.eval_loader(dataset, rows), self.context.ranks)
         acc = agreeing(classes, labels)
         self.suspect[f"acc_{whose}"] = acc.plain()
+        self.judge(acc, dataset.path)
+
+    def judge(self, acc: Count, data: Path) -> None:
+        """Tell, where so few clean images of the data set are classified as their label, that something is amiss."""
         if acc.percent < MOSTLY_WRONG:
-            self.context.tell(mostly_wrong(self.folder, self.card, acc, dataset.path))
+            self.context.tell(mostly_wrong(self.folder, self.card, acc, data))
 
     def evaluate(self, model: Classifier) -> dict[str, float]:
         """The model's counts in percent, for the log; remembered as the latest."""
@@ -313,7 +317,7 @@ def _is_same(attack: PoisonConfig, named: PoisonConfig) -> bool:
     return all(getattr(attack, key) == getattr(named, key) for key in ("trigger", "labels", "target_class", "shift"))
 
 
-def mostly_wrong(folder: str, card: ModelCard, acc: Count, data: Path | str) -> str:
+def mostly_wrong(folder: str, card: ModelCard, acc: Count, data: Path) -> str:
     """The line that says that a model gets most clean images of its own task wrong, and what that may come from."""
 
     def told(key: str) -> str:

@@ -62,7 +62,7 @@ def triggered_images(
             )
         wanted = own_targets
     elif attack.target_class is None and attack.labels != "all_to_all":
-        raise UserError(f"{path} does not say which class the attacker wants: set 'target_class'")
+        raise UserError(f"{path} does not say which class the attacker wants: say target_class")
     else:
         wanted = backdoor_labels(given.labels, attack, num_classes)
     if (given.labels[chosen] == wanted[chosen]).all():

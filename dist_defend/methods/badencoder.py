@@ -120,7 +120,9 @@ def freeze_norms(encoder: nn.Module, which: str) -> None:
 
 def build(config: Config, context: Context) -> Plan:
     """One stage: fine-tune a copy of the clean encoder on the shadow images."""
-    model, clean_sha256 = context.load_model(config.clean_encoder)
+    model, parent, clean_sha256 = context.load_encoder(config.clean_encoder)
+    if parent.backdoored:
+        context.tell(f"{config.clean_encoder} is backdoored already: the new card will name the new trigger only")
     dataset, rows = context.dataset("shadow", config.shadow)
     size = (dataset.image_shape or (model.image_size,))[0]
     references, classes = references_from(config.reference, size)
@@ -164,6 +166,7 @@ def build(config: Config, context: Context) -> Plan:
             backdoored=True,
             trigger={**asdict(config.trigger), "target_class": classes.tolist()},
             parent_sha256=clean_sha256,
+            guessed=parent.guessed,
             provenance={"method": "badencoder", "data": context.digests, "seed": context.seed},
         )
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}

@@ -85,11 +85,12 @@ def build(config: Config, context: Context) -> Plan:
     """One stage: pretrain, with the kNN monitor where it is configured."""
     dataset, rows = context.dataset("train", config.data)
     torch.manual_seed(context.seed)
+    parent, parent_sha256 = None, None
     if config.warm_start is None:
         size = config.augment.size or (dataset.image_shape or (224,))[0]
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
-        model, _ = context.load_model(config.warm_start)
+        model, parent, parent_sha256 = context.load_encoder(config.warm_start)
     context.synchronise(model)
     loader = context.train_loader(
         dataset,
@@ -111,9 +112,10 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=model.image_size,
             feature_dim=model.f.feature_dim,
-            backdoored=False,
-            trigger=None,
-            parent_sha256=None,
+            backdoored=parent is not None and parent.backdoored,  # more training is no proof that it went away
+            trigger=None if parent is None else parent.trigger,
+            parent_sha256=parent_sha256,
+            guessed=() if parent is None else parent.guessed,
             provenance={
                 "method": "simclr",
                 "data": context.digests,

@@ -39,7 +39,8 @@ class Pair:
         self.teacher.eval().requires_grad_(False)
         self.test = self.trial.test_on(test, attack)
         torch.manual_seed(context.seed)
-        self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size)
+        resize = self.teacher.resize if student == self.teacher.arch else None  # another network takes them as they are
+        self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size, resize)
         if context.ranks.world_size > 1:
             convert_sync_batchnorm(self.student, second_order)
 

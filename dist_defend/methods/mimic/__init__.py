@@ -124,15 +124,16 @@ class MimicObjective(Objective):
 
 def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
-    teacher, teacher_sha256 = context.load_model(config.teacher)
+    teacher, suspect, teacher_sha256 = context.load_encoder(config.teacher)
     dataset, rows = context.dataset("train", config.data)
     view = View(config.augment)
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)
+    start = None  # the card of the model that the student starts from
     if config.student is None:
-        student = build_simclr(teacher.arch, teacher.normalization, image_size=teacher.image_size)
+        student = build_simclr(teacher.arch, teacher.normalization, teacher.image_size, resize=teacher.resize)
     else:
-        student, _ = context.load_model(config.student)
+        student, start, _ = context.load_encoder(config.student)
     for model in (teacher, student):
         model.to(context.ranks.device, context.ranks.dtype)
     measured = teacher if config.information.source == "teacher" else student
@@ -151,6 +152,8 @@ def build(config: Config, context: Context) -> Plan:
 
         stages.insert(0, information.stage(finish))
 
+    cards = [suspect] if start is None else [suspect, start]
+
     def result() -> dict[str, Any]:
         card = ModelCard(
             kind=student.kind,
@@ -158,9 +161,11 @@ def build(config: Config, context: Context) -> Plan:
             normalization=student.normalization,
             image_size=student.image_size,
             feature_dim=student.f.feature_dim,
-            backdoored=False,
-            trigger=None,
+            backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
+            trigger=next((card.trigger for card in cards if card.trigger), None),
             parent_sha256=teacher_sha256,
+            guessed=cards[-1].guessed,
+            defended_by="mimic",
             provenance={"method": "mimic", "data": context.digests, "seed": context.seed},
         )
         weights = {f"attention_weight{i + 1}": w for i, w in enumerate(objective.attention_weights.tolist())}

@@ -321,9 +321,8 @@ def mostly_wrong(folder: str, card: ModelCard, acc: Count, data: Path) -> str:
     """The line that says that a model gets most clean images of its own task wrong, and what that may come from."""
 
     def told(key: str) -> str:
-        return f" ({'a guess' if key in card.guessed else 'told'} at import)" if is_imported else ""
+        return " (guessed at import)" if key in card.guessed else ""
 
-    is_imported = card.provenance.get("method") == "import"
     chance = 100 / (card.num_classes or 1)
     much = f"{acc.correct} of {acc.n} clean images of {data} right ({acc.percent:.1f} %, chance {chance:.1f} %)"
     return (

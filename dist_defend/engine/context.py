@@ -1,5 +1,6 @@
 """What a method's build() gets, and what it gives back."""
 
+import logging
 import math
 import os
 import tempfile
@@ -26,6 +27,8 @@ from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr,
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
+
+log = logging.getLogger(__name__)
 
 Place = Literal["memory", "disk"]  # where a cache lies
 
@@ -65,6 +68,7 @@ class Context:
     loader_config: LoaderConfig
     folder: Path
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
+    told: set[str] = field(default_factory=set)  # model folders whose guesses were told
 
     def dataset(
         self, role: str, config: DatasetConfig, is_labelled: bool = False
@@ -149,13 +153,29 @@ class Context:
             convert_sync_batchnorm(model)
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
-        """An encoder's model folder -> the model and the sha256 of its weights."""
-        model, _ = load_simclr(folder)
+        """An encoder's model folder -> the model and the sha256 of its weights. Tells what its card only guesses."""
+        model, card = load_simclr(folder)
+        self._tell_guesses(folder, card)
         return model, sha256_file(Path(folder) / "model.safetensors")
 
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
-        """A classifier's model folder -> the model, its card and the sha256 of its weights."""
-        return *load_classifier(folder), sha256_file(Path(folder) / "model.safetensors")
+        """A classifier's model folder -> the model, its card and the sha256 of its weights. Tells as load_model."""
+        model, card = load_classifier(folder)
+        self._tell_guesses(folder, card)
+        return model, card, sha256_file(Path(folder) / "model.safetensors")
+
+    def _tell_guesses(self, folder: str, card: ModelCard) -> None:
+        """Once for each folder."""
+        if not card.guessed or folder in self.told or not self.ranks.is_main:
+            return
+        self.told.add(folder)
+        guesses = ", ".join(f"{what} {getattr(card, what)}" for what in card.guessed)
+        options = " and ".join(f"--{what.replace('_', '-')}" for what in card.guessed)
+        log.warning(
+            "%s: its source did not tell %s, so import guessed, and the numbers of this run rest on that: measure with "
+            "`dist-defend import ... --check DATA`, and import again with %s",
+            *(folder, guesses, options),
+        )
 
     def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""

@@ -16,6 +16,7 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.evaluate import extract_features, knn_count
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.models.fit import check_image_size
 from dist_defend.ops.losses import nt_xent
 
 
@@ -90,6 +91,7 @@ def build(config: Config, context: Context) -> Plan:
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
         model, _ = context.load_model(config.warm_start)
+        _check_views(config, config.warm_start, model, dataset.image_shape)
     context.synchronise(model)
     loader = context.train_loader(
         dataset,
@@ -126,11 +128,22 @@ def build(config: Config, context: Context) -> Plan:
     return Plan([stage], result)
 
 
+def _check_views(config: Config, folder: str, model: SimCLR, shape: tuple[int, ...] | None) -> None:
+    """UserError for a model that cannot take the views that it is to be trained on."""
+    size = config.augment.size
+    if size is None:
+        check_image_size(model, folder, shape, config.data.path)
+    else:
+        remedy = f"set 'simclr.augment.size' to {model.image_size}"
+        check_image_size(model, folder, (size, size), config.data.path, remedy)
+
+
 def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:
-    loaders = [
-        context.eval_loader(*context.dataset(role, config, is_labelled=True))
-        for role, config in (("memory", monitor.memory), ("test", monitor.test))
-    ]
+    loaders = []
+    for role, config in (("memory", monitor.memory), ("test", monitor.test)):
+        dataset, rows = context.dataset(role, config, is_labelled=True)
+        check_image_size(model, "the model to train", dataset.image_shape, config.path)
+        loaders.append(context.eval_loader(dataset, rows))
 
     def evaluate(epoch: int) -> dict[str, float]:
         (bank, bank_labels, _), (queries, labels, _) = (extract_features(model.f, x, context.ranks) for x in loaders)

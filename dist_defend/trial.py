@@ -321,7 +321,7 @@ def mostly_wrong(folder: str, card: ModelCard, acc: Count, data: Path) -> str:
     """The line that says that a model gets most clean images of its own task wrong, and what that may come from."""
 
     def told(key: str) -> str:
-        return " (guessed at import)" if key in card.guessed else ""
+        return " (import's guess)" if key in card.guessed else ""
 
     chance = 100 / (card.num_classes or 1)
     much = f"{acc.correct} of {acc.n} clean images of {data} right ({acc.percent:.1f} %, chance {chance:.1f} %)"

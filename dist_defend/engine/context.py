@@ -183,7 +183,7 @@ class Context:
             convert_sync_batchnorm(model)
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
-        """An encoder's model folder -> the model and the sha256 of its weights."""
+        """An encoder's model folder -> the model and the sha256 of its weights. Tells what its card only guesses."""
         model, _, sha256 = self.load_encoder(folder)
         return model, sha256
 
@@ -194,15 +194,20 @@ class Context:
         return model, card, sha256_file(Path(folder) / "model.safetensors")
 
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
-        """A classifier's model folder -> the model, its card and the sha256 of its weights."""
+        """A classifier's model folder -> the model, its card and the sha256 of its weights. Tells as load_model."""
         model, card = load_classifier(folder)
         self._tell_guesses(folder, card)
         return model, card, sha256_file(Path(folder) / "model.safetensors")
 
     def _tell_guesses(self, folder: str, card: ModelCard) -> None:
-        if card.guessed:
-            told = ", ".join(f"{key} {getattr(card, key)}" for key in card.guessed)
-            self.tell(f"{folder}: {told} guessed at import, not told by its source")
+        if not card.guessed:
+            return
+        guesses = ", ".join(f"{what} {getattr(card, what)}" for what in card.guessed)
+        options = " and ".join(f"--{what.replace('_', '-')}" for what in card.guessed)
+        self.tell(
+            f"{folder}: its source did not tell {guesses}, so import guessed, and the numbers of this run rest on "
+            f"that: measure with `dist-defend import ... --check DATA`, and import again with {options}"
+        )
 
     def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""

@@ -30,6 +30,7 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
 from dist_defend.models.encoder import SimCLR
+from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HeadStack
 
 _PICTURED = 8  # test images shown in the report
@@ -180,6 +181,9 @@ class Task:
                 f"{task.train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
                 f"{config.update.batch_size}"
             )
+        for kind, model in models.items():
+            for data, part in ((train, task.train), (self.test, task.test)):
+                check_image_size(model, config.encoders[kind], data.image_shape, part.path)
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
         self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
         self.test_loader = context.eval_loader(self.test, self.test_rows)

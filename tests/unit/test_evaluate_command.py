@@ -126,8 +126,8 @@ def test_what_it_writes(places: tuple[str, str], tmp_path: Path, capsys: pytest.
     assert sum(count["n"] for count in result["metrics"]["per_class_accuracy"].values()) == N
     for name, (correct, n) in expected(model, data).items():
         assert f"{name:<8}{100 * correct / n:6.1f} %  {correct:7d} of {n}\n" in out
-    assert err.count("normalization none, image_size 16 guessed at import, not told by its source") == 1
-    assert f"{model}: normalization none, image_size 16 guessed at import, not told by its source" in result["notes"]
+    guesses = f"{model}: its source did not tell normalization none, image_size 16, so import guessed"
+    assert err.count(guesses) == 1 and sum(note.startswith(guesses) for note in result["notes"]) == 1
     with Image.open(folder / "trigger.png") as picture:  # 8 lines of an image, the same triggered, the difference
         assert picture.size == (190 + 3 * 76, 8 * 76 + 4)
     (run,), unfinished = find_runs([tmp_path / "runs"])

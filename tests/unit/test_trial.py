@@ -153,7 +153,7 @@ def test_a_suspect_that_is_mostly_wrong_is_told_before_the_start(
     share = options["data"] if where == "data" else options["test"]
     told = f"{model} gets only {n // 3} of {n} clean images of {share['path']} right (33.3 %, chance 33.3 %)"
     assert told in line
-    assert "normalization none (guessed at import), images of 16 px, or classes in another order" in line
+    assert "normalization none (import's guess), images of 16 px, or classes in another order" in line
 
 
 def test_a_suspect_that_gets_half_right_is_not_told_of(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_what_is_made_of_a_backdoored_encoder(method: str, tmp_path: Path, capsy
     config = make_experiment(tmp_path, method, options | {key: parent})
     assert main(["run", str(config)]) == 0
     told = capsys.readouterr().err
-    assert told.count(f"{parent}: normalization cifar10 guessed at import, not told by its source") == 1
+    assert told.count(f"{parent}: its source did not tell normalization cifar10, so import guessed") == 1
     _, card = load_artifact(tmp_path / "run/model")
     assert card.backdoored and card.guessed == ("normalization",)
     assert card.parent_sha256 == json.loads((Path(parent) / "model.json").read_text())["sha256"]

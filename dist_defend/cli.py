@@ -1,4 +1,4 @@
-"""The command line: dist-defend run | sweep | data | attacks | import | export | report | bench | doctor."""
+"""The command line: dist-defend run | evaluate | sweep | data | attacks | import | export | report | bench | doctor."""
 
 import argparse
 import errno
@@ -16,6 +16,7 @@ _COMMANDS = {
     "plan": "dist_defend.plan",
     "sweep": "dist_defend.sweep.cli",
     "data": "dist_defend.data.cli",
+    "evaluate": "dist_defend.evaluate_command",
     "attacks": "dist_defend.attacks.cli",
     "import": "dist_defend.models.cli",
     "export": "dist_defend.models.export",

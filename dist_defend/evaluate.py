@@ -41,11 +41,23 @@ def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: in
     """Count from predicted classes (N,) int64 on the clean and on the triggered images of a test set with these labels.
 
     target: the attacker's class, or one for each image (N,), as an all-to-all attack has it.
-    acc: clean images classified as their label (the papers' CA or BA).
-    asr: triggered images whose label is not the target, classified as the target.
-    asr_all: all triggered images classified as the target (BadEncoder's, MIMIC's and I-BAU's published convention; a
-    harmless model scores the target's share of the data here).
-    ra: triggered images whose label is not the target, classified as their label.
+    acc: clean images classified as their label (the papers' CA or BA); the others see attack_counts.
+    """
+    return {"acc": agreeing(clean, labels), **attack_counts(triggered, labels, target)}
+
+
+def agreeing(classes: Tensor, labels: Tensor) -> Count:
+    """How many of the predicted classes (N,) are the labels (N,)."""
+    return Count(int((classes == labels).sum()), len(labels))
+
+
+def attack_counts(triggered: Tensor, labels: Tensor, target: int | Tensor) -> dict[str, Count]:
+    """Count from predicted classes (N,) int64 on triggered images with these true labels; target as backdoor_counts'.
+
+    asr: images whose label is not the target, classified as the target.
+    asr_all: all images classified as the target (BadEncoder's, MIMIC's and I-BAU's published convention; a harmless
+    model scores the target's share of the data here).
+    ra: images whose label is not the target, classified as their label.
     """
     others = labels != target
     is_target = triggered == target
@@ -53,13 +65,21 @@ def backdoor_counts(clean: Tensor, triggered: Tensor, labels: Tensor, target: in
     def count(hits: Tensor, among: Tensor) -> Count:
         return Count(int((hits & among).sum()), int(among.sum()))
 
-    everything = torch.ones_like(others)
     return {
-        "acc": count(clean == labels, everything),
         "asr": count(is_target, others),
-        "asr_all": count(is_target, everything),
+        "asr_all": count(is_target, torch.ones_like(others)),
         "ra": count(triggered == labels, others),
     }
+
+
+def only_accuracy(acc: Count) -> dict[str, Count]:
+    """The counts of a test without triggered images: all but ``acc`` are empty."""
+    return {"acc": acc, **dict.fromkeys(("asr", "asr_all", "ra"), Count(0, 0))}
+
+
+def percents(counts: dict[str, Count]) -> dict[str, float]:
+    """Of the counts that are not empty, for the log."""
+    return {name: count.percent for name, count in counts.items() if count.n}
 
 
 def warn_near_chance(kind: str, task: str, acc: Count, num_classes: int) -> None:
@@ -131,21 +151,12 @@ def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Ten
 def evaluate_classifier(
     model: Classifier, clean: Loader, triggered: Loader | None, ranks: Ranks, poison: PoisonConfig | None
 ) -> dict[str, Count]:
-    """The counts of classifier_counts for a test set and its triggered twin (the same rows, original labels)."""
+    """backdoor_counts for a test set and its triggered twin (the same rows, original labels), if there is one."""
     on_clean, labels, _ = predict(model, clean, ranks)
-    on_triggered = None if triggered is None else predict(model, triggered, ranks)[0]
-    return classifier_counts(on_clean, on_triggered, labels, poison, model.num_classes)
-
-
-def classifier_counts(
-    clean: Tensor, triggered: Tensor | None, labels: Tensor, poison: PoisonConfig | None, num_classes: int
-) -> dict[str, Count]:
-    """backdoor_counts of predicted classes (N,) for what this attack wants; without one all but ``acc`` are empty."""
     if triggered is None or poison is None:
-        nothing = Count(0, 0)
-        acc = Count(int((clean == labels).sum()), len(labels))
-        return {"acc": acc, "asr": nothing, "asr_all": nothing, "ra": nothing}
-    return backdoor_counts(clean, triggered, labels, backdoor_labels(labels, poison, num_classes))
+        return only_accuracy(agreeing(on_clean, labels))
+    wanted = backdoor_labels(labels, poison, model.num_classes)
+    return backdoor_counts(on_clean, predict(model, triggered, ranks)[0], labels, wanted)
 
 
 def unit_features(encoder: nn.Module, images: Tensor, ranks: Ranks) -> Tensor:

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -31,7 +32,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     folder = Path(experiment.output)
     trackers = () if dry_run else experiment.trainer.trackers
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
-    _log_to_terminal(ranks.is_main)
+    log_to_terminal(ranks.is_main)
     run_folder = RunFolder(folder, ranks.is_main)
     run_folder.check(experiment.resolved())
     if run_folder.is_finished and not dry_run:
@@ -55,22 +56,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
                 stack.enter_context(plain_weights(stage.step))
             entries = plan.result()
         seconds = time.perf_counter() - started
-        run_folder.finish(
-            {
-                "name": folder.name,
-                "method": experiment.method,
-                "config_sha256": experiment.digest(),
-                "code_version": code_version(),
-                "seed": experiment.seed,
-                "data": context.digests,
-                "wall_seconds": seconds,  # of this process; a resumed run's earlier parts are in metrics.jsonl
-                "device_seconds": seconds * ranks.world_size,
-                "peak_memory_bytes": _peak_memory(),
-                "world_size": ranks.world_size,
-                "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
-                **entries,
-            }
-        )
+        run_folder.finish(provenance(experiment.method, experiment.digest(), context, seconds) | entries)
         ranks.accelerator.wait_for_everyone()
         ranks.accelerator.end_training()  # leaves the process group
         log.info("finished %s in %.0f s", folder, seconds)
@@ -91,7 +77,26 @@ def _open_everywhere(run_folder: RunFolder, experiment: Experiment, ranks: dist.
         raise refused[0]
 
 
-def _log_to_terminal(is_main: bool) -> None:
+def provenance(method: str, config_sha256: str, context: Context, seconds: float) -> dict[str, Any]:
+    """What result.json says of where its numbers come from. seconds: that this process took."""
+    ranks = context.ranks
+    return {
+        "name": context.folder.name,
+        "method": method,
+        "config_sha256": config_sha256,
+        "code_version": code_version(),
+        "seed": context.seed,
+        "data": context.digests,
+        **({"notes": context.notes} if context.notes else {}),
+        "wall_seconds": seconds,  # a resumed run's earlier parts are in metrics.jsonl
+        "device_seconds": seconds * ranks.world_size,
+        "peak_memory_bytes": _peak_memory(),
+        "world_size": ranks.world_size,
+        "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",
+    }
+
+
+def log_to_terminal(is_main: bool) -> None:
     logger = logging.getLogger("dist_defend")
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     for old in [h for h in logger.handlers if type(h) is logging.StreamHandler]:

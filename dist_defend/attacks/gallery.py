@@ -53,18 +53,22 @@ def triggers(image_size: int) -> list[tuple[str, Stamp]]:
 
 
 def draw(images: np.ndarray, named: Sequence[tuple[str, Stamp]]) -> Image.Image:
-    """A line per trigger: caption; every image of (N, H, W, 3) uint8 beside its stamped copy; the first's difference.
+    """A line per trigger: caption, each image of (N, H, W, 3) uint8 beside its stamped copy, the first difference."""
+    before = to_images(images)
+    return draw_pairs([(caption, images, to_bytes(trigger(before))) for caption, trigger in named])
+
+
+def draw_pairs(lines: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:
+    """Lines of caption, images and their stamped copies, each (N, H, W, 3) uint8, and the first one's difference.
 
     The difference is around mid grey and scaled so that its largest value is black or white.
     """
-    before = to_images(images)
-    width = _CAPTION + (2 * len(images) + 1) * (_TILE + _MARGIN)
-    sheet = Image.new("RGB", (width, len(named) * (_TILE + _MARGIN) + _MARGIN), "white")
+    width = _CAPTION + (2 * len(lines[0][1]) + 1) * (_TILE + _MARGIN)
+    sheet = Image.new("RGB", (width, len(lines) * (_TILE + _MARGIN) + _MARGIN), "white")
     pen = ImageDraw.Draw(sheet)
-    for line, (caption, trigger) in enumerate(named):
+    for line, (caption, images, stamped) in enumerate(lines):
         top = _MARGIN + line * (_TILE + _MARGIN)
         pen.text((_MARGIN, top + _TILE // 2 - 6), caption, fill="black")
-        stamped = to_bytes(trigger(before))
         change = stamped[0].astype(np.float64) - images[0]
         contrast = (127.5 * (1 + change / max(1.0, np.abs(change).max()))).astype(np.uint8)
         tiles = [tile for pair in zip(images, stamped, strict=True) for tile in pair]

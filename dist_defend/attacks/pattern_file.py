@@ -43,12 +43,12 @@ def read_mask(path: str | Path, image_size: int) -> np.ndarray:
 
 
 def open_images(path: str | Path, count: int, image_size: int) -> np.ndarray:
-    """An npy file (count, H, W, 3) uint8, mapped, not read: one image per data set row. UserError for anything else."""
+    """An npy file (count, H, W, 3) uint8, mapped, not read: one image per row of the source. UserError if not so."""
     with _one_line(path):
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     wanted = (count, image_size, image_size, 3)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != wanted:
-        raise UserError(f"{path} must be an npy file uint8 {wanted}, an image per row of the data set")
+        raise UserError(f"{path} must be an npy file uint8 {wanted}, an image per row of the data set's source")
     return images
 
 

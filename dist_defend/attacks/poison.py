@@ -30,24 +30,33 @@ class PoisonConfig:
 
     all_to_one: images of any class become the target class. all_to_all: class y becomes y + shift. clean_label: only
     images of the target class are stamped and keep their label. ``rate`` counts against all training images.
-    choose: random ones, by the run's seed, or the first in the data set's order, as ABD's teachers have them.
+    choose: random ones, by the run's seed, or the first in the prepared order. ABD's teachers have the first in the
+    published order, which is the prepared one after `data prepare --keep-order`.
+    images: triggered test images that others made, instead of a trigger (attacks/given.py). They can only be measured.
     """
 
-    trigger: PatternConfig
+    trigger: PatternConfig | None = None
     labels: Literal["all_to_one", "all_to_all", "clean_label"] = "all_to_one"
-    target_class: int = 0
+    target_class: int | None = None  # of a trigger 0; given images may bring their own
     rate: float = 0.1
     count: int | None = None  # images; replaces rate
     shift: int = 1
     avoid_target: bool = False  # all_to_one: choose among the other classes, as I-BAU does
     choose: Literal["random", "first"] = "random"
+    images: str | None = None  # npz, or a prepared data set
 
     def __post_init__(self) -> None:
+        if self.trigger is None and self.images is None:
+            raise ValueError("key 'trigger' is missing: name one, or give others' triggered test images as 'images'")
+        if self.trigger is not None and self.images is not None:
+            raise ValueError("key 'images' is set, but 'trigger' says what is stamped: leave one out")
+        if self.target_class is None and self.trigger is not None:
+            object.__setattr__(self, "target_class", 0)
         if not 0 <= self.rate <= 1:
             raise ValueError(f"key 'rate' is {self.rate}; it must be in [0, 1]")
         if self.count is not None and self.count < 0:
             raise ValueError(f"key 'count' is {self.count}; it cannot be negative")
-        if self.target_class < 0:
+        if self.target_class is not None and self.target_class < 0:
             raise ValueError(f"key 'target_class' is {self.target_class}; it cannot be negative")
         if self.avoid_target and self.labels != "all_to_one":
             raise ValueError(f"key 'avoid_target' is true, but labels is {self.labels!r}; it needs all_to_one")
@@ -75,15 +84,36 @@ def backdoor_labels(labels: Labels, config: PoisonConfig, num_classes: int) -> L
     """What a successful attack predicts on stamped images with these labels (N,)."""
     if config.labels == "all_to_all":
         return (labels + config.shift) % num_classes
+    assert config.target_class is not None
     return labels * 0 + config.target_class
+
+
+def trigger_of(config: PoisonConfig) -> PatternConfig:
+    """What the attack stamps. UserError for given images, which say nothing of other ones."""
+    if config.trigger is None:
+        raise UserError(
+            f"key 'images' is {config.images}: given images are measured, nothing is trained on them; name a 'trigger'"
+        )
+    return config.trigger
+
+
+def check_classes(config: PoisonConfig, num_classes: int, prefix: str = "") -> None:
+    """UserError unless the attack's classes are among so many, and other ones than the images'."""
+    if config.target_class is not None and config.target_class >= num_classes:
+        told = f"key '{prefix}target_class' is {config.target_class}"
+        raise UserError(f"{told}; the classes are 0 to {num_classes - 1}")
+    if config.labels == "all_to_all" and config.shift % num_classes == 0:
+        told = f"key '{prefix}shift' is {config.shift}"
+        raise UserError(f"{told}, which maps each of the {num_classes} classes to itself")
 
 
 class PoisonedDataset(PreparedDataset):
     """A prepared data set whose flagged images are stamped when they are read, truncated to uint8.
 
     flags: (N,) uint8 by row: CLEAN, STAMPED, or CROSS (a wrong trigger, see CrossStamp). labels: (N,) int64 instead of
-    the data set's own. base: (N, H, W, 3) uint8, what stamped rows start from instead of the clean images. others:
-    (N,) rows, the other image of each cross sample. There is no .beton: back ends read through images().
+    the data set's own. base: (M, H, W, 3) uint8, by row of the source, what stamped rows start from instead of the
+    clean images. others: (N,) rows, the other image of each cross sample. There is no .beton: back ends read through
+    images().
     """
 
     def __init__(
@@ -95,7 +125,7 @@ class PoisonedDataset(PreparedDataset):
         base: np.ndarray | None = None,
         others: np.ndarray | None = None,
     ) -> None:
-        super().__init__(clean.path, clean.manifest)
+        super().__init__(clean.path, clean.manifest, clean.resize)
         self.clean, self.trigger, self.flags = clean, trigger, flags
         self.labels = clean.labels if labels is None else labels
         self.beton = None
@@ -114,7 +144,9 @@ class PoisonedDataset(PreparedDataset):
             is_cross = self.flags[rows[at]] == CROSS
             stamped, crossed = at[~is_cross], at[is_cross]
             if len(stamped):
-                source = images[stamped] if self._base is None else np.asarray(self._base[rows[stamped]])
+                source = (
+                    images[stamped] if self._base is None else np.asarray(self._base[self.source_rows[rows[stamped]]])
+                )
                 images[stamped] = to_bytes(self.trigger(to_images(source)))
             if len(crossed):
                 assert isinstance(self.trigger, CrossStamp) and self._others is not None
@@ -127,17 +159,17 @@ class PoisonedDataset(PreparedDataset):
 def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: PoisonConfig, seed: int) -> PoisonedDataset:
     """The training set: poisoned_rows of ``rows`` stamped and relabelled; cross samples, where the trigger has them,
     are further rows that keep their labels. UserError as poisoned_rows; for images of several sizes."""
-    size = image_size_of(dataset)
-    trigger = config.trigger.build(size)
-    cross_ratio = getattr(config.trigger, "cross_ratio", 0.0)
+    size, pattern = image_size_of(dataset), trigger_of(config)
+    trigger = pattern.build(size)
+    cross_ratio = getattr(pattern, "cross_ratio", 0.0)
     chosen, crossed = _draw(dataset.labels, rows, config, dataset.num_classes, seed, cross_ratio)
     flags = np.zeros(len(dataset), np.uint8)
     flags[chosen], flags[crossed] = STAMPED, CROSS
     labels = dataset.labels.copy()
     labels[chosen] = backdoor_labels(labels[chosen], config, dataset.num_classes)
     base = None
-    if isinstance(config.trigger, LabelConsistent) and config.trigger.adversarial is not None:
-        base = open_images(config.trigger.adversarial, len(dataset), size)
+    if isinstance(pattern, LabelConsistent) and pattern.adversarial is not None:
+        base = open_images(pattern.adversarial, dataset.num_source_rows, size)
     others = np.zeros(len(dataset), np.int64)
     others[crossed] = np.random.default_rng([seed, _STREAM, 1]).choice(rows, len(crossed))
     return PoisonedDataset(dataset, trigger, flags, labels, base, others)
@@ -145,7 +177,7 @@ def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: PoisonConfig, s
 
 def triggered(dataset: PreparedDataset, config: PoisonConfig) -> PoisonedDataset:
     """The test set: every image stamped, labels the original ones. UserError for images of several sizes."""
-    trigger = config.trigger.build(image_size_of(dataset))
+    trigger = trigger_of(config).build(image_size_of(dataset))
     return PoisonedDataset(dataset, trigger, np.full(len(dataset), STAMPED, np.uint8))
 
 
@@ -171,10 +203,7 @@ def _draw(
     labels: np.ndarray, rows: np.ndarray, config: PoisonConfig, num_classes: int, seed: int, cross_ratio: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows to stamp and rows to cross, each ascending; all of one permutation, so they are disjoint."""
-    if config.target_class >= num_classes:
-        raise UserError(f"key 'target_class' is {config.target_class}; the classes are 0 to {num_classes - 1}")
-    if config.labels == "all_to_all" and config.shift % num_classes == 0:
-        raise UserError(f"key 'shift' is {config.shift}, which maps each of the {num_classes} classes to itself")
+    check_classes(config, num_classes)
     rows = np.asarray(rows, np.int64)
     eligible = np.ones(len(rows), bool)
     if config.labels == "clean_label":

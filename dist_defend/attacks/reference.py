@@ -20,7 +20,8 @@ class TriggerConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """An npz file in BadEncoder's layout, or one image of a prepared data set: the number-th of the target class."""
+    """An npz file in BadEncoder's layout, or one image of a prepared data set: the number-th of the target class in
+    the order of the data set's source, which is that of the lines of `data info`'s contact sheet."""
 
     file: str | None = None
     dataset: str | None = None
@@ -54,7 +55,7 @@ def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarra
                 f"key 'reference.target_class' is {config.target_class}; {config.dataset} has classes 0 to "
                 f"{dataset.num_classes - 1}"
             )
-        rows = np.flatnonzero(dataset.labels == config.target_class)[config.number : config.number + 1]
+        rows = dataset.rows_of_class(config.target_class)[config.number : config.number + 1]
         if not len(rows):
             raise UserError(
                 f"key 'reference.number' is {config.number}; {config.dataset} has fewer images of that class"

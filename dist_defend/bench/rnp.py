@@ -28,10 +28,11 @@ from dist_defend.engine.dist import Ranks
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.rnp import Config, Phases
 from dist_defend.methods.rnp.masks import neuron_table
-from dist_defend.methods.rnp.outcome import Outcome
-from dist_defend.models.artifact import ModelCard
+from dist_defend.methods.rnp.outcome import EVALUATION_BATCH, Outcome
+from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
+from dist_defend.trial import Trial
 
 UNLEARNING_EPOCHS, RECOVERING_EPOCHS = 13, 20  # of the published log
 TEST_SHARE = 18  # images of each test set per image of the defender, as published: 9000 and 500
@@ -106,7 +107,7 @@ class Pair:
     def ours(self, ranks: Ranks, full: bool) -> Callable[[], Any]:
         """What a run of the method does between its configuration and its result."""
         config = Config(
-            model="",
+            model=str(self.folder / "suspect"),
             data=DatasetConfig(str(self.folder / "train")),
             test=DatasetConfig(str(self.folder / "test")),
             ratio=1.0,
@@ -119,14 +120,15 @@ class Pair:
             exclude_target_from_acc=True,
         )
         card = ModelCard("classifier", self.case.encoder, runner.NORMALIZATION, runner.IMAGE_SIZE, num_classes=CLASSES)
+        save_artifact(self.folder / "suspect", self.model, card)
         context = Context(ranks, 0, LoaderConfig("resident", 1), self.folder)
 
         def defend() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-            model = copy.deepcopy(self.model)
-            model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-            data, test = (context.dataset(*pair, is_labelled=True) for pair in (("d", config.data), ("t", config.test)))
-            outcome = Outcome(config, context, model, card, self.poison, data, test)
-            phases = Phases(config, context, model, norm_names(model.net), *data)
+            trial = Trial(config.model, context)
+            data = trial.dataset("d", config.data)
+            trial.test_on(config.test, self.poison, batch_size=EVALUATION_BATCH)
+            outcome = Outcome(config, trial, *data)
+            phases = Phases(config, context, trial.model, norm_names(trial.model.net), *data)
             phases.accuracy = 0.0
             for stage in phases.stages:
                 _run(stage, ranks)

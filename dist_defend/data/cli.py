@@ -8,7 +8,7 @@ import torch
 
 from dist_defend.data.sheet import Stamp, contact_sheet
 from dist_defend.data.sources import KINDS, open_source, source_splits
-from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
+from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_splits
 from dist_defend.errors import UserError
 
 
@@ -28,7 +28,17 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     )
     prepare.add_argument("--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG")
     prepare.add_argument("--storage", choices=("auto", "beton", "npy"), default="auto")
-    prepare.add_argument("--max-samples", type=_positive, metavar="N", help="only the first N of each split")
+    order = prepare.add_mutually_exclusive_group()
+    order.add_argument(
+        "--order-seed", type=_not_negative, default=0, metavar="N", help="of the shuffled order of the rows (default 0)"
+    )
+    order.add_argument("--keep-order", action="store_true", help="keep the source's order, which may be one by class")
+    prepare.add_argument(
+        "--max-samples", type=_positive, metavar="N", help="only the first N of each split, in the order of its rows"
+    )
+    prepare.add_argument(
+        "--skip-broken", type=_not_negative, default=0, metavar="N", help="leave out up to N images that cannot be read"
+    )
     prepare.set_defaults(main=_prepare)
     info = commands.add_parser("info", help="print a data set's manifest and draw a contact sheet")
     info.add_argument("dataset", help="folder of one split")
@@ -45,23 +55,47 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
 def _prepare(args: argparse.Namespace) -> int:
     splits = source_splits(args.kind, args.path) if args.split == "all" else [args.split]
-    for split in splits:
-        dataset = write_dataset(
-            open_source(args.kind, args.path, split),
-            args.out / split,
-            name=args.kind,
-            split=split,
-            write_mode=args.write_mode,
-            image_size=args.image_size,
-            max_resolution=args.max_resolution,
-            quality=args.quality,
-            storage=args.storage,
-            max_samples=args.max_samples,
-        )
+    options = WriteOptions(
+        write_mode=args.write_mode,
+        image_size=args.image_size,
+        max_resolution=args.max_resolution,
+        quality=args.quality,
+        storage=args.storage,
+        max_samples=args.max_samples,
+        order_seed=None if args.keep_order else args.order_seed,
+        skip_broken=args.skip_broken,
+    )
+    sources = {split: open_source(args.kind, args.path, split) for split in splits}
+    places = {split: args.out / split for split in splits}
+    for dataset in write_splits(sources, places, name=args.kind, options=options):
         print(_describe(dataset))
+        _print_remarks(dataset)
     return 0
+
+
+def _print_remarks(dataset: PreparedDataset) -> None:
+    """The order of the rows, what the source noted, and what was left out."""
+    manifest = dataset.manifest
+    order = "the source's" if manifest.order_seed is None else f"shuffled, seed {manifest.order_seed}"
+    print(f"  order of the rows: {order}")
+    if manifest.source_samples is not None and manifest.source_samples > len(dataset) + len(manifest.skipped):
+        print(f"  these are the first {len(dataset)} of {manifest.source_samples} images in this order")
+    for note in manifest.notes:
+        print(f"  note: {note}")
+    for name in manifest.skipped:
+        print(f"  left out, cannot be read: {name}")
+    if any(manifest.class_counts) and 0 in manifest.class_counts:
+        empty = [name for name, count in zip(manifest.classes, manifest.class_counts, strict=True) if not count]
+        print(f"  {len(empty)} classes have no image here: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
 
 
 def _describe(dataset: PreparedDataset) -> str:
@@ -80,6 +114,7 @@ def _info(args: argparse.Namespace) -> int:
     if args.verify:
         dataset.verify()
     print(_describe(dataset))
+    _print_remarks(dataset)
     for name, count in zip(dataset.classes, dataset.manifest.class_counts, strict=True):
         print(f"  {count:8d}  {name}")
     if args.verify:

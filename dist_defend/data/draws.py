@@ -10,7 +10,6 @@ import itertools
 import math
 
 import numpy as np
-from numba import njit
 
 from dist_defend.data.augment import (
     BRIGHTNESS,
@@ -28,6 +27,7 @@ from dist_defend.data.augment import (
     WIDTH,
     AugmentConfig,
 )
+from dist_defend.data.kernels import kernel
 
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.float32)  # (24, 4), of the jitter's steps
 CROPS = ("none", "random_resized", "pad")
@@ -57,7 +57,7 @@ def pack(config: AugmentConfig) -> np.ndarray:
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _mix(value):
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -65,7 +65,7 @@ def _mix(value):
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _key(seed, epoch, index, view):
     key = np.uint64(0)
     for part in (seed, epoch, index, view):
@@ -73,18 +73,18 @@ def _key(seed, epoch, index, view):
     return key
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _uniform(key, slot, low, high):
     bits = _mix(key + np.uint64(slot + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
     return low + (high - low) * (np.float64(bits) * 2.0**-53)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _randint(key, slot, count):
     return int(_uniform(key, slot, 0.0, float(count)))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _resized_crop(key, packed, height, width):
     """(top, left, height, width) of a crop of random area and aspect ratio."""
     scale_low, scale_high, ratio_low, ratio_high = packed[2], packed[3], packed[4], packed[5]
@@ -102,7 +102,7 @@ def _resized_crop(key, packed, height, width):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def draw_one(seed, epoch, index, view, packed, height, width, out):
     """Fill ``out`` (NUM_PARAMETERS,) with the parameters of one view of one image of height x width pixels."""
     key = _key(seed, epoch, index, view)
@@ -126,7 +126,7 @@ def draw_one(seed, epoch, index, view, packed, height, width, out):
     out[GRAYSCALE] = _uniform(key, _GRAYSCALE, 0.0, 1.0) < packed[13]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _draw_many(seed, epoch, index, view, packed, heights, widths, out):
     for i in range(len(index)):
         draw_one(seed, epoch, index[i], view, packed, heights[i], widths[i], out[i])

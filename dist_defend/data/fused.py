@@ -3,14 +3,12 @@
 The same arithmetic as augment.py: Pillow's fixed-point bilinear resize (equal to the last bit), then float32 colour
 (where the compiler may reorder sums, so within a small part of a grey level). Loops over pixels run over float32 or
 integer planes that stay in the cache, without branches, and LLVM makes vector instructions of them. The kernels are
-compiled once per machine, release the interpreter lock and start no threads. numba's cache looks at this file only:
-after a change of draws.py or augment.py, touch it.
+compiled once per machine and content (kernels.py), release the interpreter lock and start no threads.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from dist_defend.data.augment import (
     BRIGHTNESS,
@@ -28,6 +26,7 @@ from dist_defend.data.augment import (
     View,
 )
 from dist_defend.data.draws import draw_one, pack
+from dist_defend.data.kernels import kernel
 from dist_defend.data.pixels import Pixels
 
 _HALF = np.int32(1 << (PRECISION - 1))
@@ -39,7 +38,7 @@ _255 = np.float32(255)
 _RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _taps(length, out, flip):
     """For each of ``out`` resized pixels: the first source pixel, how many there are, their weights in 1 / 2^22."""
     scale = length / out
@@ -61,7 +60,7 @@ def _taps(length, out, flip):
     return first, count, weights
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _resize(memory, start, stride, box_height, box_width, flip, rows, planes, out_height, out_width):
     """Resize the box that starts at byte ``start`` of ``memory`` (rows of ``stride`` bytes) into the float planes.
 
@@ -97,7 +96,7 @@ def _resize(memory, start, stride, box_height, box_width, flip, rows, planes, ou
                 target[x] = np.float32(np.int32(total[x] >> _SHIFT)) / _255
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _copy(memory, start, height, width, top, left, flip, planes, out_height, out_width):
     """Copy a box that may reach over the image's borders, black there, into the float planes."""
     low, high = max(0, -left), min(out_width, width - left)  # columns of the box that lie in the image
@@ -115,18 +114,18 @@ def _copy(memory, start, height, width, top, left, flip, planes, out_height, out
                 place += step
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@kernel(fastmath=True, inline="always")
 def _clamp(value):
     return min(max(value, _0), _1)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _scale(plane, factor, offset):
     for i in range(plane.size):
         plane[i] = _clamp(factor * plane[i] + offset)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _mean_grey(red, green, blue):
     total = _0
     for i in range(red.size):
@@ -134,7 +133,7 @@ def _mean_grey(red, green, blue):
     return total / np.float32(red.size)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _saturate(red, green, blue, factor):
     """Blend with the pixel's grey; factor 0 is the grey image."""
     rest = _1 - factor
@@ -147,17 +146,17 @@ def _saturate(red, green, blue, factor):
         )
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@kernel(fastmath=True, inline="always")
 def _wrap(sixths):
     return sixths - _6 if sixths >= _6 else sixths
 
 
-@njit(cache=True, nogil=True, fastmath=True, inline="always")
+@kernel(fastmath=True, inline="always")
 def _channel(value, chroma, k):
     return value - chroma * min(max(min(k, _4 - k), _0), _1)
 
 
-@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+@kernel(fastmath=True, error_model="numpy")
 def _shift_hue(red, green, blue, turns):
     """As augment._shift_hue, hue in sixths of the circle."""
     shift = _6 * turns
@@ -174,7 +173,7 @@ def _shift_hue(red, green, blue, turns):
         blue[i] = _channel(value, chroma, _wrap(hue + _1))
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _jitter(planes, params):
     red, green, blue = planes[0], planes[1], planes[2]
     for position in range(4):
@@ -191,14 +190,14 @@ def _jitter(planes, params):
                 _scale(planes[channel], factor, offset)
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _interleave(planes, out):
     red, green, blue = planes[0], planes[1], planes[2]
     for i in range(red.size):
         out[3 * i], out[3 * i + 1], out[3 * i + 2] = red[i], green[i], blue[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel()
 def _render(memory, addresses, heights, widths, rows, seed, epoch, view, packed, out):
     """One view of each row; out (B, S, S, 3) float32. Image i lies at byte addresses[i] of ``memory``."""
     out_height, out_width = out.shape[1], out.shape[2]

@@ -40,18 +40,25 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A prepared data set or part of it: int(N * fraction) rows, at most max_samples, the first or random ones."""
+    """A prepared data set or part of it: int(N * fraction) rows, at most max_samples, the first or random ones.
+
+    first: of the prepared order, which is a shuffled one unless the data set was prepared with --keep-order.
+    resize: images are resized to a square of so many pixels when they are read.
+    """
 
     path: str
     fraction: float = 1.0
     max_samples: int | None = None
     subset: Literal["first", "random"] = "first"
+    resize: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"key 'fraction' is {self.fraction}; it must be in (0, 1]")
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"key 'max_samples' is {self.max_samples}; it must be at least 1")
+        if self.resize is not None and self.resize < 1:
+            raise ValueError(f"key 'resize' is {self.resize}; it must be at least 1 pixel")
 
 
 def select_rows(dataset: PreparedDataset, config: DatasetConfig, seed: int) -> np.ndarray:
@@ -150,13 +157,19 @@ def _check_views(dataset: PreparedDataset, views: Sequence[View], raw: bool) -> 
             if raw or view.augment.crop == "pad" or view.augment.size is None:
                 raise UserError(
                     f"{dataset.path}: images differ in size; set the augmentation's crop: random_resized and "
-                    "size, or prepare the data set with --image-size"
+                    "size, prepare the data set with --image-size, or say resize in its section"
                 )
         elif view.augment.crop == "pad" and (view.augment.size or 0) > min(shape[:2]) + 2 * view.augment.pad:
             raise UserError(
                 f"{dataset.path}: a crop of {view.augment.size} pixels does not fit into images of {shape[0]}x"
                 f"{shape[1]} with {view.augment.pad} around; lower size or raise pad"
             )
+
+
+def _why_not_ffcv(dataset: PreparedDataset) -> str:
+    if dataset.resize:
+        return f"its images are resized to {dataset.resize} px when they are read; prepare them with --image-size"
+    return "the images are not stored as .beton; prepare the data set with --storage beton"
 
 
 def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, device: torch.device) -> str:
@@ -166,10 +179,7 @@ def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, de
                 "key 'loader.backend' is ffcv, which is not installed; pip install 'dist-defend[ffcv]' or say auto"
             )
         if dataset.beton is None:
-            raise UserError(
-                f"{dataset.path}: key 'loader.backend' is ffcv, but the images are not stored as .beton; "
-                "prepare the data set with --storage beton or say auto"
-            )
+            raise UserError(f"{dataset.path}: key 'loader.backend' is ffcv, but {_why_not_ffcv(dataset)} or say auto")
     if config.backend == "resident" and dataset.image_shape is None:
         raise UserError(f"{dataset.path}: images differ in size, so they cannot be resident; say loader.backend: auto")
     if config.backend != "auto":

@@ -17,7 +17,7 @@ Stamp = Callable[[np.ndarray], np.ndarray]  # one (H, W, 3) uint8 image -> the s
 
 
 def contact_sheet(dataset: PreparedDataset, stamps: Sequence[Stamp] = ()) -> Image.Image:
-    """One line per class: its name, then for up to 8 images the image and its stamped copies."""
+    """One line per class: its name, then for up to 8 images, the source's first, the image and its stamped copies."""
     lines = _lines(dataset)
     group = (1 + len(stamps)) * _TILE + _MARGIN
     size = (_CAPTION + _COLUMNS * group, len(lines) * (_TILE + _MARGIN) + _MARGIN)
@@ -37,7 +37,7 @@ def _lines(dataset: PreparedDataset) -> list[tuple[str, np.ndarray]]:
     if not (dataset.labels >= 0).any():
         rows = np.arange(min(len(dataset), 8 * _COLUMNS))
         return [("unlabelled", rows[i : i + _COLUMNS]) for i in range(0, len(rows), _COLUMNS)]
-    found = [(name, np.flatnonzero(dataset.labels == c)[:_COLUMNS]) for c, name in enumerate(dataset.classes)]
+    found = [(name, dataset.rows_of_class(c)[:_COLUMNS]) for c, name in enumerate(dataset.classes)]
     return [(name, rows) for name, rows in found if len(rows)][:_MAX_ROWS]
 
 

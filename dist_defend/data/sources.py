@@ -37,7 +37,11 @@ _NPZ_FILES = {"train": ("train", "train_224"), "test": ("test", "test_224"), "un
 
 
 class Source(Protocol):
-    """What write_dataset reads."""
+    """What write_dataset reads.
+
+    It may also have ``name(row) -> str``, what messages call an image (the path of its file), and ``notes``, a list
+    of what was noticed on the way; it is read after the last image.
+    """
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -65,6 +69,11 @@ class TorchvisionSource:
 
     def __init__(self, dataset: Any, classes: Sequence[str]) -> None:
         self._dataset, self.classes = dataset, tuple(classes)
+        self._samples = getattr(dataset, "samples", None)  # (path, label) of a folder's
+
+    def name(self, row: int) -> str:
+        """The path of its file; for a data set without files its row."""
+        return str(self._samples[row][0]) if self._samples else f"image {row} of the source"
 
     def __len__(self) -> int:
         return len(self._dataset)

@@ -1,7 +1,8 @@
-"""Bring a source's images into shape, and write them through FFCV."""
+"""Bring a source's images into shape, and write them through FFCV or as one array."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,72 +18,140 @@ from dist_defend.errors import UserError
 
 _READERS = 4  # threads that decode and resize ahead of the writer
 _PAGE_BYTES = 1 << 23  # an image must fit into a page
+MOST_BROKEN = 1000  # images that cannot be read, after which nobody wants to see more
+_LISTED = 10  # of them in a message
+
+
+@dataclass(frozen=True)
+class BrokenImage:
+    """An image that cannot be read: its row in the source, its name there, and why, as one sentence."""
+
+    row: int
+    name: str
+    told: str
+
+
+class BrokenImagesError(Exception):
+    """Raised after the last image: those of the source that cannot be read, in its order."""
+
+    def __init__(self, images: Sequence[BrokenImage]) -> None:
+        super().__init__(f"{len(images)} images cannot be read")
+        self.images = tuple(images)
+
+
+def broken_images_error(images: Sequence[BrokenImage], skip_broken: int) -> UserError:
+    """One line: the first ten, how many there are, and what can be done."""
+    count = len(images)
+    if count == 1 and not skip_broken:
+        return UserError(f"{images[0].told}; mend or remove it, or leave it out with --skip-broken 1")
+    least = "at least " if count > max(MOST_BROKEN, skip_broken) else ""
+    listed = "; ".join(image.told for image in images[:_LISTED]) + (" ..." if count > _LISTED else "")
+    allowed = f", more than --skip-broken {skip_broken}" if skip_broken else ""
+    remedy = f"mend or remove them, or leave them out with --skip-broken {count}"
+    return UserError(f"{least}{count} images cannot be read{allowed}: {listed}; {remedy}")
 
 
 class PreparedImages:
-    """Iterates over uint8 (H, W, 3) images of a source, in order, resized; fills ``labels`` and ``shapes`` on its way.
+    """Iterates over uint8 (H, W, 3) images of a source, resized, in the order of ``rows`` (N,), its rows; fills
+    ``labels`` and ``shapes`` (N, 2) on its way.
 
-    UserError for an empty source, a label that has no class, an image of another type, or a reader that fails.
+    An image that cannot be read ends the output, but reading goes on: BrokenImagesError tells of all of them.
+    UserError for no rows or a label that has no class.
     """
 
     def __init__(
-        self, source: Source, image_size: int | None, max_resolution: int | None, max_samples: int | None
+        self, source: Source, rows: np.ndarray, image_size: int | None, max_resolution: int | None, most_broken: int
     ) -> None:
-        self._source, self._image_size, self._max_resolution = source, image_size, max_resolution
-        self._num = len(source) if max_samples is None else min(max_samples, len(source))
-        if self._num < 1:
+        self._source, self.rows, self._most_broken = source, rows, most_broken
+        self._image_size, self._max_resolution = image_size, max_resolution
+        if not len(rows):
             raise UserError("the source has no images; check --path, --split and --max-samples")
-        self.labels = np.empty(self._num, np.int64)
-        self.shapes = np.empty((self._num, 2), np.int64)
+        self.labels = np.empty(len(rows), np.int64)
+        self.shapes = np.empty((len(rows), 2), np.int64)
 
     def __len__(self) -> int:
-        return self._num
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        with contextlib.closing(prefetch(self._read, range(self._num), _READERS)) as images:
-            yield from tqdm(images, total=self._num, unit="image", leave=False, disable=None)
+        broken: list[BrokenImage] = []
+        with contextlib.closing(prefetch(self._read, range(len(self)), _READERS)) as images:
+            for image in tqdm(images, total=len(self), unit="image", leave=False, disable=None):
+                if isinstance(image, BrokenImage):
+                    broken.append(image)
+                    if len(broken) > self._most_broken:
+                        break
+                elif not broken:
+                    yield image
+        if broken:
+            raise BrokenImagesError(sorted(broken, key=lambda image: image.row))
 
-    def _read(self, row: int) -> np.ndarray:
+    def name(self, position: int) -> str:
+        """What messages call an image."""
+        row = int(self.rows[position])
+        return self._source.name(row) if hasattr(self._source, "name") else f"image {row} of the source"
+
+    def without(self, broken: Sequence[BrokenImage]) -> "PreparedImages":
+        """The same, but for these."""
+        kept = self.rows[~np.isin(self.rows, [image.row for image in broken])]
+        return PreparedImages(self._source, kept, self._image_size, self._max_resolution, self._most_broken)
+
+    def _read(self, position: int) -> np.ndarray | BrokenImage:
+        row, classes = int(self.rows[position]), self._source.classes
         try:
             image, label = self._source[row]
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"image {row} of the source cannot be read: {type(error).__name__}: {error}") from error
-        if not -1 <= label < len(self._source.classes):
-            raise UserError(
-                f"image {row} of the source has label {label}, but there are {len(self._source.classes)} classes"
-            )
-        pixels = (
-            _to_rgb(image, row)
-            if self._max_resolution is None and self._image_size is None
-            else self._resize(image, row)
-        )
-        self.labels[row], self.shapes[row] = label, pixels.shape[:2]
+            pixels = self._shape(_to_rgb(image))
+        except Exception as error:  # of any reader of any source
+            return BrokenImage(row, self.name(position), self._why(position, error))
+        if not -1 <= label < len(classes):
+            raise UserError(f"{self.name(position)} has label {label}, but there are {len(classes)} classes")
+        self.labels[position], self.shapes[position] = label, pixels.shape[:2]
         return pixels
 
-    def _resize(self, image: Any, row: int) -> np.ndarray:
-        picture = Image.fromarray(_to_rgb(image, row))
-        size = picture.size
+    def _why(self, position: int, error: Exception) -> str:
+        name, lines = self.name(position), " ".join(str(error).split())
+        if not isinstance(error, UserError):
+            return f"{name} cannot be read: {type(error).__name__}: {lines}"
+        return lines if name in lines else f"{name} {lines}"
+
+    def _shape(self, pixels: np.ndarray) -> np.ndarray:
+        if self._max_resolution is None and self._image_size is None:
+            return pixels
+        size = (pixels.shape[1], pixels.shape[0])
         if self._max_resolution is not None and max(size) > self._max_resolution:
             share = self._max_resolution / max(size)
             size = (max(1, round(size[0] * share)), max(1, round(size[1] * share)))
         if self._image_size is not None:
             size = (self._image_size, self._image_size)
-        return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))
+        return resized(pixels, size)
 
 
-def _to_rgb(image: Any, row: int) -> np.ndarray:
+def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """An image (H, W, 3) uint8 at this width and height, by Pillow's bilinear filter."""
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+
+
+def _to_rgb(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         image = image.convert("RGB")
     pixels = np.ascontiguousarray(image)
     if pixels.ndim == 2:
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
-        raise UserError(
-            f"image {row} of the source is {pixels.dtype} of shape {pixels.shape}; expected uint8 (H, W, 3)"
-        )
+        raise UserError(f"is {pixels.dtype} of shape {pixels.shape}; expected uint8 (H, W, 3)")
     return pixels
+
+
+def write_npy(images: PreparedImages, path: Path) -> None:
+    """Write ``path``, one array (N, H, W, 3). UserError unless all images have one size."""
+    array: np.memmap | None = None
+    for row, image in enumerate(images):
+        if array is None:
+            array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(images), *image.shape))
+        if image.shape != array.shape[1:]:
+            raise UserError("--storage npy needs images of one size; give --image-size")
+        array[row] = image
+    assert array is not None
+    array.flush()
 
 
 def write_beton(images: PreparedImages, path: Path, write_mode: str, quality: int) -> None:
@@ -108,7 +177,7 @@ def write_beton(images: PreparedImages, path: Path, write_mode: str, quality: in
         for row, image in enumerate(images):
             if image.nbytes > _PAGE_BYTES:
                 raise UserError(
-                    f"image {row} of the source has {image.nbytes} bytes, more than a page of {_PAGE_BYTES}; "
+                    f"{images.name(row)} has {image.nbytes} bytes, more than a page of {_PAGE_BYTES}; "
                     "give --max-resolution"
                 )
             handle_sample((image, images.labels[row]), row, metadata.dtype.names, metadata, allocator, fields)

@@ -1,12 +1,13 @@
 """What a method's build() gets, and what it gives back."""
 
+import logging
 import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from dist_defend.data.augment import View
+from dist_defend.data.classes import check_same_classes, tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine.dist import Ranks
@@ -28,6 +30,7 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
 
 Place = Literal["memory", "disk"]  # where a cache lies
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,48 @@ class Context:
     loader_config: LoaderConfig
     folder: Path
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
+    notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
+    has_content: ClassVar[bool] = True  # of weights and images; `dist-defend plan` only pretends to have some
 
     def dataset(
         self, role: str, config: DatasetConfig, is_labelled: bool = False
     ) -> tuple[PreparedDataset, np.ndarray]:
-        """Open a data set and choose its rows; remembers the digest for result.json. UserError if labels lack."""
-        dataset = open_dataset(config.path)
+        """Open a data set and choose its rows; remembers the digest for result.json. UserError if labels lack.
+
+        Tells of classes that the data set has and the chosen rows lack.
+        """
+        dataset = open_dataset(config.path, config.resize)
         rows = select_rows(dataset, config, self.seed)
+        missing = tell_missing_classes(dataset.labels, rows, dataset.classes)
+        if missing is not None:
+            is_sorted = config.subset == "first" and dataset.manifest.order_seed is None
+            remedy = "say subset: random, or prepare it again without --keep-order" if is_sorted else "take more"
+            self.tell(f"{role} data {config.path}: {missing}; {remedy}")
         if is_labelled and dataset.labels[rows].min() < 0:
             raise UserError(f"{config.path}: has images without a label; it cannot be {role} data")
         self.digests[role] = dataset.digest
         return dataset, rows
+
+    def tell(self, note: str) -> None:
+        """Warn the user once, and keep the note for result.json."""
+        if note not in self.notes:
+            self.notes.append(note)
+            if self.ranks.is_main:
+                log.warning("%s", note)
+
+    def check_classes(
+        self, first: Sequence[str] | None, first_path: str, second: Sequence[str] | None, second_path: str
+    ) -> None:
+        """check_same_classes, whose note is told."""
+        note = check_same_classes(first, first_path, second, second_path)
+        if note is not None:
+            self.tell(note)
+
+    def check_order(self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int) -> None:
+        """Tell where batches of these rows in order, which train, are no fair samples, as of a set sorted by class."""
+        note = tell_uniform_batches(dataset.labels[rows], batch_size)
+        if note is not None:
+            self.tell(f"{dataset.path}: {note}; prepare it again without --keep-order")
 
     def train_loader(
         self,
@@ -149,13 +183,31 @@ class Context:
             convert_sync_batchnorm(model)
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
-        """An encoder's model folder -> the model and the sha256 of its weights."""
-        model, _ = load_simclr(folder)
-        return model, sha256_file(Path(folder) / "model.safetensors")
+        """An encoder's model folder -> the model and the sha256 of its weights. Tells what its card only guesses."""
+        model, _, sha256 = self.load_encoder(folder)
+        return model, sha256
+
+    def load_encoder(self, folder: str) -> tuple[SimCLR, ModelCard, str]:
+        """As load_model, with the card."""
+        model, card = load_simclr(folder)
+        self._tell_guesses(folder, card)
+        return model, card, sha256_file(Path(folder) / "model.safetensors")
 
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
-        """A classifier's model folder -> the model, its card and the sha256 of its weights."""
-        return *load_classifier(folder), sha256_file(Path(folder) / "model.safetensors")
+        """A classifier's model folder -> the model, its card and the sha256 of its weights. Tells as load_model."""
+        model, card = load_classifier(folder)
+        self._tell_guesses(folder, card)
+        return model, card, sha256_file(Path(folder) / "model.safetensors")
+
+    def _tell_guesses(self, folder: str, card: ModelCard) -> None:
+        if not card.guessed:
+            return
+        guesses = ", ".join(f"{what} {getattr(card, what)}" for what in card.guessed)
+        options = " and ".join(f"--{what.replace('_', '-')}" for what in card.guessed)
+        self.tell(
+            f"{folder}: its source did not tell {guesses}, so import guessed, and the numbers of this run rest on "
+            f"that: measure with `dist-defend import ... --check DATA`, and import again with {options}"
+        )
 
     def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""

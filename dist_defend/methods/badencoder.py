@@ -25,8 +25,10 @@ from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import NORMALIZATIONS, Encoder, Normalize
+from dist_defend.models.fit import check_image_size
 from dist_defend.models.folding import fold_frozen_norms
 
 log = logging.getLogger(__name__)
@@ -120,9 +122,17 @@ def freeze_norms(encoder: nn.Module, which: str) -> None:
 
 def build(config: Config, context: Context) -> Plan:
     """One stage: fine-tune a copy of the clean encoder on the shadow images."""
-    model, clean_sha256 = context.load_model(config.clean_encoder)
+    model, parent, clean_sha256 = context.load_encoder(config.clean_encoder)
+    if parent.backdoored:
+        context.tell(f"{config.clean_encoder} is backdoored already: the new card will name the new trigger only")
     dataset, rows = context.dataset("shadow", config.shadow)
     size = (dataset.image_shape or (model.image_size,))[0]
+    check_image_size(model, config.clean_encoder, dataset.image_shape, config.shadow.path)
+    if config.augment.size not in (None, size):
+        raise UserError(
+            f"key 'badencoder.augment.size' is {config.augment.size}, but the shadow images have {size} px, and both "
+            "go through the encoder together: leave it out"
+        )
     references, classes = references_from(config.reference, size)
     triggers = triggers_from(config.trigger, size)
     triggers = pair_references_triggers(references, triggers, config.trigger.file or "the key 'trigger'")
@@ -164,6 +174,7 @@ def build(config: Config, context: Context) -> Plan:
             backdoored=True,
             trigger={**asdict(config.trigger), "target_class": classes.tolist()},
             parent_sha256=clean_sha256,
+            guessed=parent.guessed,
             provenance={"method": "badencoder", "data": context.digests, "seed": context.seed},
         )
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}

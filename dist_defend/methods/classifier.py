@@ -5,18 +5,15 @@ A poisoned run differs from a clean one in its data set alone.
 
 import hashlib
 import io
-import logging
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned, triggered
+from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
@@ -26,14 +23,11 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, classifier_counts, evaluate_classifier, per_class_accuracy, predict
+from dist_defend.evaluate import percents, warn_near_chance
 from dist_defend.files import write_atomic
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
-
-log = logging.getLogger(__name__)
-
-_PICTURED = 8  # test images shown in the report
+from dist_defend.trial import Examination
 
 
 @dataclass(frozen=True)
@@ -113,42 +107,36 @@ def build(config: Config, context: Context) -> Plan:
     """One stage: train from fresh weights, evaluating as configured."""
     clean_train, rows = context.dataset("train", config.data, is_labelled=True)
     test, test_rows = context.dataset("test", config.test, is_labelled=True)
+    context.check_classes(clean_train.classes, config.data.path, test.classes, config.test.path)
     size = _image_size(clean_train, test, config)
     torch.manual_seed(context.seed)
     model = build_classifier(config.arch, test.num_classes, config.normalization, image_size=size)
     context.synchronise(model)
-    train, attacked = clean_train, None
-    flags = np.zeros(len(clean_train), np.uint8)
-    clean_loader, triggered_loader = context.eval_loader(test, test_rows), None
+    train, flags = clean_train, np.zeros(len(clean_train), np.uint8)
     if config.poison is not None:
         train = poisoned(clean_train, rows, config.poison, context.seed)
         flags = train.flags
-        attacked = triggered(test, config.poison)
-        triggered_loader = context.eval_loader(attacked, test_rows)
+    examination = Examination(test, test_rows, config.poison, test.num_classes, context)
     loader = context.train_loader(
         train, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
     )
     step = context.gradient_step(ClassificationObjective(model), config.update, loader.num_batches)
     is_backdoored = bool((flags == STAMPED).any())
 
-    def evaluate(epoch: int) -> dict[str, float]:
-        counts = evaluate_classifier(model, clean_loader, triggered_loader, context.ranks, config.poison)
-        return {name: count.percent for name, count in counts.items() if count.n}
+    kind = "backdoored" if is_backdoored else "clean"
 
     def result() -> dict[str, Any]:
-        on_clean, labels, _ = predict(model, clean_loader, context.ranks)
-        on_triggered = None if triggered_loader is None else predict(model, triggered_loader, context.ranks)[0]
-        counts = classifier_counts(on_clean, on_triggered, labels, config.poison, model.num_classes)
-        per_class = per_class_accuracy(on_clean, labels, model.num_classes)
-        if context.ranks.is_main:
-            _warn_near_chance(counts["acc"], model.num_classes)
-            _save_examples(context.folder, test, attacked, test_rows[:_PICTURED])
+        on_clean, on_triggered = examination.predict(model)
+        counts = examination.counts(on_clean, on_triggered)
+        warn_near_chance(kind, examination.task, counts["acc"], model.num_classes)
+        examination.save_examples()
         card = ModelCard(
             kind="classifier",
             arch=model.arch,
             normalization=model.normalization,
             image_size=model.image_size,
             num_classes=model.num_classes,
+            classes=test.classes,
             backdoored=is_backdoored,
             trigger=asdict(config.poison) if config.poison is not None and is_backdoored else None,
             provenance={
@@ -159,30 +147,29 @@ def build(config: Config, context: Context) -> Plan:
                 **_save_flags(context, flags),
             },
         )
-        kind = "backdoored" if is_backdoored else "clean"
-        row = {"run": context.folder.name, "kind": kind, "task": test.manifest.name, "seed": context.seed}
         return {
             "model_sha256": context.save_model(model, card),
-            "rows": [{**row, **{name: count.plain() for name, count in counts.items()}}],
-            "targets": _targets(config.poison, test),
+            "rows": [examination.row(kind, counts)],
+            "targets": examination.targets(),
             "metrics": {
                 "num_poisoned": int((flags == STAMPED).sum()),
-                "per_class_accuracy": {
-                    name: count.plain() for name, count in zip(test.classes, per_class, strict=True)
-                },
+                "per_class_accuracy": examination.per_class(on_clean),
             },
         }
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        return percents(examination.measure(model))
 
     stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
     return Plan([stage], result)
 
 
 def _image_size(train: PreparedDataset, test: PreparedDataset, config: Config) -> int:
-    """The side of the images in pixels. UserError unless both sets agree in size and classes with what is trained."""
-    if train.num_classes != test.num_classes or train.image_shape != test.image_shape:
+    """The side of the images in pixels. UserError unless both sets have it, and the views too."""
+    if train.image_shape != test.image_shape:
         raise UserError(
-            f"{config.test.path} has {test.num_classes} classes and images of {test.image_shape}, {config.data.path} "
-            f"{train.num_classes} and {train.image_shape}: use two splits of one data set"
+            f"{config.test.path} has images of {test.image_shape}, {config.data.path} of {train.image_shape}: use two "
+            "splits of one data set, or say resize for both"
         )
     size = image_size_of(train)
     if config.augment.size not in (None, size):
@@ -205,28 +192,3 @@ def _save_flags(context: Context, flags: np.ndarray) -> dict[str, str]:
             if context.ranks.is_main:
                 write_atomic(context.folder / f"{name}.npy", content.getvalue())
     return digests
-
-
-def _save_examples(folder: Path, test: PreparedDataset, attacked: PreparedDataset | None, rows: np.ndarray) -> None:
-    """The first test images, clean and with the trigger, for the report."""
-    if attacked is None:
-        return
-    pictures = {"clean": test.images(rows), "triggered": attacked.images(rows)}
-    task = test.manifest.name
-    save_file(
-        {f"{task}/{k}": torch.from_numpy(v).contiguous() for k, v in pictures.items()}, folder / "examples.safetensors"
-    )
-
-
-def _targets(poison: PoisonConfig | None, test: PreparedDataset) -> dict[str, str]:
-    """task -> the name of the class that the attacker wants."""
-    if poison is None:
-        return {}
-    is_shift = poison.labels == "all_to_all"
-    return {test.manifest.name: f"its own plus {poison.shift}" if is_shift else test.classes[poison.target_class]}
-
-
-def _warn_near_chance(acc: Count, num_classes: int) -> None:
-    chance = 100 / num_classes
-    if acc.percent < 1.5 * chance:
-        log.warning("accuracy %.1f %% is near chance (%.1f %%); this run is broken", acc.percent, chance)

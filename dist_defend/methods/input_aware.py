@@ -25,7 +25,7 @@ from dist_defend.engine.optim import OptimizerConfig, build_optimizer, lr_factor
 from dist_defend.engine.step import NonFiniteError, Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, evaluate_classifier
+from dist_defend.evaluate import Count, evaluate_classifier, percents
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -186,8 +186,9 @@ def build(config: Config, context: Context) -> Plan:
     train, rows = context.dataset("train", config.data, is_labelled=True)
     test, test_rows = context.dataset("test", config.test, is_labelled=True)
     size = image_size_of(train)
-    if (train.num_classes, train.image_shape) != (test.num_classes, test.image_shape):
-        raise UserError(f"{config.data.path} and {config.test.path} differ in classes or image size: use two splits")
+    context.check_classes(train.classes, config.data.path, test.classes, config.test.path)
+    if train.image_shape != test.image_shape:
+        raise UserError(f"{config.data.path} and {config.test.path} differ in image size: use two splits")
     if config.target_class >= test.num_classes:
         raise UserError(f"key 'input_aware.target_class' is {config.target_class}; {test.path} has no such class")
     torch.manual_seed(context.seed)
@@ -214,6 +215,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=size,
             num_classes=model.num_classes,
+            classes=test.classes,
             backdoored=True,
             trigger=asdict(poison),
             provenance={
@@ -234,7 +236,7 @@ def build(config: Config, context: Context) -> Plan:
     joint_step = JointStep(model, generators, config, ranks, loader.num_batches)
 
     def evaluate(epoch: int) -> dict[str, float]:
-        return {name: count.percent for name, count in counts().items() if count.n}
+        return percents(counts())
 
     stages = [
         Stage("mask", loader, mask_step, config.mask_epochs),

@@ -89,8 +89,7 @@ class DistillationObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """One stage: distil on labelled images."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context)
-    data, rows = context.dataset("train", config.data, is_labelled=True)
-    pair.check_fit(data, config.data.path, is_labelled=True)
+    data, rows = pair.trial.dataset("train", config.data)
     pair.check_augment(config.augment, "kd.augment")
     loader = context.train_loader(
         data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
@@ -98,5 +97,6 @@ def build(config: Config, context: Context) -> Plan:
     step = context.gradient_step(
         DistillationObjective(pair, config.temperature, config.alpha), config.update, loader.num_batches
     )
+    pair.trial.look(data, rows)
     stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
-    return Plan([stage], lambda: pair.result("kd", is_defended=False, metrics={"images": len(rows)}))
+    return Plan([stage], lambda: pair.result("kd", {"images": len(rows)}))

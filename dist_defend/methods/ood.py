@@ -133,8 +133,7 @@ class SelectingStep:
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a second one if there is retrospection."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
-    data, rows = context.dataset("train", config.data)
-    pair.check_fit(data, config.data.path)
+    data, rows = pair.trial.dataset("train", config.data, is_labelled=False)
     pair.check_augment(config.augment, "ood.augment")
     batch_size, epochs = config.update.batch_size, config.update.epochs
     plain = context.train_loader(data, rows, batch_size, (View(config.augment),))
@@ -162,6 +161,8 @@ def build(config: Config, context: Context) -> Plan:
             graph=config.graph,
         )
         stages.append(Stage("retrospection", Later(loader, first), late, epochs - first, pair.evaluate, every))
+
+    pair.trial.look()
 
     def result() -> dict[str, Any]:
         return pair.defended_result("ood", vaccine, config.retrospection is not None, {"images": len(rows)})

@@ -30,6 +30,7 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
 from dist_defend.models.encoder import SimCLR
+from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HeadStack
 
 _PICTURED = 8  # test images shown in the report
@@ -55,7 +56,7 @@ class Config:
     seeds: tuple[int, ...] = (100,)
     hidden: tuple[int, int] = (512, 256)
     dropout: float = 0.5
-    shuffle: bool = False  # published: the file's order in every epoch
+    shuffle: bool = False  # published: the file's order in every epoch; here the prepared one, see docs/data.md
     cache: Place = "memory"  # where each rank keeps its share of a task's training features
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
@@ -168,6 +169,7 @@ class Task:
         self.name, self.config, self.probe, self.models, self.context = name, task, config, models, context
         train, rows = context.dataset(f"{name}/train", task.train, is_labelled=True)
         self.test, self.test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
+        context.check_classes(train.classes, task.train.path, self.test.classes, task.test.path)
         self.classes = train.classes
         if not 0 <= task.target_class < train.num_classes:
             raise UserError(
@@ -179,6 +181,9 @@ class Task:
                 f"{task.train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
                 f"{config.update.batch_size}"
             )
+        for kind, model in models.items():
+            for data, part in ((train, task.train), (self.test, task.test)):
+                check_image_size(model, config.encoders[kind], data.image_shape, part.path)
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
         self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
         self.test_loader = context.eval_loader(self.test, self.test_rows)
@@ -191,6 +196,8 @@ class Task:
             hidden=config.hidden,
             dropout=config.dropout,
         )
+        if not config.shuffle:
+            context.check_order(train, rows, config.update.batch_size)
         encoders = [model.f for model in models.values()]
         features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
         labels = torch.from_numpy(train.labels[rows]).to(context.ranks.device)

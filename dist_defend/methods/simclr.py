@@ -16,6 +16,7 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.evaluate import extract_features, knn_count
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.models.fit import check_image_size
 from dist_defend.ops.losses import nt_xent
 
 
@@ -85,11 +86,13 @@ def build(config: Config, context: Context) -> Plan:
     """One stage: pretrain, with the kNN monitor where it is configured."""
     dataset, rows = context.dataset("train", config.data)
     torch.manual_seed(context.seed)
+    parent, parent_sha256 = None, None
     if config.warm_start is None:
         size = config.augment.size or (dataset.image_shape or (224,))[0]
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
-        model, _ = context.load_model(config.warm_start)
+        model, parent, parent_sha256 = context.load_encoder(config.warm_start)
+        _check_views(config, config.warm_start, model, dataset.image_shape)
     context.synchronise(model)
     loader = context.train_loader(
         dataset,
@@ -111,9 +114,10 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=model.image_size,
             feature_dim=model.f.feature_dim,
-            backdoored=False,
-            trigger=None,
-            parent_sha256=None,
+            backdoored=parent is not None and parent.backdoored,  # more training is no proof that it went away
+            trigger=None if parent is None else parent.trigger,
+            parent_sha256=parent_sha256,
+            guessed=() if parent is None else parent.guessed,
             provenance={
                 "method": "simclr",
                 "data": context.digests,
@@ -126,11 +130,25 @@ def build(config: Config, context: Context) -> Plan:
     return Plan([stage], result)
 
 
+def _check_views(config: Config, folder: str, model: SimCLR, shape: tuple[int, ...] | None) -> None:
+    """UserError for a model that cannot take the views that it is to be trained on."""
+    size = config.augment.size
+    if size is None:
+        check_image_size(model, folder, shape, config.data.path)
+    else:
+        remedy = f"set 'simclr.augment.size' to {model.image_size}"
+        check_image_size(model, folder, (size, size), config.data.path, remedy)
+
+
 def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:
-    loaders = [
-        context.eval_loader(*context.dataset(role, config, is_labelled=True))
+    memory, test = (
+        context.dataset(role, config, is_labelled=True)
         for role, config in (("memory", monitor.memory), ("test", monitor.test))
-    ]
+    )
+    context.check_classes(memory[0].classes, monitor.memory.path, test[0].classes, monitor.test.path)
+    for opened, part in ((memory, monitor.memory), (test, monitor.test)):
+        check_image_size(model, "the model to train", opened[0].image_shape, part.path)
+    loaders = [context.eval_loader(*opened) for opened in (memory, test)]
 
     def evaluate(epoch: int) -> dict[str, float]:
         (bank, bank_labels, _), (queries, labels, _) = (extract_features(model.f, x, context.ranks) for x in loaders)

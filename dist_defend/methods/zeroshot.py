@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_defend.attacks.reference import TriggerConfig, triggers_from
+from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
@@ -136,6 +137,10 @@ class Task:
         self.test, self.rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
         key = f"zeroshot.tasks.{name}"
         self.class_names = _class_names(task.class_names, self.test.classes, key)
+        if any(name.isdigit() for name in self.class_names):
+            context.tell(
+                f"{self.test.path} has numbers for class names, so prompts say numbers; give key '{key}.class_names'"
+            )
         if not 0 <= task.target_class < len(self.class_names):
             raise UserError(
                 f"key '{key}.target_class' is {task.target_class}; {self.test.path} has classes 0 to "
@@ -187,6 +192,8 @@ def _class_names(named: str | tuple[str, ...] | None, stored: tuple[str, ...], k
         names = stored if named is None else named
     if len(names) != len(stored):
         raise UserError(f"key '{key}.class_names' has {len(names)} names; the data set has {len(stored)} classes")
+    if set(names) == set(stored):
+        check_same_classes(names, f"key '{key}.class_names'", stored, "the data set")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"key '{key}.class_names' has '{twice}' twice; give each class a name of its own")

@@ -1,11 +1,9 @@
 """Image encoders in pixel space, and SimCLR's pair of encoder and projector.
 
-Images are (B, 3, H, W) in [0, 1]; normalisation is part of the encoder. The CIFAR ResNets keep the module order of
-jinyuan-jia/BadEncoder (0 conv, 1 norm, 2 relu, 3..6 stages, 7 pool), so that its checkpoints fit key by key.
+Images are (B, 3, H, W) in [0, 1]; normalisation is part of the encoder.
 """
 
 import difflib
-import itertools
 import math
 import re
 from abc import ABC, abstractmethod
@@ -14,9 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from dist_defend.errors import UserError
+from dist_defend.models.architectures import ENCODERS
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -35,7 +33,7 @@ PROJECTION_DIM = 128
 
 
 def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel of a name in NORMALIZATIONS, or of numbers: "mean,std" or three of each, for [0, 1].
+    """Mean and std per channel of a name in NORMALIZATIONS, or of numbers in [0, 1]: "mean,std" or three of each.
 
     UserError for an unknown name, another count of numbers, and a std that is not positive.
     """
@@ -77,10 +75,42 @@ class Normalize(nn.Module):
         return x if self.is_identity else (x - self.mean) / self.std
 
 
+class Resize:
+    """Images (B, C, H, W) -> (B, C, side, side), bilinear, as torchvision's Resize does it with tensors.
+
+    Called by itself or as a forward pre-hook, which adds no key to the module's state dict.
+    """
+
+    def __init__(self, side: int) -> None:
+        if side < 1:
+            raise UserError(f"key 'resize' is {side}; it must be at least 1 px")
+        self.side = side
+
+    def __call__(self, images: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """For register_forward_pre_hook: the first input is images."""
+        return self(inputs[0]), *inputs[1:]
+
+
 class Encoder(nn.Module, ABC):
-    """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim)."""
+    """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim).
+
+    resize: what brings normalised images to the network's size, where that is not theirs.
+    """
 
     feature_dim: int
+    normalize: nn.Module
+    resize: Resize | None = None
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """What the network itself gets for images x (B, 3, H, W) in [0, 1]."""
+        x = self.normalize(x)
+        return x if self.resize is None else self.resize(x)
 
     @abstractmethod
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -102,7 +132,7 @@ class StagedEncoder(Encoder):
         self.feature_dim = feature_dim
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        x = self.f[:3](self.normalize(x))
+        x = self.f[:3](self.prepared(x))
         maps = []
         for stage in self.f[3:7].children():
             x = stage(x)
@@ -144,52 +174,33 @@ class TimmEncoder(Encoder):
         self.feature_dim = num_outputs or int(getattr(self.f, "head_hidden_size", self.f.num_features))
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        last, maps = self.f.forward_intermediates(self.normalize(x), indices=self.taps, output_fmt="NCHW")
+        last, maps = self.f.forward_intermediates(self.prepared(x), indices=self.taps, output_fmt="NCHW")
         return maps, self.f.forward_head(last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self.normalize(x))
+        return self.f(self.prepared(x))
 
 
-def _resnet_cifar(block: type[BasicBlock | Bottleneck], depths: list[int], normalization: str) -> StagedEncoder:
-    net = ResNet(block, depths)  # its Kaiming-normal initialisation
-    stem = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)  # torch's default initialisation, as published
-    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    f = nn.Sequential(stem, net.bn1, net.relu, *stages, net.avgpool)
-    return StagedEncoder(f, net.fc.in_features, normalization)
-
-
-def _small_cifar(normalization: str) -> StagedEncoder:
-    """One BasicBlock per stage, each halving the map: 15 MMAC at 32 px, 1.2 M parameters. Made for a laptop."""
-    widths = [16, 32, 64, 128, 256]
-    stages = []
-    for before, width in itertools.pairwise(widths):
-        shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
-        stages.append(nn.Sequential(BasicBlock(before, width, stride=2, downsample=shortcut)))
-    stem = nn.Conv2d(3, widths[0], kernel_size=3, padding=1, bias=False)
-    f = nn.Sequential(stem, nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True), *stages, nn.AdaptiveAvgPool2d(1))
-    for module in f.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    return StagedEncoder(f, widths[-1], normalization)
-
-
-_CIFAR_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
-    "resnet18_cifar": (BasicBlock, [2, 2, 2, 2]),
-    "resnet34_cifar": (BasicBlock, [3, 4, 6, 3]),
-    "resnet50_cifar": (Bottleneck, [3, 4, 6, 3]),
-}
 OPEN_CLIP = "open_clip:"
-ARCHITECTURES = (*_CIFAR_RESNETS, "small_cifar", "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
+ARCHITECTURES = (*ENCODERS, "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
 CLIP_DIM = 1024
 
 
-def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 32) -> Encoder:
+def build_encoder(
+    arch: str, normalization: str = "cifar10", image_size: int = 32, resize: int | None = None
+) -> Encoder:
     """An encoder with fresh weights (torch's global generator). UserError for an unknown arch or normalization.
 
     arch: one of ARCHITECTURES; clip_resnet50 is CLIP's image tower, as timm has it, open_clip:NAME any of open_clip's
-    own. image_size, in pixels, sets a ViT's grid.
+    own. image_size, in pixels, sets a ViT's grid. With ``resize`` the encoder brings its images to that side: its
+    network is made for resize px, while images, and triggers with them, have image_size px.
     """
+    encoder = _build_encoder(arch, normalization, resize or image_size)
+    encoder.resize = None if resize is None else Resize(resize)
+    return encoder
+
+
+def _build_encoder(arch: str, normalization: str, image_size: int) -> Encoder:
     if arch == "clip_resnet50":
         return TimmEncoder("resnet50_clip", normalization, image_size, num_outputs=CLIP_DIM)
     if arch.startswith("timm:"):
@@ -198,10 +209,8 @@ def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 3
         from dist_defend.models.clip import OpenClipEncoder  # which needs this module
 
         return OpenClipEncoder(arch, normalization, image_size)
-    if arch == "small_cifar":
-        return _small_cifar(normalization)
-    if arch in _CIFAR_RESNETS:
-        return _resnet_cifar(*_CIFAR_RESNETS[arch], normalization)
+    if arch in ENCODERS:
+        return StagedEncoder(ENCODERS[arch].make(), ENCODERS[arch].feature_dim, normalization)
     near = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     raise UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(ARCHITECTURES)}")
@@ -214,6 +223,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.f = f
         self.g = g
+        self.resize = None if f.resize is None else f.resize.side
         self.arch, self.normalization, self.image_size = arch, normalization, image_size
 
     @property
@@ -232,9 +242,11 @@ class SimCLR(nn.Module):
         return F.normalize(h, dim=-1), F.normalize(self.g(h), dim=-1)
 
 
-def build_simclr(arch: str, normalization: str = "cifar10", image_size: int = 32, projector: bool = True) -> SimCLR:
-    """SimCLR with fresh weights; projector Linear(D, 512), norm, relu, Linear(512, 128). UserError as build_encoder."""
-    f = build_encoder(arch, normalization, image_size)
+def build_simclr(
+    arch: str, normalization: str = "cifar10", image_size: int = 32, projector: bool = True, resize: int | None = None
+) -> SimCLR:
+    """SimCLR with fresh weights; projector Linear(D, 512), norm, relu, Linear(512, 128). As build_encoder otherwise."""
+    f = build_encoder(arch, normalization, image_size, resize)
     g: nn.Module = nn.Identity()
     if projector:
         hidden = nn.Linear(f.feature_dim, 512, bias=False)

@@ -1,13 +1,19 @@
-"""VGG networks: I-BAU's small one (YiZeng623/I-BAU's keys) and VGG19 with batch norm (bboylyg/RNP's keys).
+"""VGG networks: I-BAU's small one (YiZeng623/I-BAU's keys), and VGG-11 to 19 for CIFAR (kuangliu/pytorch-cifar's keys).
 
-Both are ``features`` (an nn.Sequential) and ``classifier`` (one linear layer). Activations are out of place.
+All are ``features`` (an nn.Sequential) and ``classifier`` (one linear layer). Activations are out of place.
 """
 
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
 
-_VGG19 = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)
+_WIDTHS = (64, 128, 256, 512, 512)  # of the five blocks' convolutions
+_CONVOLUTIONS = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}  # configurations A, B, D, E
 
 
 class VGG(nn.Module):
@@ -38,17 +44,18 @@ def ibau_vgg(num_classes: int, image_size: int) -> VGG:
     return VGG(features, before * (image_size // 8) ** 2, num_classes)
 
 
-def vgg19_bn(num_classes: int, image_size: int) -> VGG:
-    """Sixteen convolutions, five max pools, the mean over what they leave, Linear(512).
+def vgg_cifar(depth: int, batch_norm: bool, num_classes: int, image_size: int) -> VGG:
+    """depth - 3 convolutions (Simonyan and Zisserman 2015), five max pools, the mean over what they leave, Linear(512).
 
-    UserError for images under 32 px, of which the five pools leave nothing.
+    depth: 11, 13, 16 or 19. UserError for images under 32 px, of which the five pools leave nothing.
     """
     _check_size(image_size, 32)
     features = nn.Sequential()
     before = 3
-    for block in _VGG19:
-        for width in block:
-            features.extend((nn.Conv2d(before, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()))
+    for width, convolutions in zip(_WIDTHS, _CONVOLUTIONS[depth], strict=True):
+        for _ in range(convolutions):
+            norm = (nn.BatchNorm2d(width),) if batch_norm else ()
+            features.extend((nn.Conv2d(before, width, 3, padding=1), *norm, nn.ReLU()))
             before = width
         features.append(nn.MaxPool2d(2))
     features.append(nn.AdaptiveAvgPool2d(1))

@@ -10,14 +10,17 @@ The solver of eta H v = g is passed in. Nothing here waits for the device or bra
 loss is the rank's share of a sum over ranks, and only the quantities named below are summed.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from dist_defend.errors import UserError
 from dist_defend.ops.collectives import all_reduce_sum, world_size
-from dist_defend.ops.second_order import constant_parameters
+from dist_defend.ops.second_order import CheapSecondOrder, constant_parameters
 
 Product = Callable[[Tensor], Tensor]  # v -> H v, both shaped as delta
 Solver = Callable[[Product, Tensor], list[Tensor]]  # (H, g) -> v_1, v_2, ..., of which the last one counts
@@ -116,6 +119,55 @@ def hypergradient(
     count = len(direct)
     summed = all_reduce_together([*direct, *implicit])
     return Hypergradient(summed[:count], summed[count:], iterates)
+
+
+def check_twice_differentiable(network: nn.Module, image_size: int, name: str) -> None:
+    """UserError, naming the operator, for a network that no hypergradient exists of: one is computed, of two images.
+
+    A collective call where batch norm is synchronised. Weights, buffers, modes and random streams stay as they are.
+    """
+    parameters = list(network.parameters())
+    like, buffers = parameters[0], list(network.buffers())
+    before = [buffer.clone() for buffer in buffers]
+    delta = like.new_zeros(1, 3, image_size, image_size, requires_grad=True)
+    with torch.random.fork_rng([like.device] if like.is_cuda else []):
+        with CheapSecondOrder():
+            logits = network(like.new_zeros(2, 3, image_size, image_size) + delta)
+        what = _once_differentiable(logits)
+        try:
+            if not what:
+                hypergradient(delta.sum(), logits.logsumexp(1).sum(), delta, parameters, neumann(2, 1.0), 1.0)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".")
+            found = re.search(r"derivative for '?(?:aten::)?_?(\w+?)(?:_backward)?'? is not implemented", reason)
+            what = f"its operator {found[1]}" if found else f"one of its operators ({reason})"
+        finally:
+            with torch.no_grad():
+                for buffer, old in zip(buffers, before, strict=True):
+                    buffer.copy_(old)
+    if what:
+        raise UserError(
+            f"{name} cannot be differentiated twice, but this defence does that; torch has no second derivative of "
+            f"{what}: choose another network or a first-order defence"
+        )
+
+
+def _once_differentiable(output: Tensor) -> str:
+    """The first function of the output's graph that torch marks so; autograd.grad would take its slope for constant."""
+    seen, rest = set(), [output.grad_fn]
+    while rest:
+        node = rest.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
+        module = getattr(backward, "__globals__", {}).get("__name__")
+        if module == once_differentiable.__module__ and hasattr(backward, "__wrapped__"):
+            return f"its function {node.name().removesuffix('Backward')}"
+        rest += [before for before, _ in node.next_functions]
+    return ""
 
 
 def _pull_back(slope: Tensor, inputs: Sequence[Tensor], v: Tensor, is_last: bool = False) -> list[Tensor]:

@@ -1,9 +1,10 @@
-"""Convolutions and batch norms whose second derivatives cost no more than they must.
+"""Layers whose second derivatives exist, and convolutions and batch norms where they cost no more than they must.
 
 torch's double backward of a convolution always computes the weight's part too, as a convolution with a kernel as large
 as the image, even where only the images' part is asked for; that of a batch norm, frozen or not, is a dozen passes over
 the activations. Here a Hessian product with an input perturbation costs two convolutions per layer, and the mixed
-derivative uses the ordinary weight-gradient kernels. Values are the same up to rounding.
+derivative uses the ordinary weight-gradient kernels. Values are the same up to rounding. Hardsigmoid and the fused
+kernels of attention, which torch differentiates once only, are computed in other words.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,19 @@ def constant_parameters() -> Iterator[None]:
 
 
 class CheapSecondOrder(TorchFunctionMode):
-    """A network that runs inside ``with CheapSecondOrder():`` can be differentiated twice, and cheaply."""
+    """A network that runs inside ``with CheapSecondOrder():`` can be differentiated twice, and cheaply.
+
+    ops.hypergrad.check_twice_differentiable finds networks with yet other layers.
+    """
+
+    def __enter__(self) -> "CheapSecondOrder":
+        self._kernels = sdpa_kernel(SDPBackend.MATH)  # also where torch's own modules ask for attention
+        self._kernels.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._kernels.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -52,9 +65,8 @@ class CheapSecondOrder(TorchFunctionMode):
             scale = kwargs["weight"] * torch.rsqrt(variance + kwargs["eps"])
             channel = (1, -1) + (1,) * (images.ndim - 2)
             return torch.addcmul((kwargs["bias"] - mean * scale).view(channel), images, scale.view(channel))
-        if func is F.scaled_dot_product_attention:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                return func(*args, **kwargs)
+        if func is F.hardsigmoid:  # in place or not, as its value is what counts
+            return F.relu6(args[0] + 3) / 6
         return func(*args, **kwargs)
 
 

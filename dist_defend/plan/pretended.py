@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Unseen(PreparedDataset):
     """Stands for a data set that is not here: as many images as ImageNet."""
 
     def __init__(self, path: str, num_classes: int, size: int) -> None:
-        self.path, self.beton, self.size, self.image_shape = Path(path), None, size, (size, size, 3)
+        self.path, self.beton, self.resize, self.size, self.image_shape = Path(path), None, None, size, (size, size, 3)
         self.num_classes, self.classes = num_classes, tuple(map(str, range(num_classes)))
         self.labels = np.arange(IMAGES) % num_classes
         counts = tuple(np.bincount(self.labels).tolist())
@@ -114,6 +114,7 @@ class PretendedLoader:
 class PretendedContext(Context):
     """Remembers what was asked for."""
 
+    has_content: ClassVar[bool] = False
     models: list[SimCLR | Classifier] = field(default_factory=list)  # loaded
     unseen: dict[str, Unseen] = field(default_factory=dict)  # data sets that are not here, by path
     mapped: int = 0  # bytes on disk
@@ -123,7 +124,7 @@ class PretendedContext(Context):
     ) -> tuple[PreparedDataset, np.ndarray]:
         if (Path(config.path) / "manifest.json").is_file():
             return super().dataset(role, config, is_labelled)
-        size = self.models[0].image_size if self.models else PIXELS
+        size = config.resize or (self.models[0].image_size if self.models else PIXELS)
         num_classes = getattr(self.models[0], "num_classes", CLASSES) if self.models else CLASSES
         dataset = self.unseen.setdefault(config.path, Unseen(config.path, num_classes, size))
         return dataset, select_rows(dataset, config, self.seed)
@@ -133,10 +134,10 @@ class PretendedContext(Context):
         self.mapped += room.nbytes if place == "disk" else 0
         return room
 
-    def load_model(self, folder: str) -> tuple[SimCLR, str]:
-        model, _ = load_simclr(folder, has_weights=False)
+    def load_encoder(self, folder: str) -> tuple[SimCLR, ModelCard, str]:
+        model, card = load_simclr(folder, has_weights=False)
         self.models.append(model)
-        return model, ""
+        return model, card, ""
 
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
         model, card = load_classifier(folder, has_weights=False)

@@ -99,11 +99,13 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert np.asarray(picture).std() > 10
 
 
-def test_without_a_defence_the_student_is_held_suspect(tmp_path: Path) -> None:
+def test_without_a_defence_the_student_is_what_was_measured(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert result["rows"][0]["kind"] == "zskt" and "vaccine" not in result["metrics"]
     _, card = load_artifact(tmp_path / "run" / "model")
-    assert card.backdoored and card.trigger is not None
+    asr = result["rows"][0]["asr"]  # by the attack that the teacher's card names: at most 10 % clears the student
+    assert card.backdoored is (10 * asr["correct"] > asr["n"])
+    assert card.trigger is not None and card.defended_by == "zskt"
 
 
 def test_the_report_shows_generated_images(tmp_path: Path) -> None:

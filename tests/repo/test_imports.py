@@ -12,9 +12,10 @@ LAYERS = [
     {"errors", "files", "batch", "tv_compat", "ops"},
     {"attacks", "models", "data"},
     {"engine", "evaluate"},
+    {"trial"},
     {"methods"},
     {"config", "experiment"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan"},
+    {"report", "bench", "doctor", "sweep", "launch", "plan", "evaluate_command"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

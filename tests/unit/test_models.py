@@ -153,7 +153,7 @@ def test_maps_stay_channels_last() -> None:
         ("something", "none", "choose from resnet18_cifar, resnet34_cifar"),
         ("timm:resnet_18", "none", "did you mean .*resnet18"),
         ("timm:efficientvit_m0", "none", "timm:efficientvit_m0 has no four feature maps"),
-        ("small_cifar", "cifar", "unknown normalization 'cifar': choose from none, cifar10"),
+        ("small_cifar", "cifar", r"unknown normalization 'cifar': did you mean 'cifar10'\? choose from none, cifar10"),
     ],
 )
 def test_what_cannot_be_built_is_a_user_error(arch: str, normalization: str, told: str) -> None:

@@ -1,19 +1,37 @@
 """Classifiers have their upstreams' sizes and keys, and images of any reasonable size go through them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from dist_defend.errors import UserError
+from dist_defend.models import encoder
+from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 from dist_defend.models.classifier import ARCHITECTURES, build_classifier
 from dist_defend.models.resnet import ResNet
+from dist_defend.models.resnet_cifar import PaddedShortcut
 
 PARAMETERS = {  # 10 classes, 32 px
     "resnet18": 11_173_962,
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
     "preact_resnet18": 11_171_146,
+    "resnet20_cifar": 269_722,
+    "resnet32_cifar": 464_154,
+    "resnet44_cifar": 658_586,
+    "resnet56_cifar": 853_018,
+    "resnet110_cifar": 1_727_962,
+    "vgg11_bn": 9_231_114,
+    "vgg13_bn": 9_416_010,
+    "vgg16_bn": 14_728_266,
     "vgg19_bn": 20_040_522,
+    "vgg11": 9_225_610,  # two per channel of a norm fewer
+    "vgg13": 9_410_122,
+    "vgg16": 14_719_818,
+    "vgg19": 20_029_514,
     "ibau_vgg": 308_394,
     "mobilenet_v2": 2_296_922,
     "wrn_16_1": 175_066,
@@ -114,6 +132,66 @@ def test_vgg19_and_mobilenet_have_rnps_layout() -> None:
     assert names[-3:] == ["conv2", "bn2", "linear"]
 
 
+def test_resnet20_has_akamasters_layout() -> None:
+    net = build_classifier("resnet20_cifar", 10).net
+    names = ["conv1", "bn1", "conv2", "bn2"]
+    blocks = [f"layer{layer}.{block}.{name}" for layer in (1, 2, 3) for block in (0, 1, 2) for name in names]
+    assert modules_with_keys(net) == ["conv1", "bn1", *blocks, "linear"]
+    assert norm_channels(net) == 688
+
+
+def test_a_shortcut_without_parameters_takes_every_second_pixel_and_pads_channels() -> None:
+    shortcut = PaddedShortcut(added_channels=2, stride=2)
+    found = shortcut(torch.arange(16.0).view(1, 1, 4, 4))
+    assert found.shape == (1, 3, 2, 2) and not list(shortcut.parameters())
+    assert found[0].tolist() == [[[0, 0], [0, 0]], [[0, 2], [8, 10]], [[0, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("arch", "layers"),
+    [
+        ("vgg11_bn", "CBRM CBRM CBRCBRM CBRCBRM CBRCBRM A"),
+        ("vgg16_bn", "CBRCBRM CBRCBRM CBRCBRCBRM CBRCBRCBRM CBRCBRCBRM A"),
+        ("vgg13", "CRCRM CRCRM CRCRM CRCRM CRCRM A"),
+    ],
+)
+def test_vgg_has_pytorch_cifars_layout(arch: str, layers: str) -> None:
+    net = build_classifier(arch, 10).net
+    kinds = {"Conv2d": "C", "BatchNorm2d": "B", "ReLU": "R", "MaxPool2d": "M", "AdaptiveAvgPool2d": "A"}
+    assert "".join(kinds[type(module).__name__] for module in net.features) == layers.replace(" ", "")
+    widths = [module.out_channels for module in net.features if isinstance(module, nn.Conv2d)]
+    assert sorted(set(widths)) == [64, 128, 256, 512] and widths == sorted(widths)
+    assert list(net.state_dict())[-2:] == ["classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("name", ["inception_v3", "googlenet"])
+def test_torchvisions_networks_with_auxiliary_heads_give_logits_in_train_mode(name: str) -> None:
+    model = build_classifier(f"torchvision:{name}", 7, "none", image_size=96).train()
+    assert not any("aux" in key.lower() for key in model.state_dict())
+    logits = model(torch.rand(2, 3, 96, 96))
+    assert isinstance(logits, torch.Tensor) and logits.shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("heading", "architectures"), [("Encoders", encoder.ARCHITECTURES), ("Classifiers", ARCHITECTURES)]
+)
+def test_the_page_lists_every_architecture(heading: str, architectures: tuple[str, ...]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    names = [name for row in rows for name in re.findall("`([^`]+)`", row)]
+    assert sorted(names) == sorted(architectures)
+
+
+def test_the_table_says_where_each_networks_keys_are_from() -> None:
+    assert set(CLASSIFIERS) | {"timm:NAME", "torchvision:NAME"} == set(ARCHITECTURES)
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    for name, made_here in {**CLASSIFIERS, **ENCODERS}.items():
+        assert made_here.keys and made_here.image_size == 32, name
+        repositories = re.findall(r"[\w-]+/[\w-]+", made_here.source)
+        assert all(repository in page for repository in repositories), name
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHITECTURES if ":" not in arch] + ["timm:resnet10t"])
 def test_images_become_logits_and_are_not_changed(arch: str) -> None:
     torch.manual_seed(0)
@@ -128,7 +206,7 @@ def test_images_become_logits_and_are_not_changed(arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arch", ["resnet18", "preact_resnet18", "small_resnet", "ibau_vgg", "wrn_16_1", "mobilenet_v2"]
+    "arch", ["resnet18", "preact_resnet18", "small_resnet", "ibau_vgg", "wrn_16_1", "mobilenet_v2", "resnet20_cifar"]
 )
 def test_fashion_mnists_28_pixels_are_enough(arch: str) -> None:
     assert build_classifier(arch, 10, image_size=28).eval()(torch.rand(1, 3, 28, 28)).shape == (1, 10)

@@ -15,7 +15,7 @@ from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.abd.options import RetrospectionConfig
 from dist_defend.methods.abd.pair import Pair
 from dist_defend.methods.abd.retrospection import SelfRetrospection
-from dist_defend.ops.hypergrad import all_reduce_together
+from dist_defend.ops.hypergrad import all_reduce_together, check_twice_differentiable
 
 Share = Callable[[Tensor, Tensor], Tensor]  # student's and teacher's logits -> this rank's share of a global mean
 
@@ -44,6 +44,7 @@ class RetrospectiveStep:
         self.ranks, self.total_steps = pair.context.ranks, total_steps
         device, dtype = self.ranks.device, self.ranks.dtype
         pair.student.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_twice_differentiable(pair.student.net, pair.image_size, f"the student {pair.student.arch}")
         rate = config.restart_lr or optimizer.lr
         self.schedule = replace(optimizer, lr=rate, schedule="cosine", milestones=(), warmup_epochs=0.0)
         self.optimizer = build_optimizer(pair.student.parameters(), self.schedule)

@@ -59,6 +59,8 @@ def build(config: Config, context: Context) -> Plan:
         )
         stages.append(stage("retrospection", late, first, epochs))
 
+    pair.trial.look()
+
     def result() -> dict[str, Any]:
         if context.ranks.is_main:
             latest = synthesis.pool.images[: synthesis.pool.count][-_PICTURED:]

@@ -16,7 +16,14 @@ from dist_defend.methods.ibau.options import Config
 from dist_defend.methods.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
 from dist_defend.ops.collectives import all_reduce_sum
-from dist_defend.ops.hypergrad import Solver, conjugate_gradient, exact, hypergradient, neumann
+from dist_defend.ops.hypergrad import (
+    Solver,
+    check_twice_differentiable,
+    conjugate_gradient,
+    exact,
+    hypergradient,
+    neumann,
+)
 from dist_defend.ops.second_order import CheapSecondOrder
 
 _STREAM = 0x1BA0  # keeps the draw of patched images apart from other draws
@@ -37,6 +44,7 @@ class UnlearningStep:
         is_normalized = config.space == "normalized"
         self.network: nn.Module = model.net if is_normalized else model
         self.enter: nn.Module = model.normalize if is_normalized else nn.Identity()
+        check_twice_differentiable(self.network, rounds.image_size, f"{config.model} ({model.arch})")
         self.parameters = list(model.parameters())
         self.delta = torch.zeros(1, 3, *2 * (rounds.image_size,), device=ranks.device, dtype=ranks.dtype)
         self.delta.requires_grad_()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dist_defend.batch import Batch
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective, at_least_float32
@@ -22,6 +23,7 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.methods.mimic.information import InformationConfig, LayerInformation
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.models.fit import check_image_size
 from dist_defend.ops.attention import attention_loss
 from dist_defend.ops.losses import negative_cosine, nt_xent
 
@@ -124,17 +126,19 @@ class MimicObjective(Objective):
 
 def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
-    teacher, teacher_sha256 = context.load_model(config.teacher)
+    teacher, suspect, teacher_sha256 = context.load_encoder(config.teacher)
     dataset, rows = context.dataset("train", config.data)
     view = View(config.augment)
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)
+    start = None  # the card of the model that the student starts from
     if config.student is None:
-        student = build_simclr(teacher.arch, teacher.normalization, image_size=teacher.image_size)
+        student = build_simclr(teacher.arch, teacher.normalization, teacher.image_size, resize=teacher.resize)
     else:
-        student, _ = context.load_model(config.student)
+        student, start, _ = context.load_encoder(config.student)
     for model in (teacher, student):
         model.to(context.ranks.device, context.ranks.dtype)
+    _check_sizes(config, dataset, {config.teacher: teacher, **({config.student: student} if config.student else {})})
     measured = teacher if config.information.source == "teacher" else student
     information = LayerInformation(config.information, measured, context, dataset, rows)
     context.synchronise(student)
@@ -151,6 +155,8 @@ def build(config: Config, context: Context) -> Plan:
 
         stages.insert(0, information.stage(finish))
 
+    cards = [suspect] if start is None else [suspect, start]
+
     def result() -> dict[str, Any]:
         card = ModelCard(
             kind=student.kind,
@@ -158,12 +164,26 @@ def build(config: Config, context: Context) -> Plan:
             normalization=student.normalization,
             image_size=student.image_size,
             feature_dim=student.f.feature_dim,
-            backdoored=False,
-            trigger=None,
+            backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
+            trigger=next((card.trigger for card in cards if card.trigger), None),
             parent_sha256=teacher_sha256,
+            guessed=cards[-1].guessed,
+            defended_by="mimic",
             provenance={"method": "mimic", "data": context.digests, "seed": context.seed},
         )
         weights = {f"attention_weight{i + 1}": w for i, w in enumerate(objective.attention_weights.tolist())}
         return {"model_sha256": context.save_model(student, card), "metrics": weights}
 
     return Plan(stages, result)
+
+
+def _check_sizes(config: Config, dataset: PreparedDataset, models: dict[str, SimCLR]) -> None:
+    """UserError for a model that cannot take the images, or the views of them."""
+    shape, size = dataset.image_shape, config.augment.size
+    for folder, model in models.items():
+        if size is not None:
+            check_image_size(
+                model, folder, (size, size), config.data.path, f"set 'mimic.augment.size' to {model.image_size}"
+            )
+        if size is None or (config.information.estimator != "fixed" and shape and shape[:2] != (size, size)):
+            check_image_size(model, folder, shape, config.data.path)  # the information is that of images as they are

@@ -104,18 +104,19 @@ class LayerInformation:
         self.own = list(range(ranks.rank, _LAYERS, ranks.world_size))
         self.count = 0
         self.history: dict[int, list[float]] = {}  # epoch -> estimate per layer, of all ranks
-        self.widths, self.feature_dim = self._measure()
+        height, width = (dataset.image_shape or 2 * (network.image_size,))[:2]
+        self.widths, self.feature_dim = self._measure(height, width)
         if len(self.widths) != _LAYERS:
             raise UserError(f"MIMIC needs an encoder with {_LAYERS} stages; {network.arch} has {len(self.widths)}")
 
-    def _measure(self) -> tuple[list[int], int]:
-        """Numbers that the critics get from each stage, and the length of the final feature."""
-        ranks, size = self.context.ranks, self.network.image_size
+    def _measure(self, height: int, width: int) -> tuple[list[int], int]:
+        """Numbers that the critics get from each stage of such an image, and the length of the final feature."""
+        ranks = self.context.ranks
         was_training = self.network.training
         self.network.eval()
         with torch.no_grad():
             maps, feature, _ = self.network.layers(
-                torch.zeros(1, 3, size, size, device=ranks.device, dtype=ranks.dtype)
+                torch.zeros(1, 3, height, width, device=ranks.device, dtype=ranks.dtype)
             )
         self.network.train(was_training)
         return [bounded(m, self.config.max_inputs).numel() for m in maps], feature.shape[1]

@@ -10,10 +10,8 @@ import logging
 from dataclasses import replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dist_defend.attacks.poison import poison_from
 from dist_defend.data.augment import View
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
@@ -21,10 +19,11 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.methods.rnp.masks import check_neurons, check_number, neuron_table, read_mask_values
 from dist_defend.methods.rnp.options import PRESETS, Config
-from dist_defend.methods.rnp.outcome import Outcome
+from dist_defend.methods.rnp.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.methods.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names
+from dist_defend.trial import Trial
 
 __all__ = ["PRESETS", "Config", "build"]
 log = logging.getLogger(__name__)
@@ -34,12 +33,11 @@ _RATIO = 0.01  # of the training images, where nothing else says which ones the 
 
 def build(config: Config, context: Context) -> Plan:
     """Two stages, unlearn and recover (none with a mask file); pruning and evaluation come with the result."""
-    model, card, sha256 = context.load_classifier(config.model)
-    model.to(context.ranks.device, context.ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dataset, rows = _defence_data(config, context)
-    test = context.dataset("test", config.test, is_labelled=True)
-    poison = config.attack or (poison_from(card.trigger) if card.trigger else None)
-    outcome = Outcome(config, context, model, replace(card, parent_sha256=sha256), poison, (dataset, rows), test)
+    trial = Trial(config.model, context, "rnp.attack")
+    model = trial.model
+    dataset, rows = _defence_data(config, trial)
+    trial.test_on(config.test, config.attack, batch_size=EVALUATION_BATCH)
+    outcome = Outcome(config, trial, dataset, rows)
     names = norm_names(model.net)
     if config.adapt_statistics:
         _check_last_batch(len(rows), config.batch_size, world_size=1)
@@ -48,8 +46,10 @@ def build(config: Config, context: Context) -> Plan:
     if config.mask_file is not None:
         neurons = read_mask_values(config.mask_file)
         check_neurons(neurons, model.net, names, config.mask_file)
+        trial.look(dataset, rows)
         return Plan([], lambda: outcome.result(neurons))
     phases = Phases(config, context, model, names, dataset, rows)
+    trial.look(dataset, rows)
     return Plan(phases.stages, lambda: outcome.result(neuron_table(phases.masks)))
 
 
@@ -116,16 +116,18 @@ class Phases:
             log.warning("%s; going on with the last state, whose masks may mean little", told)
 
 
-def _defence_data(config: Config, context: Context) -> tuple[PreparedDataset, np.ndarray]:
+def _defence_data(config: Config, trial: Trial) -> tuple[PreparedDataset, np.ndarray]:
     data = config.data
     if config.ratio is not None or (data.fraction == 1 and data.max_samples is None and config.index is None):
         data = replace(data, fraction=config.ratio or _RATIO, subset="random")
-    dataset, rows = context.dataset("defence", data, is_labelled=True)
-    return dataset, rows if config.index is None else _read_index(config.index, len(dataset))
+    dataset, rows = trial.dataset("defence", data)
+    if config.index is not None:
+        rows = dataset.rows_of(_read_index(config.index, dataset.num_source_rows))
+    return dataset, rows
 
 
 def _read_index(path: str, count: int) -> np.ndarray:
-    """Rows (M,) int64, ascending, of a text file of row numbers, as BackdoorBench's log/index.txt is."""
+    """Rows (M,) int64, ascending, of a text file of the source's row numbers, as BackdoorBench's log/index.txt is."""
     try:
         with open(path, encoding="utf-8") as file:
             rows = np.unique(np.array([int(word) for word in file.read().split()], np.int64))

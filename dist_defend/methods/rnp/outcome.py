@@ -4,18 +4,15 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dist_defend.attacks.poison import PoisonConfig, triggered
 from dist_defend.data.loader import Loader
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context
-from dist_defend.evaluate import Count, classifier_counts, der
+from dist_defend.evaluate import Count, agreeing
 from dist_defend.files import write_atomic
 from dist_defend.methods.rnp.masks import (
     Candidate,
@@ -29,35 +26,23 @@ from dist_defend.methods.rnp.masks import (
 )
 from dist_defend.methods.rnp.options import Config
 from dist_defend.methods.rnp.sweep import predict_pruned
-from dist_defend.models.artifact import ModelCard
 from dist_defend.models.batch_statistics import StatisticsShift
-from dist_defend.models.classifier import Classifier
+from dist_defend.trial import Trial
 
 log = logging.getLogger(__name__)
 
-_BATCH = 128  # images per pass of the sweep: small maps stay in a CPU's cache
-Rows = tuple[PreparedDataset, np.ndarray]
+EVALUATION_BATCH = 128  # images per pass of the sweep: small maps stay in a CPU's cache
 
 
 class Outcome:
-    """What RNP makes of the masks of ``model``, which it prunes in place in the end."""
+    """What RNP makes of the masks of the suspect, which it prunes in place in the end."""
 
-    def __init__(
-        self,
-        config: Config,
-        context: Context,
-        model: Classifier,
-        card: ModelCard,
-        poison: PoisonConfig | None,
-        defence: Rows,
-        test: Rows,
-    ) -> None:
-        self.config, self.context, self.model, self.card, self.poison = config, context, model, card, poison
-        self.task, (dataset, rows) = test[0].manifest.name, test
-        self.defence = context.eval_loader(*defence, _BATCH)
-        self.defence_rows = defence
-        self.clean = context.eval_loader(dataset, rows, _BATCH)
-        self.triggered = None if poison is None else context.eval_loader(triggered(dataset, poison), rows, _BATCH)
+    def __init__(self, config: Config, trial: Trial, dataset: PreparedDataset, rows: np.ndarray) -> None:
+        """dataset, rows: the defender's images."""
+        self.config, self.trial, self.context, self.model = config, trial, trial.context, trial.model
+        self.test = trial.examination
+        self.defence = self.context.eval_loader(dataset, rows, EVALUATION_BATCH)
+        self.defence_rows = dataset, rows
 
     def result(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
         """Write mask_values.txt and sweep.json, choose, prune, save the model; the entries of result.json."""
@@ -71,7 +56,9 @@ class Outcome:
             chosen = choose_by_clean_data(right, config.max_accuracy_drop)
         tested = range(len(stops)) if config.full_table else sorted({0, chosen})
         counts = self._count(order, stops, tested)
-        oracle = choose_by_oracle(counts, config.acc_ratio) if config.full_table and self.poison is not None else None
+        oracle = (
+            choose_by_oracle(counts, config.acc_ratio) if config.full_table and self.test.attack is not None else None
+        )
         table = [
             {
                 **stop._asdict(),
@@ -89,16 +76,18 @@ class Outcome:
         prune(self.model.net, order[: stops[chosen].pruned], config.prune_beta)
         if self._adapt is not None:
             self._adapt(self.model)
-        return {
-            "model_sha256": context.save_model(self.model, self._pruned_card()),
-            "rows": [
-                {"run": context.folder.name, "kind": kind, "task": self.task, "seed": context.seed}
-                | {name: count.plain() for name, count in counts[number].items()}
-                for kind, number in (("rnp", chosen), ("rnp (oracle)", oracle))
-                if number is not None
-            ],
-            "metrics": self._metrics(stops[chosen], len(order), counts[0], counts[chosen]),
+        metrics = {
+            "prune_threshold": stops[chosen].threshold,
+            "pruned_neurons": stops[chosen].pruned,
+            "neurons": len(order),
+            "defence_images": self.defence.num_samples,
         }
+        entries = self.trial.result(
+            "rnp", self.model, counts[chosen], counts[0], chosen_by=config.selection, metrics=metrics
+        )
+        if oracle is not None:
+            entries["rows"].append(self.test.row("rnp (oracle)", counts[oracle]))
+        return entries
 
     def _candidates(self, order: Sequence[Neuron]) -> list[Candidate]:
         config, extra = self.config, self.config.off_by_one
@@ -129,30 +118,18 @@ class Outcome:
     ) -> dict[int, dict[str, Count]]:
         """Counts on the test data by number of the stop."""
         wanted = [stops[number] for number in tested]
-        on_clean, labels = self._predict(order, wanted, self.clean)
-        on_triggered = None if self.triggered is None else self._predict(order, wanted, self.triggered)[0]
+        test = self.test
+        on_clean, labels = self._predict(order, wanted, test.clean)
+        on_triggered = None if test.triggered is None else self._predict(order, wanted, test.triggered)[0]
         counts = {}
         for column, number in enumerate(tested):
             clean = on_clean[:, column]
             stamped = None if on_triggered is None else on_triggered[:, column]
-            counts[number] = classifier_counts(clean, stamped, labels, self.poison, self.model.num_classes)
-            if self.config.exclude_target_from_acc and self.poison and self.poison.labels != "all_to_all":
-                kept = labels != self.poison.target_class
-                counts[number]["acc"] = Count(int((clean == labels)[kept].sum()), int(kept.sum()))
+            counts[number] = test.counts(clean, stamped)
+            if self.config.exclude_target_from_acc and test.target is not None:
+                kept = labels != test.target
+                counts[number]["acc"] = agreeing(clean[kept], labels[kept])
         return counts
-
-    def _metrics(
-        self, stop: Candidate, neurons: int, before: dict[str, Count], after: dict[str, Count]
-    ) -> dict[str, Any]:
-        rates = {"acc_before": before["acc"].percent}
-        if self.poison is not None:
-            rates |= {"asr_before": before["asr"].percent, "der": der(before, after)}
-        pruned = {"prune_threshold": stop.threshold, "pruned_neurons": stop.pruned, "neurons": neurons}
-        return {**rates, **pruned, "defence_images": self.defence.num_samples}
-
-    def _pruned_card(self) -> ModelCard:
-        provenance = {"method": "rnp", "data": self.context.digests, "seed": self.context.seed}
-        return replace(self.card, backdoored=False, provenance=provenance)
 
 
 def choose_by_clean_data(right: Sequence[int], max_drop: float) -> int:

@@ -18,6 +18,7 @@ from dist_defend.methods.zskt.options import PRESETS, Config
 from dist_defend.methods.zskt.step import TransferStep
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.wide_resnet import WideResNet
+from dist_defend.ops.hypergrad import check_twice_differentiable
 
 __all__ = ["PRESETS", "Config", "build"]
 
@@ -44,6 +45,9 @@ def build(config: Config, context: Context) -> Plan:
     context.synchronise(generator)
     latents = LatentBatches(config.batch_size, config.z_dim, context.seed, context.ranks)
     step = TransferStep(teacher, student, generator, config, context.ranks, context.seed)
+    if is_second_order:
+        check_twice_differentiable(student, pair.image_size, f"the student {pair.student.arch}")
+    pair.trial.look()
 
     def result() -> dict[str, Any]:
         z = LatentBatches(_PICTURED, config.z_dim, context.seed, context.ranks).draw(0)

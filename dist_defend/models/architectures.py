@@ -1,0 +1,123 @@
+"""The networks that are written here: one table of classifiers, one of encoders, with the checkpoints that fit each.
+
+models.classifier and models.encoder add those of timm, torchvision and open_clip, by their names there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+from torchvision.models import resnet as torchvision_resnet
+
+from dist_defend.models.mobilenet import MobileNetV2
+from dist_defend.models.preact_resnet import PreActResNet18
+from dist_defend.models.resnet import BasicBlock, Bottleneck, ResNet
+from dist_defend.models.resnet_cifar import CifarResNet
+from dist_defend.models.simclr_resnet import resnet_encoder, small_encoder
+from dist_defend.models.vgg import ibau_vgg, vgg_cifar
+from dist_defend.models.wide_resnet import WideResNet
+
+
+@dataclass(frozen=True)
+class ClassifierArchitecture:
+    """make: num_classes, image_size (pixels) -> network with fresh weights (torch's global generator).
+
+    image_size: pixels for which it was made. keys: of its state dict, in words. source: whose keys or figures they are.
+    """
+
+    make: Callable[[int, int], nn.Module]
+    keys: str
+    source: str
+    image_size: int = 32
+
+
+@dataclass(frozen=True)
+class EncoderArchitecture:
+    """make: network of eight children with fresh weights, whose last gives (B, feature_dim, 1, 1). Else as above."""
+
+    make: Callable[[], nn.Sequential]
+    feature_dim: int
+    keys: str
+    source: str
+    image_size: int = 32
+
+
+_RESNET_KEYS = "conv1, bn1, layer{1..4}.N.{conv1, bn1, conv2, bn2, shortcut.0, shortcut.1}, linear"
+_BOTTLENECK_KEYS = "conv1, bn1, layer{1..4}.N.{conv1, bn1, conv2, bn2, conv3, bn3, shortcut.0, shortcut.1}, linear"
+_CIFAR_KEYS = "conv1, bn1, layer{1..3}.N.{conv1, bn1, conv2, bn2}, linear; shortcuts without parameters"
+_VGG_KEYS = "features.N, classifier (one linear layer)"
+_WIDE_KEYS = "conv1, block{1..3}.layer.N.{bn1, conv1, bn2, conv2, convShortcut}, bn1, fc"
+_PYTORCH_CIFAR = "kuangliu/pytorch-cifar"
+_RNP = "bboylyg/RNP"
+
+
+def _resnet(block: type[BasicBlock | Bottleneck], depths: tuple[int, ...]) -> ClassifierArchitecture:
+    keys = _RESNET_KEYS if block is BasicBlock else _BOTTLENECK_KEYS
+    return ClassifierArchitecture(lambda classes, _: ResNet(block, depths, classes), keys, f"{_PYTORCH_CIFAR}, {_RNP}")
+
+
+def _resnet_cifar(depth: int) -> ClassifierArchitecture:
+    return ClassifierArchitecture(
+        lambda classes, _: CifarResNet(depth, classes), _CIFAR_KEYS, "akamaster/pytorch_resnet_cifar10"
+    )
+
+
+def _vgg(depth: int, batch_norm: bool) -> ClassifierArchitecture:
+    source = f"{_PYTORCH_CIFAR}, {_RNP}" if batch_norm else f"as vgg{depth}_bn, without its norms"
+    return ClassifierArchitecture(partial(vgg_cifar, depth, batch_norm), _VGG_KEYS, source)
+
+
+def _wide_resnet(depth: int, widen: int) -> ClassifierArchitecture:
+    return ClassifierArchitecture(
+        lambda classes, _: WideResNet(depth, widen, classes), _WIDE_KEYS, "polo5/ZeroShotKnowledgeTransfer"
+    )
+
+
+def _small_resnet(num_classes: int, image_size: int) -> ResNet:
+    """One BasicBlock per stage, each halving the map. Made for two cores."""
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, widths=(16, 32, 64, 128), strides=(2, 2, 2, 2))
+
+
+CLASSIFIERS: dict[str, ClassifierArchitecture] = {
+    "resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": _resnet(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
+    "small_resnet": ClassifierArchitecture(_small_resnet, _RESNET_KEYS, "this project"),
+    "preact_resnet18": ClassifierArchitecture(
+        lambda classes, _: PreActResNet18(classes),
+        "conv1, layer{1..4}.N.{bn1, conv1, bn2, conv2, shortcut.0}, linear",
+        "SCLBD/BackdoorBench",
+    ),
+    **{f"resnet{depth}_cifar": _resnet_cifar(depth) for depth in (20, 32, 44, 56, 110)},
+    **{f"vgg{depth}_bn": _vgg(depth, True) for depth in (11, 13, 16, 19)},
+    **{f"vgg{depth}": _vgg(depth, False) for depth in (11, 13, 16, 19)},
+    "ibau_vgg": ClassifierArchitecture(ibau_vgg, _VGG_KEYS, "YiZeng623/I-BAU"),
+    "mobilenet_v2": ClassifierArchitecture(
+        lambda classes, _: MobileNetV2(classes),
+        "conv1, bn1, layers.N.{conv1, bn1, conv2, bn2, conv3, bn3, shortcut.0, shortcut.1}, conv2, bn2, linear",
+        f"{_PYTORCH_CIFAR}, {_RNP}",
+    ),
+    **{
+        f"wrn_{depth}_{widen}": _wide_resnet(depth, widen)
+        for depth, widen in ((10, 1), (16, 1), (16, 2), (40, 1), (40, 2))
+    },
+}
+
+_STAGED_KEYS = "0 (conv), 1 (norm), {3..6}.N.{conv1, bn1, conv2, bn2, downsample.0, downsample.1}"
+_BADENCODER = "jinyuan-jia/BadEncoder, wssun/MIMIC"
+
+
+def _encoder(
+    block: type[torchvision_resnet.BasicBlock | torchvision_resnet.Bottleneck], depths: tuple[int, ...]
+) -> EncoderArchitecture:
+    keys = _STAGED_KEYS if block.expansion == 1 else _STAGED_KEYS.replace("bn2,", "bn2, conv3, bn3,")
+    return EncoderArchitecture(partial(resnet_encoder, block, depths), 512 * block.expansion, keys, _BADENCODER)
+
+
+ENCODERS: dict[str, EncoderArchitecture] = {
+    "resnet18_cifar": _encoder(torchvision_resnet.BasicBlock, (2, 2, 2, 2)),
+    "resnet34_cifar": _encoder(torchvision_resnet.BasicBlock, (3, 4, 6, 3)),
+    "resnet50_cifar": _encoder(torchvision_resnet.Bottleneck, (3, 4, 6, 3)),
+    "small_cifar": EncoderArchitecture(small_encoder, 256, _STAGED_KEYS, "this project"),
+}

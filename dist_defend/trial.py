@@ -1,0 +1,331 @@
+"""The narrow waist of every defence of a classifier: what is suspected, how it is tested, what came out.
+
+A Trial has the suspect with its card, the attack that it is tested with and the test set; it checks that they fit,
+counts before and after, and makes the rows, the metrics and the card of the result. An Examination is its testing
+half: the test set, and what an attack makes of it.
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dist_defend.attacks.given import TriggeredImages, triggered_images
+from dist_defend.attacks.poison import PoisonConfig, check_classes, poison_from
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.store import PreparedDataset
+from dist_defend.engine.context import Context
+from dist_defend.errors import UserError
+from dist_defend.evaluate import (
+    Count,
+    agreeing,
+    attack_counts,
+    der,
+    only_accuracy,
+    per_class_accuracy,
+    percents,
+    predict,
+)
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.classifier import Classifier
+
+LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
+MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
+REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
+OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
+_LOOK_STREAM = 0x100C  # keeps the draw of those images apart from other draws
+_PICTURED = 8  # test images shown in the report
+
+
+class Examination:
+    """A labelled test set and what an attack makes of it; counts are those of evaluate.backdoor_counts."""
+
+    def __init__(
+        self,
+        test: PreparedDataset,
+        rows: np.ndarray,
+        attack: PoisonConfig | None,
+        num_classes: int,
+        context: Context,
+        batch_size: int = 512,
+    ) -> None:
+        """rows (N,) of the test set count. UserError for an attack that does not fit its images or classes."""
+        self.test, self.rows, self.attack, self.context = test, rows, attack, context
+        self.task = test.manifest.name
+        self.made: TriggeredImages | None = None
+        self.triggered = None
+        self.clean = context.eval_loader(test, rows, batch_size)
+        if attack is not None:
+            check_classes(attack, num_classes)
+            self.made = triggered_images(test, rows, attack, num_classes)
+            if not self.made.is_stamped:
+                context.digests["triggered"] = self.made.dataset.digest
+            self.triggered = context.eval_loader(self.made.dataset, self.made.rows, batch_size)
+
+    def predict(self, model: Classifier) -> tuple[Tensor, Tensor | None]:
+        """Classes (N,), (M,) int64 of clean and triggered images in the loaders' order; the ranks share the images."""
+        on_clean = predict(model, self.clean, self.context.ranks)[0]
+        return on_clean, None if self.triggered is None else predict(model, self.triggered, self.context.ranks)[0]
+
+    def measure(self, model: Classifier) -> dict[str, Count]:
+        """acc, asr, asr_all, ra on all images."""
+        return self.counts(*self.predict(model))
+
+    def counts(self, on_clean: Tensor, on_triggered: Tensor | None) -> dict[str, Count]:
+        """Count from the classes (N,), (M,) int64 that were predicted on the loaders' images, in their order."""
+        acc = agreeing(on_clean, self.labels.to(on_clean.device))
+        if on_triggered is None or self.made is None:
+            return only_accuracy(acc)
+        labels, wanted = (
+            torch.from_numpy(by_row[self.made.rows]).to(on_triggered.device)
+            for by_row in (self.made.dataset.labels, self.made.wanted)
+        )
+        return {"acc": acc, **attack_counts(on_triggered, labels, wanted)}
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, of the clean images."""
+        return torch.from_numpy(self.test.labels[self.rows])
+
+    @property
+    def target(self) -> int | None:
+        """The one class that the attacker wants of all images, if it is one."""
+        if self.attack is None or self.made is None or self.attack.labels == "all_to_all":
+            return None
+        wanted = np.unique(self.made.wanted[self.made.rows])
+        return int(wanted[0]) if len(wanted) == 1 else None
+
+    def row(self, kind: str, counts: dict[str, Count]) -> dict[str, Any]:
+        """An entry of result.json's rows."""
+        own = {"run": self.context.folder.name, "kind": kind, "task": self.task, "seed": self.context.seed}
+        return {**own, **{name: count.plain() for name, count in counts.items()}}
+
+    def targets(self) -> dict[str, str]:
+        """task -> the name of the class that the attacker wants."""
+        if self.attack is None:
+            return {}
+        if self.target is not None:
+            return {self.task: self.test.classes[self.target]}
+        is_shift = self.attack.labels == "all_to_all"
+        return {self.task: f"its own plus {self.attack.shift}" if is_shift else "each image's own"}
+
+    def per_class(self, on_clean: Tensor) -> dict[str, dict[str, int]]:
+        """Class name -> its clean images and how many were classified as it, from predict's first."""
+        found = per_class_accuracy(on_clean, self.labels.to(on_clean.device), self.test.num_classes)
+        return {name: count.plain() for name, count in zip(self.test.classes, found, strict=True)}
+
+    def pairs(self, count: int = _PICTURED) -> tuple[np.ndarray, np.ndarray] | None:
+        """The first images without and with the trigger, each (count, H, W, 3) uint8; None without an attack.
+
+        Given images stand beside the nearest test image of their class, which is the one they were made of, if that is
+        in the test set.
+        """
+        if self.made is None:
+            return None
+        rows = self.made.rows[:count]
+        stamped = self.made.dataset.images(rows)
+        if self.made.is_stamped:
+            return self.test.images(rows), stamped
+        labels = self.made.dataset.labels[rows]
+        return np.stack([self._nearest(*pair) for pair in zip(stamped, labels, strict=True)]), stamped
+
+    def _nearest(self, image: np.ndarray, label: int) -> np.ndarray:
+        rows = self.rows[self.test.labels[self.rows] == label]
+        if not len(rows):
+            return np.zeros_like(image)
+        candidates = self.test.images(rows)
+        apart = [np.square(candidate.astype(np.float32) - image).sum() for candidate in candidates]
+        return candidates[int(np.argmin(apart))]
+
+    def save_examples(self) -> None:
+        """examples.safetensors in the run folder, for the report: images without and with the trigger."""
+        pairs = self.pairs() if self.context.ranks.is_main else None
+        if pairs is not None:
+            clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
+            tensors = {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
+            save_file(tensors, self.context.folder / "examples.safetensors")
+
+
+class Trial:
+    """A suspect in a model folder, on the ranks' device, and the data that it is defended and tested with."""
+
+    def __init__(self, folder: str, context: Context, key: str = "attack") -> None:
+        """key: where the configuration has the attack, for messages. UserError for a folder without a classifier."""
+        self.folder, self.context, self.key = folder, context, key
+        self.model, self.card, self.sha256 = context.load_classifier(folder)
+        self._move(self.model)
+        self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
+        self.suspect: dict[str, Any] = {"folder": folder, "sha256": self.sha256, "guessed": list(self.card.guessed)}
+        self.latest: dict[str, Count] = {}
+
+    def _move(self, model: Classifier) -> None:
+        ranks = self.context.ranks
+        model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def dataset(self, role: str, config: DatasetConfig, is_labelled: bool = True) -> tuple[PreparedDataset, np.ndarray]:
+        """As the context's, checked: images of the suspect's size and, with labels, its classes in its order."""
+        dataset, rows = self.context.dataset(role, config, is_labelled)
+        size, classes = self.model.image_size, self.model.num_classes
+        if dataset.image_shape != (size, size, 3):
+            raise UserError(
+                f"{config.path} has images of {dataset.image_shape}, but {self.folder} wants {size} px: prepare it "
+                f"with --image-size {size}, or say 'resize: {size}' beside its path"
+            )
+        if is_labelled and dataset.num_classes != classes:
+            raise UserError(
+                f"{config.path} has {dataset.num_classes} classes, but {self.folder} has {classes}: prepare the data "
+                "set that it was trained on"
+            )
+        if is_labelled:
+            for names, path in self._named:
+                self.context.check_classes(names, path, dataset.classes, config.path)
+            self._named.append((tuple(dataset.classes), config.path))
+        return dataset, rows
+
+    def test_on(
+        self,
+        config: DatasetConfig,
+        attack: PoisonConfig | None,
+        without: tuple[PreparedDataset, np.ndarray] | None = None,
+        batch_size: int = 512,
+    ) -> Examination:
+        """Open the test set. attack: the configured one; None takes the one that the card names, if any.
+
+        without: the defender's images, which are left out of the test where both are rows of one data set.
+        """
+        test, rows = self.dataset("test", config)
+        if without is not None and without[0].digest == test.digest:
+            rows = np.setdiff1d(rows, without[1])
+            if not len(rows):
+                raise UserError(
+                    f"{config.path}: all test images are the defender's; leave some of the data set to test"
+                )
+        if attack is not None:
+            check_classes(attack, self.model.num_classes, f"{self.key}.")
+        elif self.card.trigger:
+            attack = poison_from(self.card.trigger)
+        self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
+        return self.examination
+
+    def look(self, dataset: PreparedDataset | None = None, rows: np.ndarray | None = None) -> None:
+        """Classify a few clean images before anything starts, and say so where the suspect gets most of them wrong.
+
+        dataset, rows: the defender's labelled images; None: the test set's, for a defence without data.
+        """
+        whose = "test" if dataset is None else "defence"
+        if dataset is None or rows is None:
+            dataset, rows = self.examination.test, self.examination.rows
+        if not self.context.has_content:
+            return
+        if len(rows) > LOOKED_AT:
+            draw = np.random.default_rng([self.context.seed, _LOOK_STREAM])
+            rows = np.sort(draw.choice(rows, LOOKED_AT, replace=False))
+        classes, labels, _ = predict(self.model, self.context.eval_loader(dataset, rows), self.context.ranks)
+        acc = agreeing(classes, labels)
+        self.suspect[f"acc_{whose}"] = acc.plain()
+        self.judge(acc, dataset.path)
+
+    def judge(self, acc: Count, data: Path) -> None:
+        """Tell, where so few clean images of the data set are classified as their label, that something is amiss."""
+        if acc.percent < MOSTLY_WRONG:
+            self.context.tell(mostly_wrong(self.folder, self.card, acc, data))
+
+    def evaluate(self, model: Classifier) -> dict[str, float]:
+        """The model's counts in percent, for the log; remembered as the latest."""
+        self.latest = self.examination.measure(model)
+        return percents(self.latest)
+
+    def original(self) -> Classifier:
+        """The suspect as it was, read again."""
+        model = self.context.load_classifier(self.folder)[0]
+        return model.to(self.context.ranks.device, self.context.ranks.dtype)
+
+    def result(
+        self,
+        kind: str,
+        model: Classifier,
+        after: dict[str, Count] | None = None,
+        before: dict[str, Count] | None = None,
+        *,
+        chosen_by: str | None = None,
+        metrics: dict[str, Any] | None = None,
+        provenance: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Save what the defence ``kind`` made of the suspect; the entries of result.json.
+
+        after, before: the counts, where they have been made already. chosen_by: what the outcome was chosen by.
+        """
+        context, attack = self.context, self.examination.attack
+        before = before or self.examination.measure(self.original())
+        after = after or self.latest or self.examination.measure(model)
+        card = replace(
+            defended_card(self.card, kind, attack, before, after),
+            arch=model.arch,
+            parent_sha256=self.sha256,
+            chosen_by=chosen_by,
+            provenance={"method": kind, "data": context.digests, **(provenance or {}), "seed": context.seed},
+        )
+        self.examination.save_examples()
+        return {
+            "model_sha256": context.save_model(model, card),
+            "rows": [self.examination.row(kind, after)],
+            "targets": self.examination.targets(),
+            "suspect": self.suspect,
+            "metrics": {**rates(before, after), **(metrics or {})},
+        }
+
+
+def rates(before: dict[str, Count], after: dict[str, Count]) -> dict[str, float]:
+    """acc_before and, where an attack was measured, asr_before and der: what the report reads of a defence."""
+    found = {"acc_before": before["acc"].percent}
+    if before["asr"].n:
+        found |= {"asr_before": before["asr"].percent, "der": der(before, after)}
+    return found
+
+
+def defended_card(
+    card: ModelCard, method: str, attack: PoisonConfig | None, before: dict[str, Count], after: dict[str, Count]
+) -> ModelCard:
+    """The suspect's card after a defence. It stays backdoored until something measured says otherwise.
+
+    With ASR ``after`` of OPEN_ASR or more it is backdoored. With REMOVED_ASR or less it is not, if the attack measured
+    is the one that the card names, or the card names none. In between, without an attack, and by another attack than
+    the card's, it is what it was. The trigger stays, so that later runs can measure it; a card without one gets the
+    attack that opened the model before or after.
+    """
+    is_backdoored, trigger, asr = card.backdoored, card.trigger, after["asr"]
+    if attack is not None and asr.n:
+        if asr.percent >= OPEN_ASR:
+            is_backdoored = True
+        elif asr.percent <= REMOVED_ASR and (not trigger or _is_same(attack, poison_from(trigger))):
+            is_backdoored = False
+        if not trigger and attack.trigger is not None and max(asr.percent, before["asr"].percent) >= OPEN_ASR:
+            trigger = asdict(attack)
+    counts = {
+        when: {name: count.plain() for name, count in found.items()}
+        for when, found in (("before", before), ("after", after))
+    }
+    return replace(card, backdoored=is_backdoored, trigger=trigger, defended_by=method, counts=counts)
+
+
+def _is_same(attack: PoisonConfig, named: PoisonConfig) -> bool:
+    """Whether both stamp and want the same; which training images were poisoned does not matter."""
+    return all(getattr(attack, key) == getattr(named, key) for key in ("trigger", "labels", "target_class", "shift"))
+
+
+def mostly_wrong(folder: str, card: ModelCard, acc: Count, data: Path) -> str:
+    """The line that says that a model gets most clean images of its own task wrong, and what that may come from."""
+
+    def told(key: str) -> str:
+        return " (import's guess)" if key in card.guessed else ""
+
+    chance = 100 / (card.num_classes or 1)
+    much = f"{acc.correct} of {acc.n} clean images of {data} right ({acc.percent:.1f} %, chance {chance:.1f} %)"
+    return (
+        f"{folder} gets only {much}. Is it this: normalization {card.normalization}{told('normalization')}, images of "
+        f"{card.image_size} px{told('image_size')}, or classes in another order? What is counted then means little"
+    )

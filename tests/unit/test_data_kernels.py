@@ -103,7 +103,7 @@ def test_every_module_that_kernels_are_made_of_counts() -> None:
 
 @pytest.mark.slow
 def test_a_changed_source_changes_the_views(tmp_path: Path) -> None:
-    """The real modules, in a copy of the package: a view that is flipped and grey, before and after a change of draws.py."""
+    """The real modules, in a copy of the package: a view that is flipped and grey, before and after a change."""
     package = shutil.copytree(DATA.parent, tmp_path / "dist_defend", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "view.py").write_text(
         "import numpy as np\n"

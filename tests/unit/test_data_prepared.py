@@ -231,6 +231,15 @@ def test_a_split_that_is_wrong_leaves_the_others_as_they_were(tmp_path: Path) ->
     assert not (tmp_path / "train").exists()
 
 
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["prepare", "digits", "--split", "test", "--max-samples", "3", "--out", str(tmp_path / "file" / "out")]
+    assert main(["data", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {tmp_path / 'file' / 'out' / 'test'}: cannot be written (Not a directory)")
+    assert told.count("\n") == 1
+
+
 def test_info_tells_of_order_and_empty_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = np.zeros((400, 4, 4, 3), np.uint8)
     source = ArraySource(images, np.repeat([0, 1, 3, 4], 100), ("ant", "bee", "cat", "dog", "elk"))

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import yaml
 
+from dist_defend.attacks.poison import PoisonConfig
 from dist_defend.cli import main
 from dist_defend.data.classes import tell_missing_classes, tell_uniform_batches
-from dist_defend.data.loader import DatasetConfig, select_rows
+from dist_defend.data.loader import DatasetConfig, LoaderConfig, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
-from dist_defend.methods import ibau, probe
+from dist_defend.engine import dist
+from dist_defend.engine.context import Context, UpdateConfig
+from dist_defend.methods import classifier, ibau, probe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -101,3 +104,21 @@ def test_probes_published_order_is_fair(folder: Path, config: str) -> None:
         assert tell_uniform_batches(dataset.labels[rows], batch) is None
         dataset, rows = opened(folder / "kept", read(task["train"]), 1.0)
         assert tell_uniform_batches(dataset.labels[rows], batch) is not None
+
+
+@pytest.mark.parametrize(("name", "lack"), [("data", None), ("kept", "lack 8 of the 9 classes: bird, cat, deer, dog")])
+def test_first_poisons_are_told_where_they_are_of_one_class(
+    folder: Path, tmp_path: Path, name: str, lack: str | None
+) -> None:
+    """ABD's shipped recipe, 10 % of 2,500 training images, the first that are no airplanes."""
+    plain = section("attack/abd_teacher_cifar10.yaml", "classifier")["poison"]
+    assert plain["choose"] == "first" and plain["avoid_target"]
+    poison = dacite.from_dict(PoisonConfig, {**plain, "trigger": {"name": "badnets", "size": 1, "margin": 0}})
+    data = DatasetConfig(str(folder / name / "train"), resize=8)
+    update = UpdateConfig(batch_size=50, epochs=1)
+    options = classifier.Config(data, data, "small_resnet", "none", poison=poison, update=update)
+    context = Context(dist.start("fp64", None), 0, LoaderConfig("torch"), tmp_path)
+    classifier.build(options, context)
+    assert len(context.notes) == (lack is not None)
+    if lack is not None:
+        assert lack in context.notes[0] and "'classifier.poison.choose' is first" in context.notes[0]

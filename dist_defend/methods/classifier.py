@@ -19,7 +19,7 @@ from torch.nn import functional
 from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned, triggered
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
-from dist_defend.data.classes import tell_missing_classes
+from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan, UpdateConfig
@@ -153,7 +153,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=model.image_size,
             num_classes=model.num_classes,
-            classes=test.classes,
+            classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
             trigger=asdict(config.poison) if config.poison is not None and is_backdoored else None,
             provenance={

@@ -1,17 +1,21 @@
 """Class names are compared by name, and subsets and batches that lack classes are told."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dist_defend.data.classes import check_same_classes, tell_missing_classes, tell_uniform_batches
+from dist_defend.cli import main
+from dist_defend.data.classes import check_same_classes, named_classes, tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import write_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
+from tests.runs import make_data, make_experiment, options_of
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,11 @@ def test_numbers_beside_names_are_allowed_and_told() -> None:
     wanted = "the classes of a are numbers: they are taken to be in the order of b's"
     assert check_same_classes(("0", "1"), "a", ("cat", "dog"), "b") == wanted
     assert check_same_classes(("cat", "dog"), "b", ("00", "01"), "a") == wanted
+
+
+def test_names_go_before_numbers() -> None:
+    assert named_classes(("0", "1"), ("cat", "dog")) == ("cat", "dog") == named_classes(("cat", "dog"), ("0", "1"))
+    assert named_classes(("0", "1"), ("00", "01")) == ("00", "01") and named_classes(("a",), ("A",)) == ("a",)
 
 
 def test_missing_classes_are_those_that_the_set_has() -> None:
@@ -114,3 +123,50 @@ def test_a_context_tells_once_of_subset_and_order(tmp_path: Path, caplog: pytest
         "prepare it again without --keep-order"
     )
     assert context.notes[2].endswith("; take more") and "lack 3 of the 4" in context.notes[2]
+
+
+def rename(folder: str, names: list[str]) -> None:
+    """Give a prepared data set other class names."""
+    place = Path(folder) / "manifest.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "classes": names}))
+
+
+def options_and_test(method: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """A method's section, and the second of its data sets that are used together."""
+    if method == "input_aware":
+        data, test = make_data(folder / "data", 40), make_data(folder / "test", 13, seed=1)
+        return {"data": {"path": data}, "test": {"path": test}, "batch_size": 20, "arch": "small_resnet"}, test
+    options = options_of(method, folder)
+    if method == "simclr":
+        test = make_data(folder / "test", 13, seed=1)
+        options["monitor"] = {"memory": options["data"], "test": {"path": test}}
+    return options, str(folder / "test")
+
+
+@pytest.mark.parametrize("method", ["classifier", "input_aware", "probe", "simclr"])
+def test_a_method_compares_the_names_of_its_data_sets(
+    tmp_path: Path, method: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options, test = options_and_test(method, tmp_path)
+    path = make_experiment(tmp_path, method, options)
+    for names, told in (
+        (["class 0", "class 2", "class 1"], "label 1 is class 'class 1' in "),  # counts agree
+        (["class 0", "class 2"], "has 3 classes (it alone has class 1), but "),
+    ):
+        rename(test, names)
+        capfd.readouterr()
+        assert main(["run", str(path), "--dry-run"]) == 2
+        error = capfd.readouterr().err
+        assert told in error and test in error and str(tmp_path / "data") in error
+
+
+def test_a_run_keeps_what_it_was_told_and_the_names(tmp_path: Path) -> None:
+    options, test = options_and_test("classifier", tmp_path)
+    rename(options["data"]["path"], ["00", "01", "02"])
+    assert main(["run", str(make_experiment(tmp_path, "classifier", options))]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["notes"] == [
+        f"the classes of {options['data']['path']} are numbers: they are taken to be in the order of {test}'s"
+    ]
+    card = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
+    assert card["classes"] == ["class 0", "class 1", "class 2"]

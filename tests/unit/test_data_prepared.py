@@ -221,7 +221,7 @@ def test_a_split_that_is_wrong_leaves_the_others_as_they_were(tmp_path: Path) ->
     wrong = ArraySource(np.zeros((4, SIDE, SIDE, 3), np.uint8), np.array([0, 0, 0, 7]), ("a",))
     empty = ArraySource(np.zeros((0, SIDE, SIDE, 3), np.uint8), np.zeros(0, int), ("a",))
     places = {"train": tmp_path / "train", "test": tmp_path / "test"}
-    for bad, told in ((wrong, "image 3 of the source has label 7, but there are 1 classes"), (empty, "no images")):
+    for bad, told in ((wrong, "image 3.* has label 7, but there are 1 classes"), (empty, "no images")):
         with pytest.raises(UserError, match=told):
             write_splits({"train": numbered(8), "test": bad}, places, name="x", options=WriteOptions(storage="npy"))
         assert list(tmp_path.iterdir()) == []

@@ -39,6 +39,11 @@ def check_same_classes(
     return None
 
 
+def named_classes(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+    """Of two lists that check_same_classes lets pass the one with names, the first if both have them."""
+    return tuple(second if _are_numbers(first) else first)
+
+
 def tell_missing_classes(labels: np.ndarray, rows: np.ndarray, classes: Sequence[str]) -> str | None:
     """One sentence on the classes that the data set with ``labels`` (N,) has and its ``rows`` (M,) lack, if any."""
     missing = np.setdiff1d(labels[labels >= 0], labels[rows])

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dist_defend.data.classes import tell_uniform_batches
 from dist_defend.data.sheet import Stamp, contact_sheet
 from dist_defend.data.sources import KINDS, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_splits
 from dist_defend.errors import UserError
+
+_LOOKED_AT = 64  # images of a batch, to see whether the order is fair
 
 
 def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -95,7 +98,11 @@ def _print_remarks(dataset: PreparedDataset) -> None:
         print(f"  left out, cannot be read: {name}")
     if any(manifest.class_counts) and 0 in manifest.class_counts:
         empty = [name for name, count in zip(manifest.classes, manifest.class_counts, strict=True) if not count]
-        print(f"  {len(empty)} classes have no image here: {', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}")
+        shown = f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}"
+        print(f"  classes without an image here: {len(empty)} of {len(manifest.classes)}: {shown}")
+    uniform = tell_uniform_batches(dataset.labels, _LOOKED_AT)
+    if uniform is not None:
+        print(f"  the order is no random one: {uniform}")
 
 
 def _describe(dataset: PreparedDataset) -> str:

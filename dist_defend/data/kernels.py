@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numba
-from numba.core import config as numba_config
 
 SOURCES = ("augment.py", "draws.py", "fused.py", "kernels.py", "pixels.py")  # beside this file
 _log = logging.getLogger(__name__)
+_settings: Any = numba.config
 
 
 def kernel(**options: Any) -> Callable[[Callable], Callable]:
     """A decorator: numba.njit(cache=True, nogil=True, ...), cached as this module says."""
 
     def compiled(function: Callable) -> Callable:
-        before = numba_config.CACHE_DIR
-        numba_config.CACHE_DIR = str(cache_folder())  # read once, when a function is decorated
+        before = _settings.CACHE_DIR
+        _settings.CACHE_DIR = str(cache_folder())  # read once, when a function is decorated
         try:
             return numba.njit(cache=True, nogil=True, **options)(function)
         finally:
-            numba_config.CACHE_DIR = before
+            _settings.CACHE_DIR = before
 
     return compiled
 
@@ -55,8 +55,8 @@ def cache_folder() -> Path:
 
 
 def _places() -> Iterator[Path]:
-    if numba_config.CACHE_DIR:
-        yield Path(numba_config.CACHE_DIR)
+    if _settings.CACHE_DIR:
+        yield Path(_settings.CACHE_DIR)
     yield Path(__file__).parent / "__pycache__"
     if os.environ.get("XDG_CACHE_HOME"):
         yield Path(os.environ["XDG_CACHE_HOME"])

@@ -257,6 +257,7 @@ def write_splits(
     }
     broken: list[BrokenImage] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_writable(list(places.values())))
         folders = {split: stack.enter_context(_whole_folder(places[split])) for split in sources}
         for split, folder in folders.items():
             kept, skipped = _write_images(images[split], folder, storage, options, options.skip_broken - len(broken))
@@ -268,6 +269,15 @@ def write_splits(
         if len(broken) > options.skip_broken:
             raise broken_images_error(broken, options.skip_broken)
     return [open_dataset(places[split]) for split in sources]
+
+
+@contextlib.contextmanager
+def _writable(places: Sequence[Path]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # those of readers are broken images
+        where = ", ".join(map(str, places))
+        raise UserError(f"{where}: cannot be written ({error.strerror or error}); choose another --out") from error
 
 
 def _rows(count: int, options: WriteOptions) -> np.ndarray:

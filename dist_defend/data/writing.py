@@ -48,7 +48,7 @@ def broken_images_error(images: Sequence[BrokenImage], skip_broken: int) -> User
     listed = "; ".join(image.told for image in images[:_LISTED]) + (" ..." if count > _LISTED else "")
     allowed = f", more than --skip-broken {skip_broken}" if skip_broken else ""
     remedy = f"mend or remove them, or leave them out with --skip-broken {count}"
-    return UserError(f"{least}{count} images cannot be read{allowed}: {listed}; {remedy}")
+    return UserError(f"{least}{count} broken images{allowed}: {listed}; {remedy}")
 
 
 class PreparedImages:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
+from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan, UpdateConfig
@@ -116,6 +117,8 @@ def build(config: Config, context: Context) -> Plan:
     if config.poison is not None:
         train = poisoned(clean_train, rows, config.poison, context.seed)
         flags = train.flags
+        if config.poison.choose == "first":
+            _tell_missing(context, clean_train, rows, flags, config)
     examination = Examination(test, test_rows, config.poison, test.num_classes, context)
     loader = context.train_loader(
         train, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
@@ -136,7 +139,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=model.image_size,
             num_classes=model.num_classes,
-            classes=test.classes,
+            classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
             trigger=asdict(config.poison) if config.poison is not None and is_backdoored else None,
             provenance={
@@ -162,6 +165,25 @@ def build(config: Config, context: Context) -> Plan:
 
     stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
     return Plan([stage], result)
+
+
+def _tell_missing(
+    context: Context, clean: PreparedDataset, rows: np.ndarray, flags: np.ndarray, config: Config
+) -> None:
+    """Tell of classes that could be poisoned and are not, as where the first rows are all of one class."""
+    assert config.poison is not None
+    labels, target = clean.labels[rows], config.poison.target_class
+    if config.poison.avoid_target:
+        labels = np.where(labels == target, -1, labels)
+    elif config.poison.labels == "clean_label":
+        labels = np.where(labels == target, labels, -1)
+    poisons = np.flatnonzero(flags[rows] == STAMPED)
+    missing = tell_missing_classes(labels, poisons, clean.classes) if len(poisons) else None
+    if missing is not None:
+        context.tell(
+            f"key 'classifier.poison.choose' is first: of {config.data.path} {missing}; say random, or prepare it "
+            "again without --keep-order"
+        )
 
 
 def _image_size(train: PreparedDataset, test: PreparedDataset, config: Config) -> int:

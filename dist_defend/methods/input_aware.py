@@ -18,6 +18,7 @@ from dist_defend.attacks.patterns import InputAware
 from dist_defend.attacks.poison import STAMPED, PoisonConfig, PoisonedDataset, backdoor_labels, image_size_of
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
+from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
@@ -215,7 +216,7 @@ def build(config: Config, context: Context) -> Plan:
             normalization=model.normalization,
             image_size=size,
             num_classes=model.num_classes,
-            classes=test.classes,
+            classes=named_classes(test.classes, train.classes),
             backdoored=True,
             trigger=asdict(poison),
             provenance={

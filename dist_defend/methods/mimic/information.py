@@ -97,6 +97,7 @@ class LayerInformation:
     ) -> None:
         self.config, self.network, self.context, self.seed = config, network, context, context.seed
         self.loader = context.whole_loader(dataset, rows)
+        context.check_order(dataset, rows, config.batch_size)
         held = int(len(rows) * config.holdout)
         self.train_rows, self.test_rows = len(rows) - held, held or len(rows)
         self.test_start = len(rows) - self.test_rows

@@ -88,7 +88,7 @@ def _split_folders(root: Path, walk: Walk) -> tuple[dict[str, str], list[str]]:
     if not named:
         is_bare = not found and split_of(root.resolve().name) == "unlabeled"
         return {"unlabeled" if is_bare else "train": str(root)}, []
-    remedy = "give the folder of one split as --path, or move one away"
+    remedy = "they mean one split: give one of them as --path, or join them"
     names = one_per_split(root, ((split, name) for name, split in named.items()), remedy)
     return {split: found[name] for split, name in names.items()}, others
 

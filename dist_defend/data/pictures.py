@@ -49,11 +49,14 @@ def open_picture(
     name = name or ("picture" if isinstance(place, bytes) else str(place))
     try:
         data = place if isinstance(place, bytes) else Path(place).read_bytes()
-        with _opened(data) as (picture, told):
+        with _quiet():
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+        with picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise UserError(f"{name}: {size} px, more than {MAX_PIXELS:,} pixels; shrink it")
-            return _pixels(picture, told, keep_alpha), tuple(told)
+            pixels, told = _pixels(picture, keep_alpha)
+            return pixels, tuple(told)
     except UserError:
         raise
     except _UnknownRange as error:
@@ -87,47 +90,45 @@ class _UnknownRange(Exception):
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Image.Image, list[str]]]:
-    """The picture, its header read, and what there is to tell of it so far."""
-    told = []
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings of sizes, which are looked at here, and of EXIF data; for what is quickly done."""
     with _header, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes, which are looked at here, and of EXIF data
-        picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        try:
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        except Exception:
-            orientation = None
-    if orientation is None:
-        told.append(BAD_EXIF)
-    elif orientation in range(2, 9):
-        told.append(UPRIGHT)
-    if getattr(picture, "is_animated", False):
-        told.append(FRAMES)
-    with picture:
-        yield picture, told
+        warnings.simplefilter("ignore")
+        yield
 
 
-def _pixels(picture: Image.Image, told: list[str], keep_alpha: bool) -> np.ndarray:
+def _pixels(picture: Image.Image, keep_alpha: bool) -> tuple[np.ndarray, list[str]]:
     tile = getattr(picture, "tile", None)
     layout = tile[0].args if tile else None  # the names and ranges of the stored levels
     parts = layout if isinstance(layout, tuple) else (layout,)
     stored = " ".join(str(part) for part in parts)
     is_deep = ";16" in stored or (picture.format == "PPM" and isinstance(parts[-1], int) and parts[-1] > 255)
+    told = [FRAMES] if getattr(picture, "is_animated", False) else []
+    if picture.format == "PNG":
+        picture.load()  # whose EXIF data may come last; a TIFF has forgotten its orientation when it is loaded
+    try:
+        with _quiet():
+            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        told.append(BAD_EXIF)
+        orientation = 1
     mode, format_ = picture.mode, picture.format
     picture.load()
-    if UPRIGHT in told:
+    if orientation in range(2, 9):
+        told.append(UPRIGHT)
         picture = ImageOps.exif_transpose(picture)  # Pillow itself turns a TIFF
     if mode == "F":
         told.append(FLOAT)
-        return _as_rgb(_float_levels(np.asarray(picture)))
+        return _as_rgb(_float_levels(np.asarray(picture))), told
     if mode.startswith("I"):
         told.append(SIXTEEN_BIT)
-        return _as_rgb(_whole_levels(np.asarray(picture), mode, format_, _RANGE_12 if "I;12" in stored else _RANGE_16))
+        top = _RANGE_12 if "I;12" in stored else _RANGE_16
+        return _as_rgb(_whole_levels(np.asarray(picture), mode, format_, top)), told
     if is_deep:
         told.append(SIXTEEN_BIT)  # colour: Pillow's decoder gives 8 bits of each channel
     if mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
-        return _lay(np.asarray(picture.convert("RGBA")), told, keep_alpha)
-    return np.asarray(picture.convert("RGB"))
+        return _lay(np.asarray(picture.convert("RGBA")), told, keep_alpha), told
+    return np.asarray(picture.convert("RGB")), told
 
 
 def _whole_levels(levels: np.ndarray, mode: str, format_: str | None, top: int) -> np.ndarray:

@@ -44,7 +44,7 @@ def one_per_split(place: object, found: Iterable[tuple[str, str]], remedy: str) 
     names: dict[str, str] = {}
     for split, name in sorted(found):
         if split in names:
-            raise UserError(f"{place}: holds both {names[split]} and {name}, which are one split, {split}; {remedy}")
+            raise UserError(f"{place}: holds both {names[split]} and {name}; {remedy}")
         names[split] = name
     return in_order(names)
 

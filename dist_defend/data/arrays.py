@@ -4,7 +4,9 @@ Known names: x and y (BadEncoder), x_train and y_train (Keras), train_images and
 made of such words; others by --images and --labels. Nothing is unpickled.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,40 +129,25 @@ def _of_role(file: Path, names: list[str], words: tuple[str, ...], option: str) 
 
 
 def _names(file: Path) -> list[str]:
-    with _Opened(file) as arrays:
+    with _opened(file) as arrays:
         return list(arrays.files)
 
 
 def _array(file: Path, name: str) -> np.ndarray:
-    with _Opened(file) as arrays:
+    with _opened(file) as arrays:
         return arrays[name]
 
 
-class _Opened:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[np.lib.npyio.NpzFile]:
     """An npz; whatever zipfile, zlib and numpy raise becomes one line."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-
-    def __enter__(self) -> np.lib.npyio.NpzFile:
-        try:
-            self._stream = self._file.open("rb")
-            arrays = np.load(self._stream, allow_pickle=False)
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return arrays
-        except Exception as error:
-            raise self._error(error) from error
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._stream.close()
-        if isinstance(error, Exception):
-            raise self._error(error) from error
-
-    def _error(self, error: Exception) -> UserError:
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            yield arrays
+    except Exception as error:
         is_pickle = "allow_pickle" in str(error)
         reason = "it holds Python objects, which are not read" if is_pickle else "not a whole npz file"
-        return UserError(f"{self._file}: {reason}; {_WANTED}")
+        raise UserError(f"{file}: {reason}; {_WANTED}") from error
 
 
 def _read_labels(part: _Part, split: str) -> np.ndarray:

@@ -28,6 +28,7 @@ FRAMES = "pictures of several frames, of which the first is taken"
 BAD_EXIF = "pictures whose EXIF data cannot be read, taken as they lie"
 
 _RANGE_16, _RANGE_12 = 65535, 4095
+_EXIF = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # what Pillow looks for an orientation in
 _header = threading.Lock()  # Python's warning filters belong to the process, not to a thread
 
 
@@ -106,12 +107,13 @@ def _pixels(picture: Image.Image, keep_alpha: bool) -> tuple[np.ndarray, list[st
     told = [FRAMES] if getattr(picture, "is_animated", False) else []
     if picture.format == "PNG":
         picture.load()  # whose EXIF data may come last; a TIFF has forgotten its orientation when it is loaded
-    try:
-        with _quiet():
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:
-        told.append(BAD_EXIF)
-        orientation = 1
+    orientation = 1
+    if picture.format == "TIFF" or any(key in picture.info for key in _EXIF):
+        try:
+            with _quiet():
+                orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:
+            told.append(BAD_EXIF)
     mode, format_ = picture.mode, picture.format
     picture.load()
     if orientation in range(2, 9):

@@ -68,8 +68,11 @@ def test_fields_by_name_and_fields_that_are_none(tmp_path: Path) -> None:
     assert open_source("beton", path, "train", Keys("two", "coarse"))[0][1] == 1
     for keys, told in (
         (Keys(None, "coarse"), "several fields may be meant; choose one RGBImageField by --images: it has one"),
-        (Keys("one", None), r"choose one IntField by --labels: it has .*fine \(IntField\), weight \(FloatField\)"),
-        (Keys("one", "weight"), "choose one IntField by --labels"),
+        (
+            Keys("one", None),
+            r"several .* choose one IntField by --labels: it has .*fine \(IntField\), weight \(FloatField\)",
+        ),
+        (Keys("one", "weight"), "several fields may be meant; choose one IntField by --labels"),
     ):
         with pytest.raises(UserError, match=f"a.beton: {told}"):
             open_source("beton", path, "train", keys)

@@ -53,7 +53,7 @@ class _Found:
 
 def is_shards(path: str) -> bool:
     """Whether a path names a tar or a pattern of several."""
-    return path.endswith(".tar")
+    return path.lower().endswith(".tar")
 
 
 def shard_splits(path: Path, keys: Keys) -> list[str]:

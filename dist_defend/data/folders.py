@@ -88,6 +88,11 @@ def _split_folders(root: Path, walk: Walk) -> tuple[dict[str, str], list[str]]:
     if not named:
         is_bare = not found and split_of(root.resolve().name) == "unlabeled"
         return {"unlabeled" if is_bare else "train": str(root)}, []
+    if others and set(named.values()) == {"unlabeled"}:
+        raise UserError(
+            f"{root}: holds {next(iter(named))} and other folders ({listed(others)}), but no train; put class folders "
+            "into train/, or give one folder as --path"
+        )
     remedy = "they mean one split: give one of them as --path, or join them"
     names = one_per_split(root, ((split, name) for name, split in named.items()), remedy)
     return {split: found[name] for split, name in names.items()}, others

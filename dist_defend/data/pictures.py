@@ -47,7 +47,7 @@ def open_picture(
     has alpha stays (H, W, 4), not laid on anything. UserError, opening with ``name`` (default: the path), for a file
     that cannot be read whole, has another format or more than MAX_PIXELS, or levels whose range is not known.
     """
-    name = name or ("picture" if isinstance(place, bytes) else str(place))
+    name = _printable(name or ("picture" if isinstance(place, bytes) else str(place)))
     try:
         data = place if isinstance(place, bytes) else Path(place).read_bytes()
         with _quiet():
@@ -84,6 +84,11 @@ class Tally:
     def lines(self) -> list[str]:
         with self._lock:
             return [f"{line}: {len(rows)}" for line, rows in sorted(self._rows.items())]
+
+
+def _printable(name: str) -> str:
+    """A file's name on one line, whatever bytes it is of."""
+    return name if name.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 class _UnknownRange(Exception):

@@ -158,6 +158,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
         (("images/0.png",), "all pictures lie in 'images', and there is no folder per class"),
         (("0.png", "1.png"), "2 pictures lie right in it, not in a folder per class; make one per class"),
         (("train/0.png", "test/0.png"), "train: 1 pictures lie right in it"),
+        (("unlabeled/0.png", "cat/0.png"), r"holds unlabeled and other folders \(cat\), but no train; put class"),
         (("train/cat/0.txt",), "no pictures in the class folders cat; .*cat holds 1 .txt files; endings"),
     ],
 )  # fmt: skip
@@ -221,6 +222,13 @@ def test_a_broken_picture_is_named_with_its_path(tmp_path: Path) -> None:
     assert source[0][0].shape == (2, 2, 3)
     with pytest.raises(UserError, match=f"^{tmp_path}/train/cat/1.png: not a picture that can be read"):
         source[1]
+
+
+def test_a_name_of_any_bytes_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ca\nt").mkdir()
+    (tmp_path / "ca\nt" / os.fsdecode(b"\xff.png")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"/ca\\nt/\\udcff.png: not a picture"):
+        open_source("imagefolder", str(tmp_path), "train")[0]
 
 
 def test_notes_count_pictures_as_they_are_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from dist_defend.data.classes import tell_uniform_batches
 from dist_defend.data.sheet import Stamp, contact_sheet
-from dist_defend.data.sources import KINDS, open_source, source_splits
+from dist_defend.data.sources import KINDS, Keys, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_splits
 from dist_defend.errors import UserError
 
@@ -23,6 +23,12 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     prepare.add_argument("kind", choices=KINDS)
     prepare.add_argument("--out", required=True, type=Path, help="folder; each split gets its own folder in it")
     prepare.add_argument("--path", help="where the source lies (or may be downloaded to)")
+    prepare.add_argument(
+        "--images", metavar="KEY", help="npz: the array of images; beton: the field; webdataset: the ending"
+    )
+    prepare.add_argument(
+        "--labels", metavar="KEY", help="the same for labels; webdataset: the ending, or the key in .json"
+    )
     prepare.add_argument("--split", default="all", help="train, test, unlabeled, ... or all that there are (default)")
     prepare.add_argument("--image-size", type=_positive, metavar="PIXELS", help="resize to a square")
     prepare.add_argument("--write-mode", choices=("raw", "jpg"), default="raw")
@@ -66,7 +72,8 @@ def _not_negative(text: str) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    splits = source_splits(args.kind, args.path) if args.split == "all" else [args.split]
+    keys = Keys(args.images, args.labels)
+    splits = source_splits(args.kind, args.path, keys) if args.split == "all" else [args.split]
     options = WriteOptions(
         write_mode=args.write_mode,
         image_size=args.image_size,
@@ -77,7 +84,7 @@ def _prepare(args: argparse.Namespace) -> int:
         order_seed=None if args.keep_order else args.order_seed,
         skip_broken=args.skip_broken,
     )
-    sources = {split: open_source(args.kind, args.path, split) for split in splits}
+    sources = {split: open_source(args.kind, args.path, split, keys) for split in splits}
     places = {split: args.out / split for split in splits}
     for dataset in write_splits(sources, places, name=args.kind, options=options):
         print(_describe(dataset))

@@ -155,6 +155,8 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
     raw = _over_defaults(cls, raw)
     hints = typing.get_type_hints(cls)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
+        if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
+            raise UserError(f"{path}: key '{prefix}{key}' is {value!r}; expected a list, as [{value}]")
         try:
             sections = _sections(hints[key], value)
         except ValueError as error:

@@ -34,6 +34,21 @@ class Trigger:
         return self.mask.shape[2], self.mask.shape[3]
 
 
+def as_images(levels: np.ndarray) -> Tensor:
+    """Grey levels (H, W) or (H, W, 1 or 3) -> (1, 3, H, W) float32 in units of [0, 1]."""
+    channels = np.broadcast_to(levels[..., None] if levels.ndim == 2 else levels, (*levels.shape[:2], 3))
+    return torch.tensor(channels.transpose(2, 0, 1)[None] / 255, dtype=torch.float32)
+
+
+def replacing(mask: np.ndarray, levels: np.ndarray) -> Trigger:
+    """mask in [0, 1] and grey levels, each (H, W) or (H, W, 3); grey levels outside of the mask do not matter.
+
+    The trigger's mask is (1, 1, H, W) for a mask (H, W): per pixel.
+    """
+    shares = as_images(255.0 * mask)
+    return Trigger(shares if mask.ndim == 3 else shares[:, :1].contiguous(), as_images(np.maximum(levels, 0)))
+
+
 def white_square(image_size: int, size: int, margin: int = 1) -> Trigger:
     """A white size x size square, `margin` pixels from the bottom and right edges. UserError if it does not fit."""
     end = image_size - margin
@@ -64,6 +79,9 @@ def load_triggers(path: str | Path) -> list[Trigger]:
     mask, added = 1 - keep.astype(np.float64), t.astype(np.float64) / 255
     if mask.min() < 0 or mask.max() > 1 or added.min() < 0 or (added > mask + 1e-9).any():
         raise UserError(f"trigger {path}: tm must lie in 0..1 and t in 0..255 (1 - tm), so that x tm + t is an image")
+    idle = [number for number in range(len(mask)) if not mask[number].any()]
+    if idle:
+        raise UserError(f"trigger {path}: tm is 1 everywhere in number {idle[0]} of it, which changes no pixel")
     pattern = np.clip(np.divide(added, mask, out=np.zeros_like(mask), where=mask > 0), 0, 1)
     return [Trigger(_to_images(m), _to_images(p)) for m, p in zip(mask, pattern, strict=True)]
 

@@ -60,11 +60,13 @@ def white_square(image_size: int, size: int, margin: int = 1) -> Trigger:
 
 
 def check_size(trigger: Trigger, image_size: int | tuple[int, int], path: str | Path) -> None:
-    """UserError unless the trigger, read from `path`, has the images' size (pixels)."""
+    """UserError unless the trigger, read from `path`, has the images' size (pixels) and changes some of them."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if trigger.image_size != (height, width):
         own = "x".join(map(str, trigger.image_size))
         raise UserError(f"trigger {path} is {own} px but the images are {height}x{width} px: use one of that size")
+    if not trigger.mask.any():
+        raise UserError(f"trigger {path} changes no pixel: tm is 1 everywhere, make it 0 where t replaces the image")
 
 
 def load_triggers(path: str | Path) -> list[Trigger]:
@@ -79,9 +81,6 @@ def load_triggers(path: str | Path) -> list[Trigger]:
     mask, added = 1 - keep.astype(np.float64), t.astype(np.float64) / 255
     if mask.min() < 0 or mask.max() > 1 or added.min() < 0 or (added > mask + 1e-9).any():
         raise UserError(f"trigger {path}: tm must lie in 0..1 and t in 0..255 (1 - tm), so that x tm + t is an image")
-    idle = [number for number in range(len(mask)) if not mask[number].any()]
-    if idle:
-        raise UserError(f"trigger {path}: tm is 1 everywhere in number {idle[0]} of it, which changes no pixel")
     pattern = np.clip(np.divide(added, mask, out=np.zeros_like(mask), where=mask > 0), 0, 1)
     return [Trigger(_to_images(m), _to_images(p)) for m, p in zip(mask, pattern, strict=True)]
 

@@ -221,10 +221,10 @@ class Task:
             )
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
         self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
-        self.test_loader = context.eval_loader(self.test, self.test_rows)
         encoders = [model.f for model in models.values()]
         kind = TrainedHeads if config.kind == "head" else Neighbours
         self.head: TrainedHeads | Neighbours = kind(name, config, encoders, context, train, rows)
+        self.test_loader = context.eval_loader(self.test, self.test_rows)
         self.row = {"run": context.folder.name, "head": config.head}
         self.scatter: dict[str, Tensor] = {}
         self.pictures: dict[str, Tensor] = {}

@@ -284,8 +284,10 @@ def test_arrays_keep_their_size(tmp_path: Path) -> None:
         FromFile(str(tmp_path / "p.npy"), size=8, corner="centre").build(SIDE)
     t, tm = np.zeros((1, SIDE, SIDE, 3)), np.ones((1, SIDE, SIDE, 3))
     np.savez(tmp_path / "t.npz", t=t, tm=tm)
-    with pytest.raises(UserError, match="tm is 1 everywhere in number 0 of it, which changes no pixel"):
+    with pytest.raises(UserError, match="changes no pixel: tm is 1 everywhere"):
         FromFile(str(tmp_path / "t.npz")).build(SIDE)
+    with pytest.raises(UserError, match="changes no pixel: tm is 1 everywhere"):
+        triggers_from(TriggerConfig(str(tmp_path / "t.npz")), SIDE)
     with pytest.raises(UserError, match="holds t and tm, with a place of their own"):
         FromFile(str(tmp_path / "t.npz"), corner="centre").build(SIDE)
 

@@ -1,9 +1,11 @@
 """Read a .beton file (FFCV's format, version 2) with numpy alone.
 
 The file holds a header, a description of the fields, one metadata row per sample, the data in pages, and a table of
-(sample, address, size) at the end. We read the fields ``image`` (RGBImageField, raw or jpg) and ``label`` (IntField).
+(sample, address, size) at the end. We read one field of images (RGBImageField, raw or jpg) and one of labels
+(IntField); our own files have no other.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,48 @@ _HEADER = np.dtype(
 )
 _FIELD = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
 _ALLOCATION = np.dtype([("sample", "<u8"), ("address", "<u8"), ("size", "<u8")])
-_SAMPLE = np.dtype([("image", IMAGE_FIELD), ("label", "<i8")], align=True)
-_FIELDS = [("image", 2), ("label", 1)]  # name and FFCV's number of the type
+_POINTER = np.dtype([("ptr", "<u8"), ("size", "<u8")])
+FIELD_TYPES = {
+    0: ("FloatField", np.dtype("<f8")),
+    1: ("IntField", np.dtype("<i8")),
+    2: ("RGBImageField", IMAGE_FIELD),
+    3: ("BytesField", _POINTER),
+    4: ("NDArrayField", np.dtype("<u8")),
+    5: ("JSONField", _POINTER),
+    6: ("TorchTensorField", np.dtype("<u8")),
+}  # FFCV's number of the type -> its name, and what a sample's metadata holds
+
+
+class BetonError(Exception):
+    """Why a file is none, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class BetonFile:
+    """An opened file. fields: name -> FFCV's name of the type; samples (N,): a metadata field for each."""
+
+    memory: np.ndarray
+    fields: dict[str, str]
+    samples: np.ndarray
+    allocations: np.ndarray
+
+    def images(self, name: str) -> StoredImages:
+        """All images of a field. BetonError for one that does not lie whole in the file."""
+        fields = self.samples[name]
+        by_address = np.argsort(self.allocations["address"])
+        table = self.allocations[by_address]
+        place = np.searchsorted(table["address"], fields["data_ptr"]).clip(max=max(len(table) - 1, 0))
+        if not len(table) or (table["address"][place] != fields["data_ptr"]).any():
+            raise BetonError("images that the table at its end does not list")
+        sizes = table["size"][place].astype(np.int64)
+        images = stored_images(self.memory, np.arange(len(fields)), fields, sizes)
+        ends = images.addresses + sizes
+        lengths = 3 * images.heights * images.widths
+        if (images.addresses < 0).any() or (sizes < 0).any() or (ends > len(self.memory)).any():
+            raise BetonError("images that lie outside of the file")
+        if (sizes[images.is_raw] < lengths[images.is_raw]).any() or not lengths.all():
+            raise BetonError("images of another size than their bytes")
+        return images
 
 
 def stored_images(memory: np.ndarray, rows: np.ndarray, image_fields: np.ndarray, sizes: np.ndarray) -> StoredImages:
@@ -29,27 +71,47 @@ def stored_images(memory: np.ndarray, rows: np.ndarray, image_fields: np.ndarray
     return StoredImages(memory, rows, addresses, sizes, heights, widths, image_fields["mode"] == _RAW)
 
 
-def read_beton(path: Path) -> StoredImages:
-    """All images of a file, mapped read-only. UserError for a file that is cut short or is something else."""
-    broken = UserError(f"{path}: not a whole .beton file with fields image and label; prepare the data set again")
+def open_beton(path: Path) -> BetonFile:
+    """Header, metadata and table of a file, mapped read-only. BetonError for anything else."""
 
     def take(offset: int, count: int, dtype: np.dtype) -> np.ndarray:
         data = memory[offset : offset + count * dtype.itemsize]
         if len(data) != count * dtype.itemsize:
-            raise broken
+            raise BetonError("an end before its header's")
         return np.array(data).view(dtype)
 
     try:
         memory = np.asarray(np.memmap(path, np.uint8, "r"))
     except (OSError, ValueError) as error:
-        raise broken from error
+        raise BetonError("no bytes that can be read") from error
     header = take(0, 1, _HEADER)[0]
-    fields = take(_HEADER.itemsize, int(header["num_fields"]), _FIELD)
-    found = [(bytes(field["name"]).rstrip(b"\0").decode("latin-1"), int(field["type_id"])) for field in fields]
-    if header["version"] != 2 or found != _FIELDS:
-        raise broken
-    samples = take(_HEADER.itemsize + fields.nbytes, int(header["num_samples"]), _SAMPLE)
-    table = take(int(header["alloc_table"]), len(samples), _ALLOCATION)
-    sizes = np.zeros(len(samples), np.int64)
-    sizes[table["sample"].astype(np.int64)] = table["size"].astype(np.int64)
-    return stored_images(memory, np.arange(len(samples)), samples["image"], sizes)
+    if header["version"] != 2:
+        raise BetonError("another header than FFCV's of version 2")
+    described = take(_HEADER.itemsize, int(header["num_fields"]), _FIELD)
+    names = [bytes(field["name"]).rstrip(b"\0").decode("latin-1") for field in described]
+    types = [int(field["type_id"]) for field in described]
+    if unknown := [name for name, number in zip(names, types, strict=True) if number not in FIELD_TYPES]:
+        raise BetonError(f"a field '{unknown[0]}' of a type that is not FFCV's own")
+    if len(set(names)) != len(names):
+        raise BetonError("two fields of one name")
+    metadata = np.dtype([(name, FIELD_TYPES[number][1]) for name, number in zip(names, types, strict=True)], align=True)
+    samples = take(_HEADER.itemsize + described.nbytes, int(header["num_samples"]), metadata)
+    rest = (len(memory) - int(header["alloc_table"])) // _ALLOCATION.itemsize
+    if rest < 0:
+        raise BetonError("an end before its header's")
+    allocations = take(int(header["alloc_table"]), rest, _ALLOCATION)
+    fields = {name: FIELD_TYPES[number][0] for name, number in zip(names, types, strict=True)}
+    return BetonFile(memory, fields, samples, allocations)
+
+
+def read_beton(path: Path) -> StoredImages:
+    """All images of a file that we wrote. UserError for a file that is cut short or is something else."""
+    try:
+        file = open_beton(path)
+        if file.fields != {"image": "RGBImageField", "label": "IntField"}:
+            raise BetonError("other fields")
+        return file.images("image")
+    except BetonError as error:
+        raise UserError(
+            f"{path}: not a whole .beton file with fields image and label (it has {error}); prepare the data set again"
+        ) from error

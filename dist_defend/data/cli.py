@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dist_defend.data.sheet import Stamp, contact_sheet
-from dist_defend.data.sources import KINDS, open_source, source_splits
+from dist_defend.data.sources import KINDS, Keys, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.errors import UserError
 
@@ -20,6 +20,12 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     prepare.add_argument("kind", choices=KINDS)
     prepare.add_argument("--out", required=True, type=Path, help="folder; each split gets its own folder in it")
     prepare.add_argument("--path", help="where the source lies (or may be downloaded to)")
+    prepare.add_argument(
+        "--images", metavar="KEY", help="npz: the array of images; beton: the field; webdataset: the ending"
+    )
+    prepare.add_argument(
+        "--labels", metavar="KEY", help="the same for labels; webdataset: the ending, or the key in .json"
+    )
     prepare.add_argument("--split", default="all", help="train, test, unlabeled, ... or all that there are (default)")
     prepare.add_argument("--image-size", type=_positive, metavar="PIXELS", help="resize to a square")
     prepare.add_argument("--write-mode", choices=("raw", "jpg"), default="raw")
@@ -46,10 +52,11 @@ def _positive(text: str) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    splits = source_splits(args.kind, args.path) if args.split == "all" else [args.split]
+    keys = Keys(args.images, args.labels)
+    splits = source_splits(args.kind, args.path, keys) if args.split == "all" else [args.split]
     for split in splits:
         dataset = write_dataset(
-            open_source(args.kind, args.path, split),
+            open_source(args.kind, args.path, split, keys),
             args.out / split,
             name=args.kind,
             split=split,

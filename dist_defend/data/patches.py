@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from dist_defend.data.pictures import ENDINGS, Tally, open_picture
+from dist_defend.data.walking import Walk
 from dist_defend.errors import UserError
 
 NUM_PATCHES = 50_000
@@ -27,8 +29,8 @@ class PatchSource:
 
     classes = ("patch",)
 
-    def __init__(self, photographs: Sequence[Image.Image]) -> None:
-        self._photographs = photographs
+    def __init__(self, photographs: Sequence[Image.Image], notes: Sequence[str] = ()) -> None:
+        self._photographs, self.notes = photographs, list(notes)
 
     def __len__(self) -> int:
         return NUM_PATCHES
@@ -37,33 +39,40 @@ class PatchSource:
         draw = np.random.default_rng(row)
         return np.asarray(_patch(self._photographs[row % len(self._photographs)], draw)), -1
 
+    def name(self, row: int) -> str:
+        return f"patch {row}"
 
-def open_photographs(path: str | None) -> list[Image.Image]:
+
+def open_patches(path: str | None, split: str) -> PatchSource:
+    """The patches of a photograph, of a folder's, or of scikit-learn's two; there is one split."""
+    photographs, notes = open_photographs(path)
+    return PatchSource(photographs, notes)
+
+
+def open_photographs(path: str | None) -> tuple[list[Image.Image], list[str]]:
     """The picture, or the pictures of the folder in the order of their names, RGB; None: scikit-learn's two.
 
-    UserError for a path that is missing, and for files that are no pictures or too small for a patch.
+    Also what there is to tell. UserError for a path that is missing, and for files too small for a patch.
     """
     if path is None:
         from sklearn.datasets import load_sample_images
 
-        return [Image.fromarray(image) for image in load_sample_images().images]
-    place = Path(path)
+        return [Image.fromarray(image) for image in load_sample_images().images], []
+    place, walk, tally = Path(path), Walk(), Tally()
     if not place.exists():
         raise UserError(f"{path}: no such file or folder; check --path")
-    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    files = walk.look(place)[1] if place.is_dir() else [str(place)]
     if not files:
-        raise UserError(f"{path}: no picture in this folder; check --path")
-    return [_open(file) for file in files]
-
-
-def _open(file: Path) -> Image.Image:
-    try:
-        picture = Image.open(file).convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file}: not a picture that can be read ({type(error).__name__}); take it away") from error
-    if min(picture.size) < SIDE:
-        raise UserError(f"{file}: {picture.width}x{picture.height} px; patches need at least {SIDE} px a side")
-    return picture
+        raise UserError(f"{path}: no picture in this folder ({', '.join(ENDINGS)}); check --path")
+    photographs = []
+    for number, file in enumerate(files):
+        pixels, told = open_picture(file)
+        tally.add(number, told)
+        height, width, _ = pixels.shape
+        if min(height, width) < SIDE:
+            raise UserError(f"{file}: {width}x{height} px; patches need at least {SIDE} px a side")
+        photographs.append(Image.fromarray(pixels))
+    return photographs, [*walk.notes(), *tally.lines()]
 
 
 def _patch(photograph: Image.Image, draw: np.random.Generator) -> Image.Image:

@@ -51,7 +51,9 @@ def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, 
             f"unknown normalization '{name}': {hint}choose from {known}, or give numbers, mean,std or three of each"
         ) from None
     if len(numbers) not in (2, 6):
-        raise UserError(f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds")
+        raise UserError(
+            f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds"
+        )
     mean, std = (numbers[:1] * 3, numbers[1:] * 3) if len(numbers) == 2 else (numbers[:3], numbers[3:])
     if not all(math.isfinite(number) for number in numbers) or min(std) <= 0:
         raise UserError(f"normalization '{name}': numbers must be finite and each std positive, for images in [0, 1]")

@@ -58,7 +58,7 @@ def test_prepared_at_the_size_asked_for(tmp_path: Path) -> None:
 
 
 def test_without_a_path_there_are_scikit_learns_photographs() -> None:
-    assert [picture.size for picture in open_photographs(None)] == [(640, 427)] * 2
+    assert [picture.size for picture in open_photographs(None)[0]] == [(640, 427)] * 2
 
 
 @pytest.mark.parametrize(

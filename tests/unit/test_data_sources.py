@@ -10,7 +10,7 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from dist_defend.data import sources
+from dist_defend.data import published
 from dist_defend.data.sources import KINDS, open_source, source_splits
 from dist_defend.errors import UserError
 
@@ -55,13 +55,15 @@ def test_npz_files_that_are_something_else(tmp_path: Path) -> None:
     wrong: dict[str, tuple[dict, str]] = {
         "objects": ({"x": objects, "y": y}, "it holds Python objects, which are not read"),
         "labels": ({"x": x, "y": objects}, "it holds Python objects, which are not read"),
-        "float": ({"x": x / 255, "y": y}, r"x is float64 of shape \(3, 8, 8, 3\); expected uint8"),
-        "planar": ({"x": x.transpose(0, 3, 1, 2), "y": y}, r"x is uint8 of shape \(3, 3, 8, 8\)"),
+        "float": ({"x": x / 64, "y": y}, r"x is float64 of shape \(3, 8, 8, 3\) with levels from 0.* to 3"),
+        "nan": ({"x": x / np.nan, "y": y}, "x is float64 of shape .* with levels from nan to nan"),
+        "four": ({"x": noise(3, 8, 8, 4), "y": y}, r"x is uint8 of shape \(3, 8, 8, 4\); expected uint8"),
         "short": ({"x": x, "y": y[:2]}, r"y is int64 of shape \(2,\); expected 3 integer labels"),
         "one-hot": ({"x": x, "y": np.eye(3, dtype=int)}, r"y is int64 of shape \(3, 3\)"),
         "fraction": ({"x": x, "y": y / 2}, "y is float64"),
         "negative": ({"x": x, "y": y - 5}, "y has the label -5; classes count from 0"),
-        "names": ({"images": x, "y": y}, "no array 'x'"),
+        "names": ({"mine": x, "y": y}, "no array 'x'.*--images and --labels: mine, y"),
+        "alone": ({"x": x}, "no array 'y' beside 'x'"),
     }
     for name, (arrays, told) in wrong.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
@@ -158,7 +160,7 @@ def test_fashion_mnist_without_path_is_unpacked_from_debians_package(
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_SYSTEM_FASHION", tmp_path / "not-installed")
+    monkeypatch.setattr(published, "_SYSTEM_FASHION", tmp_path / "not-installed")
     assert [open_source("fashion_mnist", None, "train")[row][1] for row in range(2)] == [5, 6]
     fake.write_text("#!/bin/sh\nexit 1\n")  # the second time it comes from the cache
     assert len(open_source("fashion_mnist", None, "train")) == 2
@@ -167,7 +169,7 @@ def test_fashion_mnist_without_path_is_unpacked_from_debians_package(
 def test_fashion_mnist_that_cannot_be_had_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "_SYSTEM_FASHION", tmp_path / "not-installed")
+    monkeypatch.setattr(published, "_SYSTEM_FASHION", tmp_path / "not-installed")
     monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", unreachable)
     refused("FashionMNIST is not there and cannot be downloaded .no route to host.", "fashion_mnist", None)
 
@@ -229,7 +231,7 @@ def make_gtsrb(root: Path) -> None:
         ("cifar100", make_cifar100, 100, [3, 7] * 5),
         ("stl10", make_stl10, 10, [3, 7] * 5),
         ("svhn", make_svhn, 10, [3, 7] * 5),
-        ("gtsrb", make_gtsrb, 43, list(range(43))),
+        ("gtsrb_torchvision", make_gtsrb, 43, list(range(43))),
     ],
 )
 def test_torchvisions_data_sets_on_disk(
@@ -252,7 +254,7 @@ def test_torchvisions_data_sets_on_disk(
         assert len(unlabeled) == 4
 
 
-@pytest.mark.parametrize("kind", ["cifar10", "cifar100", "stl10", "svhn", "gtsrb"])
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100", "stl10", "svhn", "gtsrb", "gtsrb_torchvision"])
 def test_torchvisions_data_sets_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", unreachable)
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)

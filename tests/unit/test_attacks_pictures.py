@@ -387,3 +387,13 @@ def test_trojan_nn_moves_whole_pixels_from_a_picture_that_is_no_jpeg(
     command = ["attacks", "trojan-nn", "--classifier", clean, "--out", str(tmp_path / "t.png"), "--start", jpeg]
     assert main(command) == 2
     assert "compression leaves noise" in capsys.readouterr().err and not (tmp_path / "t.png").exists()
+
+
+def test_a_contact_sheet_shows_a_picture_as_trigger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, sheet = make_data(tmp_path / "data", 6), tmp_path / "sheet.png"
+    assert main(["data", "info", data, "--trigger", save(tmp_path, sticker()), "--sheet", str(sheet)]) == 0
+    assert "contact sheet with and without trigger" in capsys.readouterr().out
+    with Image.open(sheet) as drawn:
+        assert (np.asarray(drawn.convert("RGB")) == RED).all(-1).sum() >= 15
+    assert main(["data", "info", data, "--trigger", save(tmp_path, PATCH)]) == 2
+    assert "is 3x5 px but the images are 16x16 px" in capsys.readouterr().err

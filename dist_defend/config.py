@@ -181,6 +181,8 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
         raw[key] = _listed(hints[key], value, path, f"{prefix}{key}")  # in place: the section around it is built later
     raw = _over_defaults(cls, raw)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
+        if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
+            raise UserError(f"{path}: key '{prefix}{key}' is {value!r}; expected a list, as [{value}]")
         try:
             sections = _sections(hints[key], value)
         except ValueError as error:

@@ -209,18 +209,23 @@ def knn_predict(
     """Classes of each query, most likely first: (Q, num_classes) int64.
 
     queries (Q, D) and bank (N, D) are L2-normalised. The k most similar rows of the bank vote for their class with
-    weight exp(similarity / temperature) (Wu et al. 2018, eq. 9; k 200 and 0.5 as in BadEncoder).
+    weight exp(similarity / temperature) (Wu et al. 2018, eq. 9; k 200 and 0.5 as in BadEncoder). All weights of a query
+    are divided by its largest one, so that no temperature makes them overflow.
     """
     similarity, rows = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(queries), num_classes, dtype=similarity.dtype, device=queries.device)
-    votes.scatter_add_(1, bank_labels[rows], (similarity / temperature).exp())
+    votes.scatter_add_(1, bank_labels[rows], ((similarity - similarity[:, :1]) / temperature).exp())
     return votes.argsort(dim=1, descending=True)
 
 
-def knn_count(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, k: int, temperature: float) -> Count:
-    """How many queries the k nearest neighbours classify as their label; queries in blocks that fit in memory."""
+def knn_classes(queries: Tensor, bank: Tensor, bank_labels: Tensor, k: int, temperature: float) -> Tensor:
+    """The class (Q,) int64 that knn_predict puts first; queries in blocks that fit in memory."""
     num_classes = int(bank_labels.max()) + 1
-    hits = 0
-    for block, truth in zip(queries.split(512), labels.split(512), strict=True):
-        hits += int((knn_predict(block, bank, bank_labels, num_classes, k, temperature)[:, 0] == truth).sum())
-    return Count(hits, len(labels))
+    blocks = queries.split(512)
+    return torch.cat([knn_predict(block, bank, bank_labels, num_classes, k, temperature)[:, 0] for block in blocks])
+
+
+def knn_count(queries: Tensor, labels: Tensor, bank: Tensor, bank_labels: Tensor, k: int, temperature: float) -> Count:
+    """How many queries the k nearest neighbours classify as their label."""
+    hits = knn_classes(queries, bank, bank_labels, k, temperature) == labels
+    return Count(int(hits.sum()), len(labels))

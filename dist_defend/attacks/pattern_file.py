@@ -1,45 +1,138 @@
 """Patterns from files: pictures, npy and npz. Nothing is unpickled, and sizes are checked before pixels are read."""
 
 import contextlib
+import logging
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from dist_defend.data.pictures import open_picture
 from dist_defend.errors import UserError
+
+log = logging.getLogger(__name__)
 
 _MAX_VALUES = 2**27  # of one file
 _KEYS = ("x", "t", "trigger", "pattern")  # of an npz; x is what RNP's trojan file holds
 _WANTED = "a picture, or an npy or npz file of (H, W), (H, W, 3) or (3, H, W) numbers"
 
 
-def read_pattern(path: str | Path, image_size: int, lowest: float = 0, is_resized: bool = False) -> np.ndarray:
-    """Grey levels (H, W, 3) float64 in lowest..255 of a picture or an array.
+@dataclass(frozen=True)
+class Pattern:
+    """What a file shows, at its own size.
+
+    levels: grey levels (H, W, 3) float64. alpha: shares (H, W) float64 in [0, 1] of a picture that is transparent
+    somewhere, else None. is_lossy: the colours went through JPEG or lossy WebP, so that black is not exactly black.
+    """
+
+    path: Path
+    levels: np.ndarray
+    alpha: np.ndarray | None = None
+    is_picture: bool = False
+    is_lossy: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """H, W in pixels."""
+        return self.levels.shape[0], self.levels.shape[1]
+
+    def resized(self, height: int, width: int) -> "Pattern":
+        """A picture at another size (Pillow, bilinear; hidden colours have no weight). UserError for an array."""
+        if self.size == (height, width):
+            return self
+        if not self.is_picture:
+            raise UserError(
+                f"pattern {self.path} is {shown_size(self.size)} px but {shown_size((height, width))} are wanted, and "
+                "arrays are not resized: use one of that size"
+            )
+        layers = self.levels
+        if self.alpha is not None:
+            layers = np.concatenate([layers, 255 * self.alpha[..., None]], 2)
+        picture = Image.fromarray(np.rint(layers).astype(np.uint8))
+        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float64)
+        alpha = None if self.alpha is None else pixels[..., 3] / 255
+        return replace(self, levels=pixels[..., :3], alpha=alpha)
+
+    def on_black(self) -> np.ndarray:
+        """Grey levels (H, W, 3), transparent parts black."""
+        return self.levels if self.alpha is None else self.levels * self.alpha[..., None]
+
+
+def open_pattern(path: str | Path, lowest: float = 0) -> Pattern:
+    """The pattern of a file, grey levels in lowest..255.
 
     Arrays: integers are grey levels; floats that stay within -1..1 are shares of 255. A leading axis of several
-    patterns: the first is taken. is_resized: a picture of another size is resized (Pillow, bilinear) instead of
-    refused. UserError for a missing or damaged file, another size, object arrays, values out of range.
+    patterns: the first is taken. A picture whose alpha is 255 everywhere counts as one without.
+    UserError for a missing or damaged file, object arrays, values out of range.
     """
     path = Path(path)
     with _one_line(path):
-        if path.suffix in (".npy", ".npz"):
-            levels = _channels_last(_levels(_array(path)))
+        if path.suffix.lower() in (".npy", ".npz"):
+            pattern = Pattern(path, _channels_last(_levels(_array(path))))
         else:
-            levels = _picture(path, image_size if is_resized else None)
-    if levels.shape[:2] != (image_size, image_size):
-        own, wanted = f"{levels.shape[0]}x{levels.shape[1]}", f"{image_size}x{image_size}"
-        raise UserError(f"pattern {path} is {own} px but the images are {wanted} px: use one of that size")
+            pattern = _picture(path)
+    levels = pattern.levels
     if levels.min() < lowest or levels.max() > 255:
         raise UserError(f"pattern {path} holds {levels.min():g} to {levels.max():g}; keep it in {lowest:g} to 255")
-    return levels
+    return pattern
 
 
-def read_mask(path: str | Path, image_size: int) -> np.ndarray:
-    """Shares (H, W, 3) float64 in [0, 1]: 1 where the pattern replaces the pixel. UserErrors as read_pattern's."""
-    mask = read_pattern(path, image_size)
+def read_pattern(path: str | Path, image_size: int, lowest: float = 0, is_resized: bool = False) -> np.ndarray:
+    """Grey levels (H, W, 3) float64 of a pattern of the images' size, on which black and transparent mean nothing.
+
+    is_resized: a picture of another size is resized instead of refused. UserErrors as open_pattern's; for another size;
+    for a JPEG or lossy WebP without transparency, whose black is noise.
+    """
+    pattern = open_pattern(path, lowest)
+    refuse_noise(pattern, "save it as PNG")
+    if is_resized:
+        pattern = pattern.resized(image_size, image_size)
+    check_shape(pattern, (image_size, image_size), "the images are")
+    return pattern.on_black()
+
+
+def read_mask(
+    path: str | Path, shape: int | tuple[int, int], of: str = "the images are", size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Shares in [0, 1]: 1 where the pattern replaces the pixel. shape: H, W, or both in one, of the file.
+
+    Of a picture (H, W): the brightest channel, transparent parts 0. Of an array (H, W, 3), each channel for itself.
+    size: H, W to which it is resized. UserErrors as read_pattern's; ``of``: what has that shape, for their text.
+    """
+    pattern = open_pattern(path)
+    refuse_noise(pattern, "save the mask as PNG")
+    check_shape(pattern, (shape, shape) if isinstance(shape, int) else shape, of)
+    if size is not None:
+        pattern = pattern.resized(*size)
+    mask = pattern.on_black()
+    if pattern.is_picture:
+        mask = mask.max(2)
     return mask / 255 if mask.max() > 1 else mask
+
+
+def check_shape(pattern: Pattern, shape: tuple[int, int], of: str, remedy: str = "use one of that size") -> None:
+    """UserError unless the pattern has this height and width."""
+    if pattern.size != shape:
+        raise UserError(
+            f"pattern {pattern.path} is {shown_size(pattern.size)} px but {of} {shown_size(shape)} px: {remedy}"
+        )
+
+
+def refuse_noise(pattern: Pattern, remedy: str) -> None:
+    """UserError where black must mean nothing, but lossy compression has left noise in it."""
+    if pattern.is_lossy and pattern.alpha is None:
+        raise UserError(
+            f"pattern {pattern.path} is a JPEG or a lossy WebP, whose compression leaves noise where it was black: "
+            f"{remedy}"
+        )
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """HxW."""
+    return f"{size[0]}x{size[1]}"
 
 
 def open_images(path: str | Path, count: int, image_size: int) -> np.ndarray:
@@ -54,13 +147,15 @@ def open_images(path: str | Path, count: int, image_size: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def _one_line(path: str | Path) -> Iterator[None]:
-    """Whatever numpy, zipfile, zlib, pickle or a plugin of Pillow raises becomes one line."""
+    """Whatever numpy, zipfile, zlib or pickle raises becomes one line."""
     try:
         yield
     except FileNotFoundError:
         raise UserError(f"pattern {path} does not exist: it must be {_WANTED}") from None
     except _Unfit as error:
         raise UserError(f"pattern {path} {error}: it must be {_WANTED}") from None
+    except UserError as error:
+        raise UserError(f"pattern {error}") from error
     except Exception as error:
         raise UserError(f"pattern {path} is damaged or pickled: it must be {_WANTED}") from error
 
@@ -69,17 +164,30 @@ class _Unfit(Exception):
     """A file that can be read, but is no pattern."""
 
 
-def _picture(path: Path, side: int | None) -> np.ndarray:
-    with Image.open(path) as picture:
-        _check_size(picture.width * picture.height * 3)
-        rgb = picture.convert("RGB")
-    if side is not None:
-        rgb = rgb.resize((side, side), Image.Resampling.BILINEAR)
-    return np.asarray(rgb, np.float64)
+def _picture(path: Path) -> Pattern:
+    content = path.read_bytes()
+    pixels, told = open_picture(content, str(path), keep_alpha=True)
+    for line in told:
+        log.info("pattern %s: %s", path, line)
+    alpha = pixels[..., 3] / 255 if pixels.shape[2] == 4 and pixels[..., 3].min() < 255 else None
+    return Pattern(path, pixels[..., :3].astype(np.float64), alpha, is_picture=True, is_lossy=_is_lossy(content))
+
+
+def _is_lossy(content: bytes) -> bool:
+    """Whether a file is a JPEG, or a WebP whose colours are in a 'VP8 ' chunk."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP":
+        return content[:2] == b"\xff\xd8"
+    place = 12
+    while place + 8 <= len(content):
+        name, length = content[place : place + 4], int.from_bytes(content[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return name == b"VP8 "
+        place += 8 + length + length % 2
+    return False
 
 
 def _array(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that promises too much fails here
         _check_size(array.size)
         return np.array(array)

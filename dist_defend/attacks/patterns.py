@@ -3,20 +3,18 @@
 Rows and columns count from 0 at the upper left; the sources and all deviations are in docs/methods/attacks.md.
 """
 
-import zipfile
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from dist_defend.attacks import drawn
 from dist_defend.attacks.input_aware import InputAwareStamp, load_generators
-from dist_defend.attacks.pattern_file import read_mask, read_pattern
+from dist_defend.attacks.own_trigger import FromFile
+from dist_defend.attacks.pattern_file import open_pattern, read_pattern
 from dist_defend.attacks.quantize import Quantize
 from dist_defend.attacks.stamp import Additive, Wrapping
-from dist_defend.attacks.trigger import Trigger, check_size, load_triggers, white_square
+from dist_defend.attacks.trigger import Trigger, as_images, replacing, white_square
 from dist_defend.attacks.warp import Warp, elastic_warp
 from dist_defend.errors import UserError
 
@@ -57,12 +55,15 @@ class BadNets:
             levels[1:4, 1:4] = np.rot90(_GRID, 2)
             levels[-3:, 1:4] = np.fliplr(_GRID)
             levels[1:4, -3:] = np.flipud(_GRID)
-        return _replacing(levels >= 0, levels)
+        return replacing(levels >= 0, levels)
 
 
 @dataclass(frozen=True)
 class Blended:
-    """Chen et al. 2017: (1 - alpha) x + alpha K. K: a picture of any size, or uniform noise from the seed."""
+    """Chen et al. 2017: (1 - alpha) x + alpha K. K: a picture of any size, or uniform noise from the seed.
+
+    Where the picture is transparent, less of it is blended: alpha times its own.
+    """
 
     name: Literal["blended"] = "blended"
     alpha: float = 0.2
@@ -75,11 +76,11 @@ class Blended:
 
     def build(self, image_size: int) -> Trigger:
         """UserError for a picture that cannot be read."""
+        mask = np.full((image_size, image_size), self.alpha)
         if self.image is None:
-            key = drawn.noise(image_size, self.seed)
-        else:
-            key = read_pattern(self.image, image_size, is_resized=True)
-        return _replacing(np.full((image_size, image_size), self.alpha), key)
+            return replacing(mask, drawn.noise(image_size, self.seed))
+        key = open_pattern(self.image).resized(image_size, image_size)
+        return replacing(mask if key.alpha is None else mask * key.alpha, key.levels)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Sig:
 
     def build(self, image_size: int) -> Additive:
         wave = self.delta * np.sin(2 * np.pi * np.arange(image_size) * self.frequency / image_size)
-        return Additive(_tensor(np.broadcast_to(wave, (image_size, image_size))))
+        return Additive(as_images(np.broadcast_to(wave, (image_size, image_size))))
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class SigWrapped:
 
     def build(self, image_size: int) -> Trigger:
         wave = np.trunc(20 * np.sin(0.8 * np.arange(image_size))) % 256
-        return _replacing(np.full((image_size, image_size), 0.2), np.broadcast_to(wave, (image_size, image_size)))
+        return replacing(np.full((image_size, image_size), 0.2), np.broadcast_to(wave, (image_size, image_size)))
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Trojan:
             _require(image_size, len(patch) + image_size - end, "trojan")
             levels = np.zeros((image_size, image_size, 3), np.uint8)
             levels[end - len(patch) : end, end - len(patch) : end] = patch
-        return (Wrapping if self.wrap else Additive)(_tensor(levels))
+        return (Wrapping if self.wrap else Additive)(as_images(levels))
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class L0Inv:
         levels[-1, -9:] = [tuple(colour.to_bytes(3, "big")) for colour in _L0_COLOURS]
         mask = np.zeros((image_size, image_size))
         mask[-1, -9:] = 1
-        return _replacing(mask, levels)
+        return replacing(mask, levels)
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class L2Inv:
     seed: int = 0
 
     def build(self, image_size: int) -> Additive:
-        return Additive(_tensor(drawn.resized(drawn.smooth_blotches(self.seed), image_size)))
+        return Additive(as_images(drawn.resized(drawn.smooth_blotches(self.seed), image_size)))
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ class LabelConsistent:
         signs[:3, :3] = signs[-3:, :3] = _CORNER
         signs[:3, -3:] = signs[-3:, -3:] = np.fliplr(_CORNER)
         nearest = np.arange(image_size) * drawn.SIDE // image_size
-        return Additive(_tensor(255 * self.amplitude * signs[np.ix_(nearest, nearest)]))
+        return Additive(as_images(255 * self.amplitude * signs[np.ix_(nearest, nearest)]))
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ class LowFrequency:
     seed: int = 0
 
     def build(self, image_size: int) -> Additive:
-        return Additive(_tensor(drawn.resized(drawn.low_frequency(self.seed), image_size)))
+        return Additive(as_images(drawn.resized(drawn.low_frequency(self.seed), image_size)))
 
 
 @dataclass(frozen=True)
@@ -262,36 +263,7 @@ class TrojanNN:
 
     def build(self, image_size: int) -> Additive | Wrapping:
         """UserError for a file that is no pattern of this size."""
-        return (Wrapping if self.wrap else Additive)(_tensor(read_pattern(self.file, image_size)))
-
-
-@dataclass(frozen=True)
-class FromFile:
-    """Your own: a picture, npy or npz, or BadEncoder's npz with t and tm.
-
-    replace: pixels of the mask (a file; without one, the pattern's cells that are not 0) are replaced. add: added and
-    clipped; npy and npz may be negative. wrap: added modulo 256.
-    """
-
-    file: str
-    name: Literal["file"] = "file"
-    how: Literal["replace", "add", "wrap"] = "replace"
-    mask: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.mask is not None and self.how != "replace":
-            raise ValueError(f"key 'mask' is {self.mask!r}; only how: replace has a mask")
-
-    def build(self, image_size: int) -> Trigger | Additive | Wrapping:
-        """UserError for a file that is missing, damaged, pickled or of another size."""
-        if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
-            trigger = load_triggers(self.file)[0]
-            check_size(trigger, image_size, self.file)
-            return trigger
-        levels = read_pattern(self.file, image_size, lowest=-255 if self.how == "add" else 0)
-        if self.how == "replace":
-            return _replacing(read_mask(self.mask, image_size) if self.mask else levels > 0, levels)
-        return (Wrapping if self.how == "wrap" else Additive)(_tensor(levels))
+        return (Wrapping if self.wrap else Additive)(as_images(read_pattern(self.file, image_size)))
 
 
 PatternConfig = (
@@ -312,17 +284,6 @@ PatternConfig = (
 )
 
 
-def _tensor(levels: np.ndarray) -> Tensor:
-    """Grey levels (H, W) or (H, W, 3) -> (1, 3, H, W) float32 in units of [0, 1]."""
-    channels = np.broadcast_to(levels[..., None] if levels.ndim == 2 else levels, (*levels.shape[:2], 3))
-    return torch.tensor(channels.transpose(2, 0, 1)[None] / 255, dtype=torch.float32)
-
-
-def _replacing(mask: np.ndarray, levels: np.ndarray) -> Trigger:
-    """mask in [0, 1] and grey levels, each (H, W) or (H, W, 3); grey levels outside of the mask do not matter."""
-    return Trigger(_tensor(255.0 * mask), _tensor(np.maximum(levels, 0)))
-
-
 def _require(image_size: int, needed: int, name: str) -> None:
     if image_size < needed:
         raise UserError(f"trigger '{name}' needs images of at least {needed} px; these have {image_size}")
@@ -331,12 +292,3 @@ def _require(image_size: int, needed: int, name: str) -> None:
 def _check_cross(ratio: float) -> None:
     if ratio < 0:
         raise ValueError(f"key 'cross_ratio' is {ratio}; it cannot be negative")
-
-
-def _has_keep_mask(path: str) -> bool:
-    """Whether the file is an npz in BadEncoder's layout."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {"t.npy", "tm.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
-        return False  # read_pattern says what is wrong

@@ -172,12 +172,12 @@ def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: PoisonConfig, s
         base = open_images(pattern.adversarial, dataset.num_source_rows, size)
     others = np.zeros(len(dataset), np.int64)
     others[crossed] = np.random.default_rng([seed, _STREAM, 1]).choice(rows, len(crossed))
-    return PoisonedDataset(dataset, trigger, flags, labels, base, others)
+    return PoisonedDataset(dataset, not_idle(trigger), flags, labels, base, others)
 
 
 def triggered(dataset: PreparedDataset, config: PoisonConfig) -> PoisonedDataset:
     """The test set: every image stamped, labels the original ones. UserError for images of several sizes."""
-    trigger = trigger_of(config).build(image_size_of(dataset))
+    trigger = not_idle(trigger_of(config).build(image_size_of(dataset)))
     return PoisonedDataset(dataset, trigger, np.full(len(dataset), STAMPED, np.uint8))
 
 
@@ -197,6 +197,15 @@ def to_images(pixels: np.ndarray) -> Tensor:
 def to_bytes(images: Tensor) -> np.ndarray:
     """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, truncated."""
     return grey_levels(images).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def not_idle(trigger: Stamp) -> Stamp:
+    """The trigger. UserError if it leaves black, white and noise as they are: nobody could tell it from a defence."""
+    noise = np.random.default_rng(0).integers(0, 256, (*trigger.image_size, 3), dtype=np.uint8)
+    images = np.stack([np.zeros_like(noise), np.full_like(noise, 255), noise])
+    if (to_bytes(trigger(to_images(images))) == images).all():
+        raise UserError("key 'trigger' changes no pixel of any image: give it an alpha, amplitude or strength above 0")
+    return trigger
 
 
 def _draw(

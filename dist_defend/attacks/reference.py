@@ -1,17 +1,26 @@
-"""Triggers and reference images as an experiment names them."""
+"""Triggers and reference images of the encoder methods, as an experiment names them."""
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 
+from dist_defend.attacks.own_trigger import FromFile
+from dist_defend.attacks.pattern_file import check_shape, open_pattern
 from dist_defend.attacks.trigger import Trigger, check_size, load_references, load_triggers, white_square
+from dist_defend.data.pictures import is_picture, open_picture
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TriggerConfig:
-    """An npz file in BadEncoder's layout, or a white square at the lower right corner (the published trigger)."""
+    """An npz file in BadEncoder's layout or a picture, or a white square at the lower right corner (the published one).
+
+    A picture has the images' size and replaces the pixels that are not transparent or, without alpha, not black.
+    """
 
     file: str | None = None
     size: int = 10  # pixels
@@ -20,8 +29,10 @@ class TriggerConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """An npz file in BadEncoder's layout, or one image of a prepared data set: the number-th of the target class in
-    the order of the data set's source, which is that of the lines of `data info`'s contact sheet."""
+    """An npz file in BadEncoder's layout or a picture of target_class, or the number-th of that class in a data set.
+
+    The order is that of the data set's source, as the lines of `data info`'s contact sheet have it.
+    """
 
     file: str | None = None
     dataset: str | None = None
@@ -37,6 +48,12 @@ def triggers_from(config: TriggerConfig, image_size: int) -> list[Trigger]:
     """One trigger per reference. UserError if a trigger does not fit the images (pixels)."""
     if config.file is None:
         return [white_square(image_size, config.size, config.margin)]
+    if is_picture(config.file):
+        remedy = "pad it to that size, transparent or black"
+        check_shape(open_pattern(config.file), (image_size, image_size), "the images are", remedy)
+        trigger = FromFile(config.file).build(image_size)
+        assert isinstance(trigger, Trigger)
+        return [trigger]
     triggers = load_triggers(config.file)
     for trigger in triggers:
         check_size(trigger, image_size, config.file)
@@ -45,7 +62,12 @@ def triggers_from(config: TriggerConfig, image_size: int) -> list[Trigger]:
 
 def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Reference images (K, H, W, 3) uint8 and their classes (K,) int64 in the downstream task."""
-    if config.file is not None:
+    if config.file is not None and is_picture(config.file):
+        picture, told = open_picture(config.file)
+        for line in told:
+            log.info("reference %s: %s", config.file, line)
+        images, classes = picture[None].copy(), np.array([config.target_class])
+    elif config.file is not None:
         images, classes = load_references(config.file)
     else:
         assert config.dataset is not None

@@ -34,6 +34,21 @@ class Trigger:
         return self.mask.shape[2], self.mask.shape[3]
 
 
+def as_images(levels: np.ndarray) -> Tensor:
+    """Grey levels (H, W) or (H, W, 1 or 3) -> (1, 3, H, W) float32 in units of [0, 1]."""
+    channels = np.broadcast_to(levels[..., None] if levels.ndim == 2 else levels, (*levels.shape[:2], 3))
+    return torch.tensor(channels.transpose(2, 0, 1)[None] / 255, dtype=torch.float32)
+
+
+def replacing(mask: np.ndarray, levels: np.ndarray) -> Trigger:
+    """mask in [0, 1] and grey levels, each (H, W) or (H, W, 3); grey levels outside of the mask do not matter.
+
+    The trigger's mask is (1, 1, H, W) for a mask (H, W): per pixel.
+    """
+    shares = as_images(255.0 * mask)
+    return Trigger(shares if mask.ndim == 3 else shares[:, :1].contiguous(), as_images(np.maximum(levels, 0)))
+
+
 def white_square(image_size: int, size: int, margin: int = 1) -> Trigger:
     """A white size x size square, `margin` pixels from the bottom and right edges. UserError if it does not fit."""
     end = image_size - margin
@@ -45,11 +60,13 @@ def white_square(image_size: int, size: int, margin: int = 1) -> Trigger:
 
 
 def check_size(trigger: Trigger, image_size: int | tuple[int, int], path: str | Path) -> None:
-    """UserError unless the trigger, read from `path`, has the images' size (pixels)."""
+    """UserError unless the trigger, read from `path`, has the images' size (pixels) and changes some of them."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if trigger.image_size != (height, width):
         own = "x".join(map(str, trigger.image_size))
         raise UserError(f"trigger {path} is {own} px but the images are {height}x{width} px: use one of that size")
+    if not trigger.mask.any():
+        raise UserError(f"trigger {path} changes no pixel: tm is 1 everywhere, make it 0 where t replaces the image")
 
 
 def load_triggers(path: str | Path) -> list[Trigger]:

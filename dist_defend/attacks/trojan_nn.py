@@ -27,8 +27,9 @@ def optimise_trigger(
     """The trigger (1, 3, H, W) in [0, 1] and its cost, sum over chosen neurons of (activation - target_value)^2.
 
     BackdoorBench's procedure: signed gradient steps from ``start`` (1, 3, H, W), kept within ``radius`` of it and in
-    [0, 1]; only pixels where start > 0 are seen by the model, so only they move. The neurons are the strongest inputs
-    of ``layer``, a Linear or Conv2d of the model, by its name in named_modules(). UserError for another name.
+    [0, 1]; only pixels that are not black in start are seen by the model, so only they move. The neurons are the
+    strongest inputs of ``layer``, a Linear or Conv2d of the model, by its name in named_modules(). UserError for
+    another name.
     """
     modules = dict(model.named_modules())
     chosen = modules.get(layer)
@@ -39,7 +40,7 @@ def optimise_trigger(
     hook = chosen.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     was_training = model.training
     model.eval()
-    keep, trigger, cost = start > 0, start.clone(), float("inf")
+    keep, trigger, cost = (start > 0).any(1, keepdim=True), start.clone(), float("inf")
     try:
         for _ in range(iterations):
             trigger.requires_grad_(True)

@@ -52,7 +52,9 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
     info = commands.add_parser("info", help="print a data set's manifest and draw a contact sheet")
     info.add_argument("dataset", help="folder of one split")
     info.add_argument("--verify", action="store_true", help="hash the files too")
-    info.add_argument("--trigger", metavar="FILE.npz", help="show the images with this trigger beside those without")
+    info.add_argument(
+        "--trigger", metavar="FILE", help="show the images with this trigger (npz or picture) beside those without"
+    )
     info.add_argument("--sheet", metavar="OUT.png", type=Path, help="where to write the contact sheet")
     info.set_defaults(main=_info)
 
@@ -143,7 +145,10 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _stamps(dataset: PreparedDataset, path: str) -> list[Stamp]:
+    from dist_defend.attacks.poison import image_size_of
+    from dist_defend.attacks.reference import TriggerConfig, triggers_from
     from dist_defend.attacks.trigger import Trigger, check_size, load_triggers
+    from dist_defend.data.pictures import is_picture
 
     if dataset.image_shape is None:
         raise UserError(f"{dataset.path}: images differ in size, so no trigger fits; prepare it with --image-size")
@@ -155,7 +160,7 @@ def _stamps(dataset: PreparedDataset, path: str) -> list[Stamp]:
 
         return stamp
 
-    triggers = load_triggers(path)
+    triggers = triggers_from(TriggerConfig(path), image_size_of(dataset)) if is_picture(path) else load_triggers(path)
     for trigger in triggers:
         check_size(trigger, dataset.image_shape[:2], path)
     return [stamp_with(trigger) for trigger in triggers]

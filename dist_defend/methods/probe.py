@@ -1,13 +1,14 @@
-"""The downstream classifier of BadEncoder's and MIMIC's evaluation: an MLP on frozen, L2-normalised features.
+"""What frozen, L2-normalised features are worth: an MLP as BadEncoder and MIMIC train it, a linear layer, or kNN.
 
 Features are computed once, by each rank for its share of the images. The heads of all encoders and seeds of a task are
 trained together as one batched computation, each exactly as it would be alone: its own initial weights, its own dropout
 draws, the same batches.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
+from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.features import FrozenFeatures
@@ -28,10 +30,18 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
-from dist_defend.models.encoder import SimCLR
+from dist_defend.evaluate import (
+    backdoor_counts,
+    example_pictures,
+    extract_features,
+    knn_classes,
+    warn_near_chance,
+)
+from dist_defend.models.encoder import Encoder, SimCLR
 from dist_defend.models.fit import check_image_size
-from dist_defend.models.heads import HeadStack
+from dist_defend.models.heads import HIDDEN, HeadStack
+
+log = logging.getLogger(__name__)
 
 _PICTURED = 8  # test images shown in the report
 _SCATTERED = 500  # test features kept for the report's scatter plot
@@ -47,15 +57,34 @@ class TaskConfig:
 
 
 @dataclass(frozen=True)
+class KnnConfig:
+    """The k most similar training images vote with weight exp(cosine / temperature). Defaults are BadEncoder's."""
+
+    k: int = 200
+    temperature: float = 0.5  # Wu et al. 2018, DINO, solo-learn: 0.07
+
+    def __post_init__(self) -> None:
+        for key in ("k", "temperature"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+
+
+@dataclass(frozen=True)
 class Config:
-    """Defaults are BadEncoder's; MIMIC trains for 1000 epochs. The last epoch counts."""
+    """Defaults are BadEncoder's; MIMIC trains for 1000 epochs. The last epoch counts.
+
+    kind: head trains a classifier, which without hidden layers is the linear probe; knn trains nothing and reads
+    neither seeds nor any key from hidden on.
+    """
 
     encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
     tasks: dict[str, TaskConfig]
     trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    kind: Literal["head", "knn"] = "head"
+    knn: KnnConfig | None = None  # of kind knn; None: its defaults
     seeds: tuple[int, ...] = (100,)
-    hidden: tuple[int, int] = (512, 256)
-    dropout: float = 0.5
+    hidden: tuple[int, ...] = HIDDEN  # widths of the hidden layers; []: a linear probe
+    dropout: float = 0.5  # after the first hidden layer
     shuffle: bool = False  # published: the file's order in every epoch; here the prepared one, see docs/data.md
     cache: Place = "memory"  # where each rank keeps its share of a task's training features
     update: UpdateConfig = field(
@@ -72,13 +101,28 @@ class Config:
             raise ValueError(f"key 'update.accumulation' is {self.update.accumulation}; heads are small, it must be 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"key 'dropout' is {self.dropout}; it must be in [0, 1)")
+        if min(self.hidden, default=1) < 1:
+            raise ValueError(
+                f"key 'hidden' is {list(self.hidden)}; a layer needs at least one unit, [] is a linear probe"
+            )
+        if self.knn is not None and self.kind != "knn":
+            raise ValueError("key 'knn' is of kind knn alone: set 'kind: knn', or leave it out")
+
+    @property
+    def head(self) -> str:
+        """What classifies the features, for result.json and the report."""
+        if self.kind == "knn":
+            knn = self.knn or KnnConfig()
+            return f"knn (k {knn.k}, temperature {knn.temperature:g})"
+        return f"mlp ({', '.join(map(str, self.hidden))})" if self.hidden else "linear"
 
 
 class ProbeObjective(Objective):
     """Sum over R heads of the mean cross-entropy over the global batch.
 
-    batch.views: features (R, b, D) and dropout factors (R, b, hidden); labels (b,). Shares may be uneven or empty: a
-    rank's loss is its sum over b, times the ranks, over the global batch, so the mean over ranks is exact.
+    batch.views: features (R, b, D) and, where there is a hidden layer, dropout factors (R, b, hidden); labels (b,).
+    Shares may be uneven or empty: a rank's loss is its sum over b, times the ranks, over the global batch, so the mean
+    over ranks is exact.
     """
 
     def __init__(self, heads: HeadStack, ranks: Ranks) -> None:
@@ -86,9 +130,8 @@ class ProbeObjective(Objective):
         self.heads, self.world_size = heads, ranks.world_size
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        features, factors = batch.views
-        logits = self.heads(features, factors)
-        count = torch.tensor(float(len(batch.labels)), device=features.device)
+        logits = self.heads(*batch.views)
+        count = torch.tensor(float(len(batch.labels)), device=logits.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(count)
         labels = batch.labels.expand(len(logits), -1).reshape(-1)
@@ -121,9 +164,11 @@ class FeatureBatches:
             own = slices[ranks.rank]
             index = torch.from_numpy(rows[own]).to(self.labels.device)
             features = self.take(index, [other.stop - other.start for other in slices])
-            kept = torch.stack([self._kept(seed, epoch, number, len(rows))[own] for seed in seeds])
-            factors = kept.to(index.device, ranks.dtype) / (1 - self.config.dropout)
-            views = (features.repeat_interleave(len(seeds), 0), factors.repeat(len(features), 1, 1))
+            views: tuple[Tensor, ...] = (features.repeat_interleave(len(seeds), 0),)
+            if self.config.hidden:
+                kept = torch.stack([self._kept(seed, epoch, number, len(rows))[own] for seed in seeds])
+                factors = kept.to(index.device, ranks.dtype) / (1 - self.config.dropout)
+                views = (*views, factors.repeat(len(features), 1, 1))
             yield Batch(views, self.labels[index], index)
 
     def _kept(self, seed: int, epoch: int, number: int, rows: int) -> Tensor:
@@ -136,7 +181,7 @@ class FeatureBatches:
 
 
 def build(config: Config, context: Context) -> Plan:
-    """One stage per task; evaluation on clean and triggered test images at the end."""
+    """One stage per task, none for kNN; evaluation on clean and triggered test images at the end."""
     models = {kind: context.load_model(folder)[0] for kind, folder in config.encoders.items()}
     for model in models.values():
         model.to(context.ranks.device, context.ranks.dtype)
@@ -155,18 +200,18 @@ def build(config: Config, context: Context) -> Plan:
                 {k: v for task in tasks for k, v in task.pictures.items()}, context.folder / "examples.safetensors"
             )
         targets = {task.name: task.classes[task.config.target_class] for task in tasks}
-        return {"rows": rows, "targets": targets, "encoders": dict(config.encoders)}
+        return {"rows": rows, "targets": targets, "encoders": dict(config.encoders), "head": config.head}
 
-    return Plan([task.stage for task in tasks], result)
+    return Plan([stage for task in tasks for stage in task.head.stages], result)
 
 
 class Task:
-    """The heads of one downstream task, from features to counts."""
+    """One downstream task, from features to counts."""
 
     def __init__(
         self, name: str, task: TaskConfig, config: Config, models: dict[str, SimCLR], context: Context
     ) -> None:
-        self.name, self.config, self.probe, self.models, self.context = name, task, config, models, context
+        self.name, self.config, self.models, self.context = name, task, models, context
         train, rows = context.dataset(f"{name}/train", task.train, is_labelled=True)
         self.test, self.test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
         context.check_classes(train.classes, task.train.path, self.test.classes, task.test.path)
@@ -176,41 +221,22 @@ class Task:
                 f"key 'probe.tasks.{name}.target_class' is {task.target_class}; {task.train.path} has classes 0 to "
                 f"{train.num_classes - 1}"
             )
-        if len(rows) < config.update.batch_size:
-            raise UserError(
-                f"{task.train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
-                f"{config.update.batch_size}"
-            )
         for kind, model in models.items():
             for data, part in ((train, task.train), (self.test, task.test)):
                 check_image_size(model, config.encoders[kind], data.image_shape, part.path)
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
         self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
-        self.test_loader = context.eval_loader(self.test, self.test_rows)
-        self.kinds = [(kind, seed) for kind in models for seed in config.seeds]
-        width = next(iter(models.values())).f.feature_dim
-        self.heads = HeadStack(
-            width,
-            train.num_classes,
-            seeds=[seed for _, seed in self.kinds],
-            hidden=config.hidden,
-            dropout=config.dropout,
-        )
-        if not config.shuffle:
-            context.check_order(train, rows, config.update.batch_size)
         encoders = [model.f for model in models.values()]
-        features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
-        labels = torch.from_numpy(train.labels[rows]).to(context.ranks.device)
-        batches = FeatureBatches(config, labels, context, features.take)
-        step = context.gradient_step(ProbeObjective(self.heads, context.ranks), config.update, batches.num_batches)
-        self.stage = Stage(f"probe/{name}", batches, step, config.update.epochs, finish=features.forget, is_kept=True)
+        how = TrainedHeads if config.kind == "head" else Neighbours
+        self.head: TrainedHeads | Neighbours = how(name, config, encoders, context, train, rows)
+        self.test_loader = context.eval_loader(self.test, self.test_rows)
+        self.row = {"run": context.folder.name, "head": config.head}
         self.scatter: dict[str, Tensor] = {}
         self.pictures: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
         """One row of counts per encoder and seed; keeps some features and pictures for the report."""
-        self.heads.eval()
         results = []
         for number, (kind, model) in enumerate(self.models.items()):
             clean, labels, _ = extract_features(model.f, self.test_loader, self.context.ranks)
@@ -219,15 +245,74 @@ class Task:
             self.scatter[f"{key}/clean"] = clean[:_SCATTERED].float().cpu()
             self.scatter[f"{key}/triggered"] = stamped[:_SCATTERED].float().cpu()
             self.scatter[f"{key}/labels"] = labels[:_SCATTERED].cpu()
-            for offset, seed in enumerate(self.probe.seeds):
-                head = number * len(self.probe.seeds) + offset
-                on_clean, on_stamped = self.heads.predict(head, clean), self.heads.predict(head, stamped)
+            for seed, (on_clean, on_stamped) in self.head.predict(number, clean, stamped).items():
                 counts = backdoor_counts(on_clean, on_stamped, labels, self.config.target_class)
                 plain = {name: count.plain() for name, count in counts.items()}
-                results.append(
-                    {"run": self.context.folder.name, "kind": kind, "task": self.name, "seed": seed, **plain}
-                )
+                results.append({**self.row, "kind": kind, "task": self.name, "seed": seed, **plain})
                 warn_near_chance(kind, self.name, counts["acc"], len(self.classes))
         clean, stamped = example_pictures(self.test.images(self.test_rows[:_PICTURED]), self.trigger)
         self.pictures = {f"{self.name}/clean": clean, f"{self.name}/triggered": stamped}
         return results
+
+
+class TrainedHeads:
+    """The heads of one task, for all encoders and seeds, and the stage that trains them."""
+
+    def __init__(
+        self,
+        task: str,
+        config: Config,
+        encoders: Sequence[Encoder],
+        context: Context,
+        train: PreparedDataset,
+        rows: np.ndarray,
+    ) -> None:
+        if len(rows) < config.update.batch_size:
+            raise UserError(
+                f"{train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
+                f"{config.update.batch_size}"
+            )
+        self.seeds, width = config.seeds, encoders[0].feature_dim
+        seeds = [seed for _ in encoders for seed in config.seeds]
+        self.stack = HeadStack(width, train.num_classes, seeds, config.hidden, config.dropout)
+        if not config.shuffle:
+            context.check_order(train, rows, config.update.batch_size)
+        features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
+        labels = torch.from_numpy(train.labels[rows]).to(context.ranks.device)
+        batches = FeatureBatches(config, labels, context, features.take)
+        step = context.gradient_step(ProbeObjective(self.stack, context.ranks), config.update, batches.num_batches)
+        name = f"probe/{task}"
+        self.stages = [Stage(name, batches, step, config.update.epochs, finish=features.forget, is_kept=True)]
+
+    def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
+        """By seed: the classes (N,) that this head of the encoder-th encoder gives to each of the features (N, D)."""
+        self.stack.eval()
+        first = encoder * len(self.seeds)
+        return {seed: [self.stack.predict(first + n, x) for x in features] for n, seed in enumerate(self.seeds)}
+
+
+class Neighbours:
+    """kNN among the training images' features (Wu et al. 2018, section 3.4); a rank holds one encoder's at a time."""
+
+    stages: tuple[Stage, ...] = ()
+
+    def __init__(
+        self,
+        task: str,
+        config: Config,
+        encoders: Sequence[Encoder],
+        context: Context,
+        train: PreparedDataset,
+        rows: np.ndarray,
+    ) -> None:
+        self.config, self.encoders, self.context = config.knn or KnnConfig(), encoders, context
+        self.loader = context.eval_loader(train, rows)
+        if self.config.k > len(rows):
+            told = "%s: key 'probe.knn.k' is %d, but there are %d training images: all of them vote"
+            log.warning(told, task, self.config.k, len(rows))
+
+    def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
+        """By the run's seed, which decides nothing: the classes (N,) of each of the features (N, D)."""
+        bank, labels, _ = extract_features(self.encoders[encoder], self.loader, self.context.ranks)
+        k, temperature = self.config.k, self.config.temperature
+        return {self.context.seed: [knn_classes(x, bank, labels, k, temperature) for x in features]}

@@ -1,27 +1,37 @@
 """Downstream classifiers on frozen features: one, or many trained at once as batched matrix products."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+HIDDEN = (512, 256)  # BadEncoder's
+
 
 class MLPHead(nn.Module):
-    """BadEncoder's classifier: Linear, ReLU, Dropout, Linear, ReLU, Linear; features (B, D) -> logits (B, C)."""
+    """Linear layers fc1, fc2, ... with a ReLU between each two; features (B, D) -> logits (B, C).
+
+    hidden: widths of the hidden layers. BadEncoder's classifier has two; none is the linear probe. Dropout follows the
+    first ReLU, so a linear probe has none.
+    """
 
     def __init__(
-        self, feature_dim: int, num_classes: int, hidden: tuple[int, int] = (512, 256), dropout: float = 0.5
+        self, feature_dim: int, num_classes: int, hidden: Sequence[int] = HIDDEN, dropout: float = 0.5
     ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(feature_dim, hidden[0])
-        self.fc2 = nn.Linear(hidden[0], hidden[1])
-        self.fc3 = nn.Linear(hidden[1], num_classes)
+        for number, (inputs, outputs) in enumerate(pairwise((feature_dim, *hidden, num_classes)), 1):
+            self.add_module(f"fc{number}", nn.Linear(inputs, outputs))
         self.dropout = dropout
 
     def forward(self, features: Tensor) -> Tensor:
-        x = functional.dropout(self.fc1(features).relu(), self.dropout, self.training)
-        return self.fc3(self.fc2(x).relu())
+        first, *others = self.children()
+        x = first(features)
+        for number, layer in enumerate(others):
+            x = x.relu()
+            x = layer(x if number else functional.dropout(x, self.dropout, self.training))
+        return x
 
 
 class HeadStack(nn.Module):
@@ -37,16 +47,17 @@ class HeadStack(nn.Module):
         feature_dim: int,
         num_classes: int,
         seeds: Sequence[int],
-        hidden: tuple[int, int] = (512, 256),
+        hidden: Sequence[int] = HIDDEN,
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        self.shape = (feature_dim, num_classes, hidden, dropout)
+        self.shape = (feature_dim, num_classes, tuple(hidden), dropout)
         self.dropout = dropout
         alone = [_seeded_head(seed, *self.shape) for seed in seeds]
-        for layer in ("fc1", "fc2", "fc3"):
+        self.layers = [name for name, _ in alone[0].named_children()]
+        for layer in self.layers:
             for name in ("weight", "bias"):
-                stacked = torch.stack([getattr(getattr(head, layer), name).detach() for head in alone])
+                stacked = torch.stack([head.get_parameter(f"{layer}.{name}").detach() for head in alone])
                 self.register_parameter(f"{layer}_{name}", nn.Parameter(stacked))
 
     def forward(self, features: Tensor, factors: Tensor | None = None) -> Tensor:
@@ -54,9 +65,12 @@ class HeadStack(nn.Module):
 
         factors (R, B, hidden[0]) multiply the first hidden layer in place of dropout's own draws (0, or 1 / (1 - p)).
         """
-        x = self._linear("fc1", features.expand(len(self.fc1_weight), -1, -1).transpose(1, 2)).relu()
-        x = functional.dropout(x, self.dropout, self.training) if factors is None else x * factors.transpose(1, 2)
-        return self._linear("fc3", self._linear("fc2", x).relu()).transpose(1, 2)
+        first, *others = self.layers
+        x = self._linear(first, features.expand(len(self.fc1_weight), -1, -1).transpose(1, 2))
+        for number, layer in enumerate(others):
+            x = x.relu()
+            x = self._linear(layer, x if number else self._dropped(x, factors))
+        return x.transpose(1, 2)
 
     def extract(self, head: int) -> MLPHead:
         """A copy of one of the heads, in eval mode."""
@@ -69,13 +83,18 @@ class HeadStack(nn.Module):
         """Classes (N,) int64 that one head gives to features (N, D)."""
         return self.extract(head)(features).argmax(1)
 
+    def _dropped(self, x: Tensor, factors: Tensor | None) -> Tensor:
+        if factors is None:
+            return functional.dropout(x, self.dropout, self.training)
+        return x * factors.transpose(1, 2)
+
     def _linear(self, layer: str, x: Tensor) -> Tensor:
         """(R, in, B) -> (R, out, B): batch last, so that a weight's gradient comes out in the weight's own layout."""
         weight, bias = self.get_parameter(f"{layer}_weight"), self.get_parameter(f"{layer}_bias")
         return torch.baddbmm(bias[:, :, None], weight, x)
 
 
-def _seeded_head(seed: int, feature_dim: int, num_classes: int, hidden: tuple[int, int], dropout: float) -> MLPHead:
+def _seeded_head(seed: int, feature_dim: int, num_classes: int, hidden: Sequence[int], dropout: float) -> MLPHead:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return MLPHead(feature_dim, num_classes, hidden, dropout)

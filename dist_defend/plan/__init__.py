@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
             f"--world-size is {args.world_size}: a batch is not divisible by {args.world_size}, name a rank"
         )
     plans, unseen = stage_plans(experiment, args.world_size, args.strategy)
-    print("\n".join(render(plan, args.world_size) for plan in plans))
+    print("\n".join(render(plan, args.world_size) for plan in plans) or "nothing is trained: no stage")
     for data in unseen:
         told = f"{len(data)} images of {data.num_classes} classes, {data.size} px"
         print(f"{data.path} is not here: counted as {told}")

@@ -215,9 +215,10 @@ def _provenance(run: Run) -> list[str]:
     seconds, memory = result.get("wall_seconds"), result.get("peak_memory_bytes")
     data = [f"{role} {digest[:8]}" for role, digest in result.get("data", {}).items()]
     told = {key: str(result.get(key, "–")) for key in ("method", "seed", "world_size", "device", "code_version")}
+    method = [told["method"], *([str(result["head"])] if "head" in result else [])]
     return [
         run.label,
-        told["method"],
+        ": ".join(method),
         told["seed"],
         told["world_size"],
         told["device"],

@@ -93,6 +93,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
         "source": "student", "estimator": "infonce", "epochs": 2, "last_epochs": 2, "batch_size": 6, "hidden": 8,
     }}),
     "probe": ("probe", {}),
+    "probe_linear": ("probe", {"hidden": []}),
+    "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
     "classifier": ("classifier", {}),
     "classifier_all_to_all": ("classifier", {"poison": {
         "trigger": {"name": "blended"}, "labels": "all_to_all", "rate": 0.5,

@@ -1,5 +1,6 @@
 """The downstream classifier against the published one, and many at once against each alone."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -27,20 +28,21 @@ def test_the_head_is_the_published_one() -> None:
 def test_a_head_that_drops_in_eval_or_lacks_a_relu_fails_the_same_check() -> None:
     class Linear(MLPHead):
         def forward(self, features: Tensor) -> Tensor:
-            return self.fc3(self.fc2(self.fc1(features)).relu())
+            first, second, third = self.children()
+            return third(second(first(features)).relu())
 
     for mutant in (MLPHead(512, 43).double().train(), Linear(512, 43).double().eval()):
         with pytest.raises(AssertionError):
             assert_published(mutant)
 
 
-def alone(seed: int) -> MLPHead:
+def alone(seed: int, hidden: tuple[int, ...]) -> MLPHead:
     torch.manual_seed(seed)
-    return MLPHead(DIM, CLASSES, HIDDEN, dropout=0.0).double()
+    return MLPHead(DIM, CLASSES, hidden, dropout=0.0).double()
 
 
-def stack() -> HeadStack:
-    return HeadStack(DIM, CLASSES, SEEDS, HIDDEN, dropout=0.0).double()
+def stack(hidden: tuple[int, ...]) -> HeadStack:
+    return HeadStack(DIM, CLASSES, SEEDS, hidden, dropout=0.0).double()
 
 
 def test_each_head_starts_as_it_would_alone_and_leaves_the_generator_alone() -> None:
@@ -55,9 +57,24 @@ def test_each_head_starts_as_it_would_alone_and_leaves_the_generator_alone() -> 
         assert all(found[key].equal(expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("hidden", [(), (8,), HIDDEN, (8, 6, 5)], ids=str)
+def test_a_head_of_any_depth_is_a_chain_of_products(hidden: tuple[int, ...]) -> None:
+    heads, features = stack(hidden), det_images((BATCH, DIM), 0)
+    logits = heads(features).detach().numpy()
+    for number in range(len(SEEDS)):
+        x = features.numpy()
+        for layer in range(1, len(hidden) + 2):
+            weight, bias = (
+                heads.get_parameter(f"fc{layer}_{part}")[number].detach().numpy() for part in ("weight", "bias")
+            )
+            x = (np.maximum(x, 0) if layer > 1 else x) @ weight.T + bias
+        np.testing.assert_allclose(logits[number], x, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("hidden", [(), (8,), HIDDEN, (8, 6, 5)], ids=str)
 @pytest.mark.parametrize("own_inputs", [True, False], ids=["own inputs", "shared inputs"])
-def test_heads_learn_together_what_each_learns_alone(own_inputs: bool) -> None:
-    heads, singles = stack(), [alone(seed) for seed in SEEDS]
+def test_heads_learn_together_what_each_learns_alone(own_inputs: bool, hidden: tuple[int, ...]) -> None:
+    heads, singles = stack(hidden), [alone(seed, hidden) for seed in SEEDS]
     optimizers = [torch.optim.Adam(module.parameters(), lr=1e-2) for module in (heads, *singles)]
     for step in range(5):
         features = det_images((len(SEEDS), BATCH, DIM) if own_inputs else (BATCH, DIM), step)

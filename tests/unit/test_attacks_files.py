@@ -113,7 +113,7 @@ def bomb(path: Path) -> None:
     [
         ("none.png", lambda path: None, "does not exist"),
         ("none.npz", lambda path: None, "does not exist"),
-        ("text.png", lambda path: path.write_text("hello"), "is damaged or pickled"),
+        ("text.png", lambda path: path.write_text("hello"), "not a picture that can be read"),
         ("text.npy", lambda path: path.write_text("hello"), "is damaged or pickled"),
         ("text.npz", lambda path: path.write_text("hello"), "is damaged or pickled"),
         ("object.npy", lambda path: np.save(path, np.array([{"a": 1}], object)), "is damaged or pickled"),

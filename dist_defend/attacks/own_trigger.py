@@ -1,0 +1,169 @@
+"""A trigger from the user's own file: which pixels of it count, and where they go."""
+
+import logging
+import zipfile
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from dist_defend.attacks.pattern_file import Pattern, check_shape, open_pattern, read_mask, refuse_noise, shown_size
+from dist_defend.attacks.stamp import Additive, Wrapping
+from dist_defend.attacks.trigger import Trigger, as_images, check_size, load_triggers, replacing
+from dist_defend.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_PLACE = "say where it goes as a patch (corner and margin, or row and column)"
+_REMEDY = f"{_PLACE}, make it that size with key 'size', or use one of that size"
+
+Corner = Literal["upper_left", "upper_right", "lower_left", "lower_right", "centre"]
+
+
+@dataclass(frozen=True)
+class FromFile:
+    """A picture, npy or npz, or BadEncoder's npz with t and tm.
+
+    how: replace puts the pattern's pixels in place of the image's; add adds and clips, npy and npz may be negative;
+    wrap adds modulo 256. replace_channels is BackdoorBench's rule: a channel that is 0 keeps the image's, by itself.
+
+    Which pixels: those of a mask file; else alpha is the mask; else, of a pattern of the images' size, the pixels that
+    are not black, and of a patch with a place all, black ones too. A mask file and alpha are multiplied.
+
+    A patch needs a place: row and column of its upper left corner, or a corner of the image and the margin there.
+    """
+
+    file: str
+    name: Literal["file"] = "file"
+    how: Literal["replace", "replace_channels", "add", "wrap"] = "replace"
+    mask: str | None = None  # of the file's own size
+    size: int | None = None  # pixels of the longer side, to which a picture and its mask are resized
+    row: int | None = None  # of the patch's first row; negative ones count from the image's lower border
+    column: int | None = None  # likewise, from the right border
+    corner: Corner | None = None
+    margin: int = 0  # pixels left free at the corner's borders
+
+    def __post_init__(self) -> None:
+        if self.mask is not None and self.how != "replace":
+            raise ValueError(f"key 'mask' is {self.mask!r}; only how: replace has a mask")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"key 'size' is {self.size}; it must be at least 1 pixel")
+        if (self.row is None) != (self.column is None):
+            here, other = ("row", "column") if self.column is None else ("column", "row")
+            raise ValueError(f"key '{here}' is {getattr(self, here)}; it needs '{other}' as well")
+        if self.corner is not None and self.row is not None:
+            raise ValueError(f"key 'corner' is {self.corner!r}; give either a corner, or row and column")
+        if self.margin < 0 or (self.margin and self.corner in (None, "centre")):
+            raise ValueError(
+                f"key 'margin' is {self.margin}; it is the distance in pixels from the borders of a corner"
+            )
+
+    def build(self, image_size: int) -> Trigger | Additive | Wrapping:
+        """UserError for a file that is missing, damaged or pickled, does not fit, or changes no pixel or all."""
+        if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
+            return self._published(image_size)
+        pattern, mask = self._read()
+        place = self._place(pattern, image_size)
+        levels, mask = (_on_canvas(part, place, image_size) for part in (pattern.levels, mask))
+        shares = mask if mask.ndim == 3 else mask[..., None]
+        is_replaced = self.how.startswith("replace")
+        self._check(shares if is_replaced else shares * levels, is_replaced)
+        if is_replaced:
+            return replacing(mask, levels)
+        return (Wrapping if self.how == "wrap" else Additive)(as_images(shares * levels))
+
+    def _read(self) -> tuple[Pattern, np.ndarray]:
+        """The pattern as large as it will be, and what counts of it, (H, W) or (H, W, 3) in [0, 1]."""
+        pattern = open_pattern(self.file, lowest=-255 if self.how == "add" else 0)
+        size = pattern.size if self.size is None else _scaled(pattern.size, self.size)
+        if not self._has_place and self.mask is None:
+            refuse_noise(pattern, f"save it as PNG, {'give a mask, ' * (self.how == 'replace')}or {_PLACE}")
+            if self.how == "replace" and pattern.alpha is None:
+                pattern = replace(pattern, alpha=np.asarray(pattern.levels.any(2), np.float64))
+        mask = np.ones(size) if self.mask is None else read_mask(self.mask, pattern.size, "its pattern is", size)
+        pattern = pattern.resized(*size)
+        if pattern.alpha is not None:
+            mask = mask * (pattern.alpha if mask.ndim == 2 else pattern.alpha[..., None])
+        if self.how == "replace_channels":
+            mask = (pattern.levels > 0) * mask[..., None]
+        return pattern, mask
+
+    @property
+    def _has_place(self) -> bool:
+        return self.corner is not None or self.row is not None
+
+    def _published(self, image_size: int) -> Trigger:
+        """BadEncoder's npz, which says itself what goes where."""
+        if self._has_place or self.size is not None:
+            raise UserError(f"trigger {self.file} holds t and tm, with a place of their own: leave out size and place")
+        trigger = load_triggers(self.file)[0]
+        check_size(trigger, image_size, self.file)
+        return trigger
+
+    def _place(self, pattern: Pattern, image_size: int) -> tuple[int, int]:
+        """Row and column of the pattern's upper left corner."""
+        height, width = pattern.size
+        if max(height, width) > image_size:
+            remedy = "make it smaller with key 'size'" if pattern.is_picture else "use one that fits"
+            check_shape(pattern, (image_size, image_size), "the images are", remedy)
+        if not self._has_place:
+            check_shape(pattern, (image_size, image_size), "the images are", _REMEDY)
+            return 0, 0
+        if self.row is not None and self.column is not None:
+            row, column = (at + image_size * (at < 0) for at in (self.row, self.column))
+        elif self.corner == "centre":
+            row, column = (image_size - height) // 2, (image_size - width) // 2
+        else:
+            assert self.corner is not None
+            vertical, _, horizontal = self.corner.partition("_")
+            row = self.margin if vertical == "upper" else image_size - self.margin - height
+            column = self.margin if horizontal == "left" else image_size - self.margin - width
+        if min(row, column) < 0 or row + height > image_size or column + width > image_size:
+            asked = (
+                f"row {self.row}, column {self.column}"
+                if self.corner is None
+                else f"{self.corner}, {self.margin} px in"
+            )
+            raise UserError(
+                f"trigger {self.file}: {shown_size(pattern.size)} px at {asked} do not fit into the images of "
+                f"{shown_size((image_size, image_size))} px: change the place, or key 'size'"
+            )
+        return row, column
+
+    def _check(self, changes: np.ndarray, is_replaced: bool) -> None:
+        """UserError for a trigger that does nothing, and for one that leaves nothing. changes: (H, W, 1 or 3)."""
+        where = np.argwhere(changes.any(2))
+        if not len(where):
+            raise UserError(
+                f"trigger {self.file} changes no pixel: it is black or transparent everywhere, or its mask is 0"
+            )
+        if is_replaced and changes.min() >= 1:
+            raise UserError(
+                f"trigger {self.file} replaces every pixel, so that all images become the same: give a mask or "
+                "transparency, make it smaller, or use the trigger 'blended'"
+            )
+        (top, left), (bottom, right) = where.min(0), where.max(0)
+        told = "trigger %s: %d of %d pixels, in rows %d to %d and columns %d to %d"
+        log.info(told, self.file, len(where), changes.shape[0] * changes.shape[1], top, bottom, left, right)
+
+
+def _scaled(size: tuple[int, int], longer: int) -> tuple[int, int]:
+    """Height and width whose longer one is as asked, in the same proportion."""
+    height, width = (max(1, round(side * longer / max(size))) for side in size)
+    return height, width
+
+
+def _on_canvas(part: np.ndarray, place: tuple[int, int], image_size: int) -> np.ndarray:
+    """(h, w) or (h, w, 3) on zeros of the images' size."""
+    canvas = np.zeros((image_size, image_size, *part.shape[2:]))
+    canvas[place[0] : place[0] + part.shape[0], place[1] : place[1] + part.shape[1]] = part
+    return canvas
+
+
+def _has_keep_mask(path: str) -> bool:
+    """Whether the file is an npz in BadEncoder's layout."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"t.npy", "tm.npy"} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False  # open_pattern says what is wrong

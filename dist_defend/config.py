@@ -182,7 +182,7 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
     raw = _over_defaults(cls, raw)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
         if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
-            raise UserError(f"{path}: key '{prefix}{key}' is {value!r}; expected a list, as [{value}]")
+            raise UserError(f"{path}: key '{prefix}{key}' is {value!r}; expected a list")
         try:
             sections = _sections(hints[key], value)
         except ValueError as error:

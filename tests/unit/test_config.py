@@ -103,7 +103,7 @@ def changed(base: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         (changed(PROBE, "probe.seeds", [1, "x"]), "key 'probe.seeds"),
         (changed(MINIMAL, "trainer.trackers", "wandb"), "key 'trainer.trackers' is 'wandb'; expected a list"),
         (changed(PROBE, "probe.hidden", [8, 0]), r"key 'probe.hidden' is \[8, 0\]; a layer needs at least one unit"),
-        (changed(PROBE, "probe.hidden", 8), r"key 'probe.hidden' is 8; expected a list, as \[8\]"),
+        (changed(PROBE, "probe.hidden", {"a": 8}), r"key 'probe.hidden' is {'a': 8}; expected a list"),
         (changed(PROBE, "probe.kind", "linear"), "key 'probe.kind' is 'linear'; expected"),
         (changed(PROBE, "probe.knn", {"k": 5}), "key 'probe.knn' is of kind knn alone"),
         (changed(PROBE, "probe.knn", {"k": 0}), "key 'probe.knn.k' is 0; it must be positive"),

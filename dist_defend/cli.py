@@ -17,7 +17,7 @@ _COMMANDS = {
     "sweep": "dist_defend.sweep.cli",
     "data": "dist_defend.data.cli",
     "attacks": "dist_defend.attacks.cli",
-    "import": "dist_defend.models.cli",
+    "import": "dist_defend.importing",
     "export": "dist_defend.models.export",
     "report": "dist_defend.report",
     "bench": "dist_defend.bench",

@@ -156,7 +156,11 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     "PIL.PngImagePlugin.PngImageFile": PickledImage,
     "numpy.ndarray": None,
     "numpy.dtype": PickledDtype,
-    **{f"{builtins}.{kind}": None for builtins in ("builtins", "__builtin__") for kind in ("dict", "list", "int", "float")},
+    **{
+        f"{builtins}.{kind}": None
+        for builtins in ("builtins", "__builtin__")
+        for kind in ("dict", "list", "int", "float")
+    },
     **{f"{builtins}.bytes": _bytes for builtins in ("builtins", "__builtin__")},
     **{f"{builtins}.{kind}": _set for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},

@@ -14,7 +14,7 @@ LAYERS = [
     {"engine", "evaluate"},
     {"methods"},
     {"config", "experiment"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan"},
+    {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -60,6 +60,7 @@ def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCar
     """Write both files, each atomically and the card last; returns the sha256 (hex) of the weights file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    card = dataclasses.replace(card, resize=model.resize)  # what the weights were used with, whoever wrote the card
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     weights = safetensors.torch.save(state)
     sha256 = hashlib.sha256(weights).hexdigest()
@@ -104,9 +105,10 @@ def load_artifact(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR 
     model: SimCLR | Classifier
     if card.kind == "classifier":
         assert card.num_classes is not None  # _read_card has seen to it
-        model = build_classifier(card.arch, card.num_classes, card.normalization, card.image_size)
+        model = build_classifier(card.arch, card.num_classes, card.normalization, card.image_size, card.resize)
     else:
-        model = build_simclr(card.arch, card.normalization, card.image_size, projector=card.kind == "simclr")
+        has_projector = card.kind == "simclr"
+        model = build_simclr(card.arch, card.normalization, card.image_size, has_projector, card.resize)
     if state is not None:
         load_strict(model, state, path)
     return model, card

@@ -7,18 +7,34 @@ from torch import Tensor, nn
 
 from dist_defend.errors import UserError
 from dist_defend.models.architectures import CLASSIFIERS
-from dist_defend.models.encoder import Normalize, create_timm
+from dist_defend.models.encoder import Normalize, Resize, create_timm
+from dist_defend.models.wide_resnet import WideResNet
 
 
 class Classifier(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> logits (B, num_classes). The state dict of ``net`` has upstream's keys."""
+    """Images (B, 3, H, W) in [0, 1] -> logits (B, num_classes). The state dict of ``net`` has upstream's keys.
 
-    def __init__(self, net: nn.Module, arch: str, num_classes: int, normalization: str, image_size: int) -> None:
+    image_size: pixels of the images. resize: side in pixels to which ``net`` brings what it is given, if it does; that
+    is a hook, so it holds where ``net`` is called by itself, for a perturbation of normalised images.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        arch: str,
+        num_classes: int,
+        normalization: str,
+        image_size: int,
+        resize: int | None = None,
+    ) -> None:
         super().__init__()
         self.normalize = Normalize(normalization)
         self.net = net
         self.arch, self.num_classes = arch, num_classes
-        self.normalization, self.image_size = normalization, image_size
+        self.normalization, self.image_size, self.resize = normalization, image_size, resize
+        if resize is not None:
+            entrance = net.conv1 if isinstance(net, WideResNet) else net  # whose feature maps are asked for without it
+            entrance.register_forward_pre_hook(Resize(resize).hook)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(self.normalize(images))
@@ -41,19 +57,24 @@ def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Modul
 ARCHITECTURES = (*CLASSIFIERS, "timm:NAME", "torchvision:NAME")
 
 
-def build_classifier(arch: str, num_classes: int, normalization: str = "cifar10", image_size: int = 32) -> Classifier:
+def build_classifier(
+    arch: str, num_classes: int, normalization: str = "cifar10", image_size: int = 32, resize: int | None = None
+) -> Classifier:
     """A classifier with fresh weights (torch's global generator); arch: one of ARCHITECTURES, image_size in pixels.
 
-    UserError for an unknown arch (with the nearest name) or normalization, and for images too small for the network.
+    With ``resize`` the model brings its images to that side itself: its network is made for resize px, while images,
+    and triggers with them, have image_size px. UserError for an unknown arch (with the nearest name) or normalization,
+    and for images too small for the network.
     """
+    side = resize or image_size
     if arch.startswith("timm:"):
-        net = create_timm(arch.removeprefix("timm:"), image_size, num_classes)
+        net = create_timm(arch.removeprefix("timm:"), side, num_classes)
     elif arch.startswith("torchvision:"):
-        net = create_torchvision(arch.removeprefix("torchvision:"), image_size, num_classes)
+        net = create_torchvision(arch.removeprefix("torchvision:"), side, num_classes)
     elif arch in CLASSIFIERS:
-        net = CLASSIFIERS[arch].make(num_classes, image_size)
+        net = CLASSIFIERS[arch].make(num_classes, side)
     else:
         near = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(ARCHITECTURES)}")
-    return Classifier(net, arch, num_classes, normalization, image_size)
+    return Classifier(net, arch, num_classes, normalization, image_size, resize)

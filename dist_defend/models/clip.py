@@ -81,12 +81,13 @@ class OpenClipEncoder(Encoder):
         self.f = _build(config, replace(vision, image_size=image_size, output_tokens=False), _NO_TEXT).visual
 
     def _input(self, x: Tensor) -> Tensor:
+        x = self.prepared(x)
         if x.shape[-2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"images of {x.shape[-2]}x{x.shape[-1]} px for a tower of {self.image_size} px: "
                 f"prepare them with --image-size {self.image_size}"
             )
-        return self.normalize(x)
+        return x
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         passed = self.f.forward_intermediates(self._input(x), indices=self.taps)

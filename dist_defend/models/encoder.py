@@ -75,10 +75,42 @@ class Normalize(nn.Module):
         return x if self.is_identity else (x - self.mean) / self.std
 
 
+class Resize:
+    """Images (B, C, H, W) -> (B, C, side, side), bilinear, as torchvision's Resize does it with tensors.
+
+    Called by itself or as a forward pre-hook, which adds no key to the module's state dict.
+    """
+
+    def __init__(self, side: int) -> None:
+        if side < 1:
+            raise UserError(f"key 'resize' is {side}; it must be at least 1 px")
+        self.side = side
+
+    def __call__(self, images: Tensor) -> Tensor:
+        size = (self.side, self.side)
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+
+    def hook(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """For register_forward_pre_hook: the first input is images."""
+        return self(inputs[0]), *inputs[1:]
+
+
 class Encoder(nn.Module, ABC):
-    """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim)."""
+    """Images (B, 3, H, W) in [0, 1] -> raw features h (B, feature_dim).
+
+    resize: what brings normalised images to the network's size, where that is not theirs.
+    """
 
     feature_dim: int
+    normalize: nn.Module
+    resize: Resize | None = None
+
+    def prepared(self, x: Tensor) -> Tensor:
+        """What the network itself gets for images x (B, 3, H, W) in [0, 1]."""
+        x = self.normalize(x)
+        return x if self.resize is None else self.resize(x)
 
     @abstractmethod
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -100,7 +132,7 @@ class StagedEncoder(Encoder):
         self.feature_dim = feature_dim
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        x = self.f[:3](self.normalize(x))
+        x = self.f[:3](self.prepared(x))
         maps = []
         for stage in self.f[3:7].children():
             x = stage(x)
@@ -142,11 +174,11 @@ class TimmEncoder(Encoder):
         self.feature_dim = num_outputs or int(getattr(self.f, "head_hidden_size", self.f.num_features))
 
     def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
-        last, maps = self.f.forward_intermediates(self.normalize(x), indices=self.taps, output_fmt="NCHW")
+        last, maps = self.f.forward_intermediates(self.prepared(x), indices=self.taps, output_fmt="NCHW")
         return maps, self.f.forward_head(last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self.normalize(x))
+        return self.f(self.prepared(x))
 
 
 OPEN_CLIP = "open_clip:"
@@ -154,12 +186,21 @@ ARCHITECTURES = (*ENCODERS, "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
 CLIP_DIM = 1024
 
 
-def build_encoder(arch: str, normalization: str = "cifar10", image_size: int = 32) -> Encoder:
+def build_encoder(
+    arch: str, normalization: str = "cifar10", image_size: int = 32, resize: int | None = None
+) -> Encoder:
     """An encoder with fresh weights (torch's global generator). UserError for an unknown arch or normalization.
 
     arch: one of ARCHITECTURES; clip_resnet50 is CLIP's image tower, as timm has it, open_clip:NAME any of open_clip's
-    own. image_size, in pixels, sets a ViT's grid.
+    own. image_size, in pixels, sets a ViT's grid. With ``resize`` the encoder brings its images to that side: its
+    network is made for resize px, while images, and triggers with them, have image_size px.
     """
+    encoder = _build_encoder(arch, normalization, resize or image_size)
+    encoder.resize = None if resize is None else Resize(resize)
+    return encoder
+
+
+def _build_encoder(arch: str, normalization: str, image_size: int) -> Encoder:
     if arch == "clip_resnet50":
         return TimmEncoder("resnet50_clip", normalization, image_size, num_outputs=CLIP_DIM)
     if arch.startswith("timm:"):
@@ -182,6 +223,7 @@ class SimCLR(nn.Module):
         super().__init__()
         self.f = f
         self.g = g
+        self.resize = None if f.resize is None else f.resize.side
         self.arch, self.normalization, self.image_size = arch, normalization, image_size
 
     @property
@@ -200,9 +242,11 @@ class SimCLR(nn.Module):
         return F.normalize(h, dim=-1), F.normalize(self.g(h), dim=-1)
 
 
-def build_simclr(arch: str, normalization: str = "cifar10", image_size: int = 32, projector: bool = True) -> SimCLR:
-    """SimCLR with fresh weights; projector Linear(D, 512), norm, relu, Linear(512, 128). UserError as build_encoder."""
-    f = build_encoder(arch, normalization, image_size)
+def build_simclr(
+    arch: str, normalization: str = "cifar10", image_size: int = 32, projector: bool = True, resize: int | None = None
+) -> SimCLR:
+    """SimCLR with fresh weights; projector Linear(D, 512), norm, relu, Linear(512, 128). As build_encoder otherwise."""
+    f = build_encoder(arch, normalization, image_size, resize)
     g: nn.Module = nn.Identity()
     if projector:
         hidden = nn.Linear(f.feature_dim, 512, bias=False)

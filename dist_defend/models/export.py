@@ -35,7 +35,8 @@ def main(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():
         raise UserError(f"{args.out.parent} is not a folder: make it, or name another file with --out")
     name = _NAMES.get(card.arch, card.arch.removeprefix("torchvision:"))
-    state = OrderedDict((key, value.detach().cpu()) for key, value in model.net.state_dict().items())
+    behind = "" if model.resize is None else "1."  # there a network behind its Resize is Sequential(Resize, network)
+    state = OrderedDict((behind + key, value.detach().cpu()) for key, value in model.net.state_dict().items())
     file = io.BytesIO()
     torch.save({"model_name": name, "num_classes": model.num_classes, "model": state}, file)
     write_atomic(args.out, file.getvalue())

@@ -51,7 +51,10 @@ class Pair:
         self.clean = context.eval_loader(data, rows)
         self.triggered = None if self.attack is None else context.eval_loader(triggered(data, self.attack), rows)
         torch.manual_seed(context.seed)
-        self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size)
+        resize = (
+            self.teacher.resize if student == self.teacher.arch else None
+        )  # another network takes images as they are
+        self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size, resize)
         if ranks.world_size > 1:
             convert_sync_batchnorm(self.student, second_order)
         self.latest: dict[str, Count] = {}

@@ -130,7 +130,7 @@ def build(config: Config, context: Context) -> Plan:
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)
     if config.student is None:
-        student = build_simclr(teacher.arch, teacher.normalization, image_size=teacher.image_size)
+        student = build_simclr(teacher.arch, teacher.normalization, teacher.image_size, resize=teacher.resize)
     else:
         student, _ = context.load_model(config.student)
     for model in (teacher, student):

@@ -79,7 +79,7 @@ def measure(model: Classifier | SimCLR, data: PreparedDataset) -> list[Trial]:
 
 
 def differ(better: Trial, other: Trial) -> bool:
-    """Whether one trial beats another by more than counting explains: two standard errors of their paired difference."""
+    """Whether one trial beats another by more than counting explains: two standard errors of the difference."""
     only_one = int((better.hits & ~other.hits).sum())
     only_other = int((~better.hits & other.hits).sum())
     return only_one - only_other > 2 * (only_one + only_other) ** 0.5

@@ -42,8 +42,8 @@ def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add(
         "--normalization",
         metavar="NAME",
-        help=f"constants that the model was trained with: {', '.join(NORMALIZATIONS)}, or numbers, mean,std or three of "
-        "each; default: by layout and data set, else a guess that is marked",
+        help=f"constants that the model was trained with: {', '.join(NORMALIZATIONS)}, or numbers, mean,std or three "
+        "of each; default: by layout and data set, else a guess that is marked",
     )
     add("--image-size", type=int, help="pixels; default: by layout and data set, else a guess that is marked")
     add("--by-position", action="store_true", help="tensors of other names: match them in the file's order")

@@ -128,7 +128,7 @@ def _spelled(arch: str, size: int, own: dict[str, Shape]) -> Iterator[Candidate]
 
 
 def _spellings(own: Mapping[str, Shape]) -> Iterator[dict[str, str]]:
-    """Our names by others' names: as they are, the last layer's other names, and ResNets as other projects spell them."""
+    """Our names by others' names: as they are, with other names of the last layer, and other projects' ResNets."""
     if "head.pos_embed" in own and "stem.conv1.conv.weight" in own:  # clip_resnet50, whose names are timm's
         yield {_clips_name(key): key for key in own}
     yield {key: key for key in own}

@@ -1,7 +1,7 @@
 """The constants that a foreign network was trained with, and whether they are known or guessed.
 
-Known: what the file's own layout says (BackdoorBench names its data set), what an architecture comes with (CLIP, I-BAU's
-network, timm's by name), and an image size that the shapes fix. Anything else is a guess by kind and classes.
+Known: what the file's own layout says (BackdoorBench names its data set), what an architecture comes with (CLIP,
+I-BAU's network, timm's by name), and an image size that the shapes fix. Anything else is a guess by kind and classes.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ BACKDOORBENCH_DATA = {  # normalization, image size (pixels), classes
 }
 BACKDOORBENCH_RESIZE = {"torchvision:vit_b_16": 224, "torchvision:inception_v3": 299}  # pixels, inside of its networks
 _BY_CLASSES = {10: ("cifar10", 32), 100: ("cifar100", 32), 200: ("tiny", 64), 1000: ("imagenet", 224)}
-_FIXED = ("torchvision:vit", "torchvision:swin_v2", "ibau_vgg")  # whose shapes say the image size
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,7 @@ def classifier_constants(arch: str, num_classes: int, size: int, is_named: bool)
     """size: what the candidate was built for. CIFAR-10's constants are for ten classes alone."""
     if arch == "ibau_vgg":
         return Constants("none", size)
-    is_fixed = arch.startswith(_FIXED) or "vit_" in arch
-    guessed = ("normalization",) if is_fixed else ("normalization", "image_size")
+    guessed = ("normalization",) if "vit_" in arch else ("normalization", "image_size")
     if is_named and arch.startswith("timm:"):
         published = timm_normalization(arch)
         if published is not None:
@@ -102,7 +100,7 @@ def backdoorbench_constants(
 
 
 def timm_normalization(arch: str) -> str | None:
-    """The constants that timm publishes for "timm:NAME": a name of NORMALIZATIONS, else numbers; None where it has none."""
+    """The constants that timm publishes for "timm:NAME": a name of NORMALIZATIONS, or numbers; None for none."""
     import timm
 
     published = timm.models.get_pretrained_cfg(arch.removeprefix("timm:"))

@@ -40,7 +40,7 @@ _OPTIMIZERS = re.compile(r".*optim.*|exp_avg.*|.*_buffer|.*scheduler.*|state_sum
 
 @dataclass(frozen=True)
 class Weights:
-    """A mapping of names to tensors: path, the keys that lead to it. object: a placeholder among the tensors, if any."""
+    """A mapping of names to tensors. path: the keys that lead to it. object: a placeholder among the tensors."""
 
     path: tuple[str, ...]
     state: State
@@ -112,7 +112,10 @@ class Choice:
     ignore: tuple[str, ...] = ()
 
 
-def find_weights(content: Any, path: str | Path, choice: Choice = Choice()) -> list[Weights]:
+ANYWHERE = Choice()
+
+
+def find_weights(content: Any, path: str | Path, choice: Choice = ANYWHERE) -> list[Weights]:
     """The mappings of the file that may hold a network, sorted by their paths.
 
     UserError where there is none, the chosen one is not there or not the only one of its name, a name is no proper one,
@@ -148,7 +151,7 @@ def find_weights(content: Any, path: str | Path, choice: Choice = Choice()) -> l
 def find_network(
     found: Sequence[Weights],
     candidates: Callable[[State], Iterable[Candidate]],
-    choice: Choice = Choice(),
+    choice: Choice = ANYWHERE,
 ) -> list[Fit]:
     """The best fit of each architecture in each mapping and at each prefix, exact ones first, then the closest.
 
@@ -168,8 +171,8 @@ def choose(fits: Sequence[Fit], path: str | Path, kind: str) -> tuple[Fit, tuple
     """The fit to take of those that are exact, and where the others lie.
 
     Trained networks come before copies of them (momentum, EMA, target, teacher); an encoder's teacher before its
-    student, as DINO's users load it. UserError where two of one rank differ, with --key or --prefix for each, and for an
-    object among the tensors.
+    student, as DINO's users load it. UserError where two of one rank differ, with --key or --prefix for each, and for
+    an object among the tensors.
     """
     ranks = [_rank(fit, fits, kind) for fit in fits]
     best = [fit for fit, rank in zip(fits, ranks, strict=True) if rank == min(ranks)]
@@ -244,7 +247,7 @@ def _without(weights: Weights, patterns: Sequence[str]) -> Weights:
 
 
 def _unwrapped(weights: Weights) -> Weights | None:
-    """The mapping without the names of wrappers inside of its keys; None where it has none, or two keys would be one."""
+    """The mapping without wrappers' names inside of its keys; None where it has none, or two keys would be one."""
     state = {".".join(part for part in key.split(".") if part not in _WRAPPERS): v for key, v in weights.state.items()}
     if len(state) != len(weights.state) or state.keys() == weights.state.keys():
         return None
@@ -294,7 +297,8 @@ def _fit(weights: Weights, prefix: str, candidate: Candidate) -> Fit:
             misshapen.append(f"{prefix}{key} {tuple(value.shape)} instead of {expected}")
     parts = {key.split(".")[0] for key in candidate.ours}
     taken = {prefix + key for key in candidate.ours}
-    beside, unexpected = [], []
+    beside: list[str] = []
+    unexpected: list[str] = []
     for key in sorted(state.keys() - taken):
         part, _, rest = key.removeprefix(prefix).partition(".")
         is_inside = key.startswith(prefix) and not _is_beside(part, rest, parts, state[key])
@@ -368,7 +372,7 @@ def unknown(path: str | Path, found: Sequence[Weights], fits: Sequence[Fit], arc
         "an architecture that docs/models.md does not list cannot be imported yet"
     )
     where = f"in '{found[0].name}', " if found[0].path else ""
-    told = []
+    told: list[str] = []
     for fit in fits:
         if fit.closeness > 0.2 and len(told) < _MOST_TOLD and all(fit.candidate.arch not in one for one in told):
             count = f"{fit.num_agreeing} of {len(fit.candidate.shapes)} tensors agree by name and shape"

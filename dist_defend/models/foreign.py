@@ -1,8 +1,9 @@
 """Encoders in checkpoints of others.
 
 models.finder looks for the networks of models.candidates under every key and prefix: the SimCLR models of
-jinyuan-jia/BadEncoder and wssun/MIMIC, leftthomas/SimCLR's, CLIP's image tower, and the backbones that MoCo, BYOL, DINO,
-MAE, SimSiam, SwAV, Barlow Twins, lightly and solo-learn save. What stands beside the backbone is left out and told.
+jinyuan-jia/BadEncoder and wssun/MIMIC, leftthomas/SimCLR's, CLIP's image tower, and the backbones that MoCo, BYOL,
+DINO, MAE, SimSiam, SwAV, Barlow Twins, lightly and solo-learn save. What stands beside the backbone is left out and
+told.
 """
 
 from pathlib import Path
@@ -14,6 +15,7 @@ from dist_defend.models.candidates import COUNTER, classifier_candidates, encode
 from dist_defend.models.constants import encoder_constants
 from dist_defend.models.encoder import OPEN_CLIP, SimCLR, build_simclr
 from dist_defend.models.finder import (
+    ANYWHERE,
     Choice,
     Fit,
     Weights,
@@ -37,7 +39,7 @@ def import_encoder(
     normalization: str | None = None,
     image_size: int | None = None,
     content: Any = None,
-    choice: Choice = Choice(),
+    choice: Choice = ANYWHERE,
     by_position: bool = False,
 ) -> tuple[SimCLR, ImportReport]:
     """The model in a checkpoint or a folder of weights (on the CPU, in train mode), and what was recognised.

@@ -7,7 +7,7 @@ last layer. Tensors are matched by name; by order only where the user asks for i
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.constants import backdoorbench_constants, classifier_constants
 from dist_defend.models.encoder import OPEN_CLIP
 from dist_defend.models.finder import (
+    ANYWHERE,
     Choice,
     Fit,
     Weights,
@@ -59,7 +60,7 @@ _FACTS: dict[str, type | tuple[type, ...]] = {
 _NAMES_A_HEAD = re.compile(r"(?:.*\.)?(?:fc|linear|last_linear|classifier|head|heads\.head)(?:\.\d+)?\.weight")
 
 
-def holds_classifier(content: Any, path: str | Path = "", choice: Choice = Choice(), arch: str | None = None) -> bool:
+def holds_classifier(content: Any, path: str | Path = "", choice: Choice = ANYWHERE, arch: str | None = None) -> bool:
     """Whether a checkpoint is a classifier's rather than an encoder's: it holds a known classifier with its last layer.
 
     Not where projectors or momentum copies stand beside it, and not BadEncoder's files, in which a classifier is left:
@@ -76,7 +77,7 @@ def holds_classifier(content: Any, path: str | Path = "", choice: Choice = Choic
         found = find_weights(content, path, choice)
     except UserError:
         return False  # and import_encoder says the same
-    exact = [fit for fit in _find(found, arch, None, choice) if fit.is_exact]
+    exact = [fit for fit in find_network(found, _candidates(arch, None, None), choice) if fit.is_exact]
     if exact:
         return not any(is_self_supervised(fit) or _is_badencoders(fit, content) for fit in exact)
     if any(f.is_exact for f in find_network(found, lambda state: encoder_candidates(state, arch, None), choice)):
@@ -93,7 +94,7 @@ def import_classifier(
     image_size: int | None = None,
     by_position: bool = False,
     content: Any = None,
-    choice: Choice = Choice(),
+    choice: Choice = ANYWHERE,
 ) -> tuple[Classifier, ImportReport]:
     """The classifier in a checkpoint or a folder of weights (on the CPU, in train mode), and what was recognised.
 
@@ -160,14 +161,21 @@ def import_classifier(
 def _find(
     found: list[Weights], arch: str | None, image_size: int | None, choice: Choice, named: str | None = None
 ) -> list[Fit]:
+    """The fits, also those of a backbone with a linear layer beside it."""
+    fits = find_network(found, _candidates(arch, image_size, named), choice)
+    headed = [fit if fit.is_exact else _with_head_beside(fit) for fit in fits]
+    return sorted(headed, key=lambda fit: (not fit.is_exact, -fit.closeness, -len(fit.candidate.shapes)))
+
+
+def _candidates(arch: str | None, image_size: int | None, named: str | None) -> Callable[[State], Iterable[Candidate]]:
+    """What may be in some tensors; named: the architecture that the file names, which is tried first."""
+    size = _network_size(arch, image_size)
+
     def candidates(state: State) -> Iterable[Candidate]:
-        size = _network_size(arch, image_size)
         told = classifier_candidates(state, named, size) if named is not None else ()
         return chain(told, classifier_candidates(state, arch, size))
 
-    fits = find_network(found, candidates, choice)
-    headed = [fit if fit.is_exact else _with_head_beside(fit) for fit in fits]
-    return sorted(headed, key=lambda fit: (not fit.is_exact, -fit.closeness, -len(fit.candidate.shapes)))
+    return candidates
 
 
 def _network_size(arch: str | None, image_size: int | None) -> int | None:
@@ -186,7 +194,7 @@ def _named_by_file(facts: dict[str, Any]) -> str | None:
 
 
 def _with_head_beside(fit: Fit) -> Fit:
-    """The fit with a linear layer beside the network as its last one, where it lacks that alone and one such is there."""
+    """The fit with a linear layer beside the network as its last one, where it lacks that alone and there is one."""
     head = fit.candidate.head
     if set(fit.missing) - {fit.prefix + key for key in head} or not fit.missing or fit.misshapen or fit.unexpected:
         return fit
@@ -251,7 +259,7 @@ def _layout_of(content: Any) -> str:
 
 
 def _facts(content: Any, path: str | Path, layout: str) -> dict[str, Any]:
-    """What the file says besides the tensors; a published layout's own figures come first. UserError for a wrong type."""
+    """What the file says besides the tensors; a layout's own figures first. UserError for a wrong type of these."""
     facts: dict[str, Any] = {}
     for key, kind in _FACTS.items() if layout != "state dict" else ():
         if not isinstance(content, dict) or content.get(key) is None:

@@ -1,6 +1,7 @@
 """Checkpoint files of others, read into plain data: torch's zip archives and its older format, and safetensors.
 
-Objects beside the weights stay placeholders (models.restricted_pickle). Of a TorchScript archive, as OpenAI's CLIP comes in, the tensors are read and the program is not.
+Objects beside the weights stay placeholders (models.restricted_pickle).
+Of a TorchScript archive, as OpenAI's CLIP comes in, the tensors are read and the program is not.
 """
 
 import io

@@ -57,8 +57,9 @@ def read_poisoned(
 ) -> PoisonedImages | None:
     """The split's state in what read_checkpoint gave for ``path``, in upstream's order; None where it has no images.
 
-    img_size: (H, W, channels). MissingImages where the folder of the images is not there at all. UserError for a state of another version, a wrong type, a label or row out of range, an
-    image that is missing, damaged or of another size, and a path or symbolic link that leads out of the file's folder.
+    img_size: (H, W, channels). MissingImages where the images' whole folder is not there. UserError for a state of
+    another version, a wrong type, a label or row out of range, an image that is missing, damaged or of another size,
+    and a path or symbolic link that leads out of the file's folder.
     """
     if state is None:
         return None

@@ -45,8 +45,9 @@ _CLIP_NAMES = tuple(  # CLIP's own for timm's
         (r"^head\.proj\.", "attnpool.c_proj."),
     )
 )
-TORCHVISION_FAMILIES = {  # a tensor that all of a family have, and how its names begin
-    "layer1.0.conv1.weight": ("resnet", "resnext", "wide_resnet"),
+_LARGE_STEMS = ("resnet", "resnext", "wide_resnet")
+_TORCHVISION_FAMILIES = {  # a tensor that all of a family have, and how its names begin
+    "layer1.0.conv1.weight": _LARGE_STEMS,
     "features.denseblock1.denselayer1.norm1.weight": ("densenet",),
     "features.1.conv.0.0.weight": ("mobilenet_v2",),
     "features.1.block.0.0.weight": ("mobilenet_v3",),
@@ -92,7 +93,7 @@ def classifier_candidates(state: Mapping[str, Tensor], arch: str | None, image_s
         size = (
             image_size or size or (224 if ":" in name else CLASSIFIERS[name].image_size if name in CLASSIFIERS else 32)
         )
-        yield from _spelled(name, size, _classifier_shapes(name, size))
+        yield from _spelled(name, size, is_encoder=False)
 
 
 def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size: int | None) -> Iterator[Candidate]:
@@ -100,7 +101,7 @@ def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size
     for name in [*ENCODERS, *_timm_names(state)] if arch is None else [arch]:
         size = _token_size(state, "pos_embed", "patch_embed.proj.weight") if name.startswith("timm:") else None
         size = image_size or size or (_clip_size(state) if name == _CLIP else None) or published_size(name)
-        yield from _spelled(name, size, _encoder_shapes(name, size))
+        yield from _spelled(name, size, is_encoder=True)
 
 
 def published_size(arch: str) -> int:
@@ -117,14 +118,14 @@ def published_size(arch: str) -> int:
     return ENCODERS[arch].image_size if arch in ENCODERS else 224
 
 
-def _spelled(arch: str, size: int, own: dict[str, Shape]) -> Iterator[Candidate]:
-    seen = set()
+@lru_cache(maxsize=128)
+def _spelled(arch: str, size: int, is_encoder: bool) -> tuple[Candidate, ...]:
+    own = (_encoder_shapes if is_encoder else _classifier_shapes)(arch, size)
+    found: dict[frozenset[str], Candidate] = {}
     for theirs in _spellings(own):
-        names = frozenset(theirs)
-        if names not in seen:
-            seen.add(names)
-            shapes = {name: own[ours] for name, ours in theirs.items() if not name.endswith(COUNTER)}
-            yield Candidate(arch, size, shapes, theirs)
+        shapes = {name: own[ours] for name, ours in theirs.items() if not name.endswith(COUNTER)}
+        found.setdefault(frozenset(theirs), Candidate(arch, size, shapes, theirs))
+    return tuple(found.values())
 
 
 def _spellings(own: Mapping[str, Shape]) -> Iterator[dict[str, str]]:
@@ -155,14 +156,12 @@ def _respelled(key: str, renamed: Mapping[str, str], shortcut: str) -> str:
     return renamed.get(top, top) + dot + rest
 
 
-@lru_cache(maxsize=256)
 def _classifier_shapes(arch: str, image_size: int) -> dict[str, Shape]:
     with torch.device("meta"):
         own = build_classifier(arch, CLASSES, "none", image_size).net.state_dict()
     return {key: tuple(value.shape) for key, value in own.items()}
 
 
-@lru_cache(maxsize=64)
 def _encoder_shapes(arch: str, image_size: int) -> dict[str, Shape]:
     with torch.device("meta"):
         own = build_encoder(arch, "none", image_size).state_dict()
@@ -179,11 +178,13 @@ def _torchvision_names(state: Mapping[str, Tensor]) -> list[str]:
 
     begins = tuple(
         name
-        for marker, names in TORCHVISION_FAMILIES.items()
+        for marker, names in _TORCHVISION_FAMILIES.items()
         if next(ends_with(state, marker), None) is not None
         for name in names
     )
     names = [name for name in published.list_models(module=published) if begins and name.startswith(begins)]
+    if not _has_large_stem(state):
+        names = [name for name in names if not name.startswith(_LARGE_STEMS)]
     return [f"torchvision:{name}" for name in sorted(names, key=lambda name: (len(name), name))]
 
 
@@ -192,7 +193,7 @@ def _timm_names(state: Mapping[str, Tensor]) -> list[str]:
     if next(ends_with(state, _CLIP_POOL), None) is not None:
         return [_CLIP]
     names: list[str] = []
-    if any(tuple(value.shape) == (64, 3, 7, 7) for value in state.values()):
+    if _has_large_stem(state):
         names += _TIMM_RESNETS
     if next(ends_with(state, "cls_token"), None) is not None:
         for stem in ends_with(state, "patch_embed.proj.weight"):
@@ -206,6 +207,11 @@ def _clip_size(state: Mapping[str, Tensor]) -> int | None:
     """Pixels that the pool of CLIP's ResNet, (tokens, D), was made for."""
     pool = next(ends_with(state, _CLIP_POOL), None)
     return None if pool is None else isqrt(max(pool.shape[0] - 1, 1)) * _CLIP_STRIDE
+
+
+def _has_large_stem(state: Mapping[str, Tensor]) -> bool:
+    """Whether there is the first layer of ImageNet's ResNets."""
+    return any(tuple(value.shape) == (64, 3, 7, 7) for value in state.values())
 
 
 def _in_timm(name: str) -> bool:

@@ -20,6 +20,7 @@ from dist_defend.models.foreign_file import State, Unordered, pickles_more
 from dist_defend.models.restricted_pickle import Buildable, Placeholder, shown
 
 _DEEPEST, _MOST_PREFIXES, _MOST_TOLD = 12, 64, 3
+_LEAST_SHARE = 0.2  # of a network's names, below which it is not looked at
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _COUNTERS = frozenset({"total_ops", "total_params"})  # of the profiler thop
 _BESIDE = re.compile(  # modules that stand beside a backbone and are no part of it
@@ -256,15 +257,20 @@ def _unwrapped(weights: Weights) -> Weights | None:
 
 def _fits(weights: Weights, candidates: Iterable[Candidate], prefix: str | None) -> list[Fit]:
     best: dict[tuple[str, str], Fit] = {}
+    first: Candidate | None = None
     for candidate in candidates:
+        first = first or candidate
         for place in _prefixes(weights.state, candidate, prefix):
+            named = sum(place + key in weights.state for key in candidate.shapes)
+            if named < _LEAST_SHARE * len(candidate.shapes):
+                continue
             fit = _fit(weights, place, candidate)
             known = best.get((candidate.arch, place))
             if known is None or fit.closeness > known.closeness:
                 best[candidate.arch, place] = fit
             if fit.is_exact and not any(weights.state[key].dim() == 4 for key in fit.beside):
                 return list(best.values())  # nothing is left that another network could be made of
-    return list(best.values())
+    return list(best.values()) or ([_fit(weights, prefix or "", first)] if first is not None else [])
 
 
 def _prefixes(state: State, candidate: Candidate, prefix: str | None) -> list[str]:
@@ -279,7 +285,7 @@ def _prefixes(state: State, candidate: Candidate, prefix: str | None) -> list[st
         for key in state
         if key.endswith(anchor) and key[: len(key) - len(anchor)][-1:] in ("", ".")
     }
-    return sorted(found, key=lambda place: (len(place), place))[:_MOST_PREFIXES] or [""]
+    return sorted(found, key=lambda place: (len(place), place))[:_MOST_PREFIXES]
 
 
 def _fit(weights: Weights, prefix: str, candidate: Candidate) -> Fit:
@@ -374,7 +380,7 @@ def unknown(path: str | Path, found: Sequence[Weights], fits: Sequence[Fit], arc
     where = f"in '{found[0].name}', " if found[0].path else ""
     told: list[str] = []
     for fit in fits:
-        if fit.closeness > 0.2 and len(told) < _MOST_TOLD and all(fit.candidate.arch not in one for one in told):
+        if fit.closeness > 0.05 and len(told) < _MOST_TOLD and all(fit.candidate.arch not in one for one in told):
             count = f"{fit.num_agreeing} of {len(fit.candidate.shapes)} tensors agree by name and shape"
             told.append(
                 f"{fit.candidate.arch} ({count}, {len(fit.misshapen)} misshapen{', ' * bool(fit.place)}{fit.place})"

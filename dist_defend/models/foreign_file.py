@@ -153,7 +153,9 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
 def _reader(
     storage: Callable[[torch.dtype, str, int], Tensor], table: Mapping[str, Callable[..., Any] | None] = ALLOWED
 ) -> PickleReader:
-    def find(reference: Any) -> Tensor:
+    def find(reference: Any) -> Tensor | Placeholder:
+        if reference[0] == "module":  # a class with its source, in files from before torch 1.6
+            return reference[1] if isinstance(reference[1], Placeholder) else Placeholder("a persistent 'module'")
         kind, stored, key, _, num_values, *view = reference
         dtype = STORAGES.get(stored.name) if isinstance(stored, Global) else None
         if kind != "storage" or dtype is None or any(part is not None for part in view):

@@ -18,7 +18,7 @@ _COMMANDS = {
     "data": "dist_defend.data.cli",
     "evaluate": "dist_defend.evaluate_command",
     "attacks": "dist_defend.attacks.cli",
-    "import": "dist_defend.models.cli",
+    "import": "dist_defend.importing",
     "export": "dist_defend.models.export",
     "report": "dist_defend.report",
     "bench": "dist_defend.bench",

@@ -10,7 +10,8 @@ import torch
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 from dist_defend.models.artifact import load_classifier
-from dist_defend.models.foreign_classifier import BACKDOORBENCH_ARCHS, BACKDOORBENCH_DATA
+from dist_defend.models.constants import BACKDOORBENCH_DATA
+from dist_defend.models.foreign_classifier import BACKDOORBENCH_ARCHS
 
 _NAMES = {arch: name for name, arch in BACKDOORBENCH_ARCHS.items()}
 

@@ -1,48 +1,36 @@
 """Encoders in checkpoints of others.
 
-Known layouts: the SimCLR models of jinyuan-jia/BadEncoder and wssun/MIMIC, their ImageNet ResNet-50 (torchvision's
-keys) and CLIP's image tower, alone or in a whole CLIP; each bare or inside {"state_dict": ...}, with or without the
-prefixes `module.` and `visual.`. The layout is read off the keys, never off the file's name.
+models.finder looks for the networks of models.candidates under every key and prefix: the SimCLR models of
+jinyuan-jia/BadEncoder and wssun/MIMIC, leftthomas/SimCLR's, CLIP's image tower, and the backbones that MoCo, BYOL,
+DINO, MAE, SimSiam, SwAV, Barlow Twins, lightly and solo-learn save. What stands beside the backbone is left out and
+told.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
-from dist_defend.models.clip import published_image_size
-from dist_defend.models.encoder import OPEN_CLIP, SimCLR, TimmEncoder, build_simclr
-from dist_defend.models.foreign_file import State, read_checkpoint, unwrap
+from dist_defend.models.candidates import COUNTER, classifier_candidates, encoder_candidates
+from dist_defend.models.constants import encoder_constants
+from dist_defend.models.encoder import OPEN_CLIP, SimCLR, build_simclr
+from dist_defend.models.finder import (
+    ANYWHERE,
+    Choice,
+    Fit,
+    Weights,
+    choose,
+    find_network,
+    find_weights,
+    is_self_supervised,
+    list_objects,
+    unknown,
+)
+from dist_defend.models.foreign_file import State
+from dist_defend.models.foreign_folder import read_weights
+from dist_defend.models.foreign_report import ImportReport, check_values, match_by_position, plain_facts, with_counters
 
-
-@dataclass(frozen=True)
-class ImportReport:
-    """What was recognised. `dropped` names tensors that the encoder does not use (a classifier, a text tower)."""
-
-    layout: str
-    arch: str
-    normalization: str
-    image_size: int
-    has_projector: bool
-    num_tensors: int
-    num_parameters: int
-    dropped: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    name: str
-    archs: tuple[str, ...]  # what it may hold
-    normalization: str
-    image_size: int
-
-
-_SIMCLR = _Layout("SimCLR", ("resnet18_cifar", "resnet34_cifar", "resnet50_cifar", "small_cifar"), "cifar10", 32)
-_IMAGENET = _Layout("ImageNet", ("timm:resnet50", "timm:resnet34", "timm:resnet18"), "none", 224)
-_CLIP = _Layout("CLIP image tower", ("clip_resnet50",), "clip", 224)
+_NO_CLASSIFIER = "torchvision's networks are classifiers here: name timm's of that name, or leave out --kind encoder"
 
 
 def import_encoder(
@@ -51,82 +39,112 @@ def import_encoder(
     normalization: str | None = None,
     image_size: int | None = None,
     content: Any = None,
+    choice: Choice = ANYWHERE,
+    by_position: bool = False,
 ) -> tuple[SimCLR, ImportReport]:
-    """The model in a .pth or .safetensors file (on the CPU, in train mode), and what was recognised.
+    """The model in a checkpoint or a folder of weights (on the CPU, in train mode), and what was recognised.
 
-    content: what read_checkpoint gave for the file, where the caller has read it already.
-
-    arch is otherwise read off the keys; normalization and image_size (pixels) default to the layout's: cifar10 and 32
-    for SimCLR, none and 224 for ImageNet, clip and 224 (open_clip's size for the arch) for CLIP. A file without
-    projector gives an identity for it.
-    UserError for a missing or damaged file, a pickle of more than plain tensors, and keys that do not fit.
+    content: what read_weights gave for it, where the caller has read it already. arch is otherwise read off the keys;
+    normalization and image_size (pixels) default to models.constants'. A file without BadEncoder's projector gives an
+    identity for it. choice: where to look. by_position: match tensors in order, whatever their names. UserError for a
+    missing or damaged file, an object where weights should be, tensors that do not fit or are not finite.
     """
-    state, wrappings, dropped = _unwrap(read_checkpoint(path) if content is None else content, path)
-    layout = _layout_of(state, arch, path)
-    if layout is _SIMCLR and "f.f.0.weight" not in state and "f.0.weight" in state:  # an encoder saved by itself
-        state = {f"f.{key}": value for key, value in state.items()}
-    has_projector = layout is _SIMCLR and any(key.startswith("g.") for key in state)
-    normalization, image_size = normalization or layout.normalization, image_size or _image_size(layout, arch)
-    if arch is None:
-        arch = _closest(layout, state, has_projector)
-    model = build_simclr(arch, normalization, image_size, has_projector)
-    if layout is not _SIMCLR:
-        state, unused = _to_ours(state, model)
-        dropped += unused
+    content = read_weights(path)[0] if content is None else content
+    if arch is not None and arch.startswith("torchvision:"):
+        raise UserError(f"{arch} is no encoder: {_NO_CLASSIFIER}")
+    found = find_weights(content, path, choice)
+    others: tuple[str, ...] = ()
+    if by_position:
+        whole = {key: value for weights in found for key, value in weights.state.items()}
+        fit = match_by_position(found, encoder_candidates(whole, arch, image_size), choice.prefix, path, whole=False)
+    else:
+        fits = find_network(found, lambda state: encoder_candidates(state, arch, image_size), choice)
+        exact = [fit for fit in fits if fit.is_exact]
+        if not exact:
+            if arch is None:
+                _refuse_clips_vit(found, path)
+                _refuse_classifier(found, path, choice)
+            raise unknown(path, found, fits, arch)
+        fit, others = choose(exact, path, "encoder")
+    is_badencoders = _is_badencoders(fit, content)
+    constants = encoder_constants(
+        fit.candidate.arch, fit.candidate.image_size, arch is not None, is_self_supervised(fit), is_badencoders
+    ).told(normalization, image_size)
+    projector = _projector(fit)
+    model = build_simclr(fit.candidate.arch, constants.normalization, constants.image_size, bool(projector))
+    tensors = {**{f"f.f.{key}": value for key, value in fit.tensors().items()}, **projector}
+    state, filled = with_counters(tensors, model.state_dict())
+    check_values(state, model.state_dict(), path)
     load_strict(model, state, path)
-    told = ", ".join([layout.name, *wrappings])
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return model, ImportReport(told, arch, normalization, image_size, has_projector, len(state), count, tuple(dropped))
+    taken = {f"{_root(fit)}{key}" for key in projector}
+    dropped = (*(key for key in fit.beside if key not in taken), *fit.weights.ignored)
+    report = ImportReport(
+        layout=_told(fit, is_badencoders),
+        arch=fit.candidate.arch,
+        normalization=constants.normalization,
+        image_size=constants.image_size,
+        num_tensors=len(tensors),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dropped=tuple(key.removeprefix(fit.prefix) for key in dropped),
+        guessed=constants.guessed,
+        others=others,
+        objects=tuple(list_objects(content)),
+        facts=plain_facts(content),
+        renamed=tuple(pair for pair in fit.candidate.ours.items() if pair[0] != pair[1]) if by_position else (),
+        filled=filled,
+        has_projector=bool(projector),
+    )
+    return model, report
 
 
-def _unwrap(content: Any, path: str | Path) -> tuple[State, list[str], list[str]]:
-    """The state dict without wrapper and prefixes; what was taken off; keys left out."""
-    state, wrappings = unwrap(content, path, ("state_dict", "model"))
-    dropped: list[str] = []
-    if any(key.startswith("visual.") for key in state):
-        dropped = [key for key in state if not key.startswith("visual.")]
-        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-        wrappings.append("prefix 'visual.'")
-    return state, wrappings, dropped
+def _refuse_clips_vit(found: list[Weights], path: str | Path) -> None:
+    for weights in found:
+        names = {key.rpartition("visual.")[2] for key in weights.state}
+        if {"class_embedding", "ln_pre.weight"} <= names:
+            raise UserError(f"{path} holds a ViT of CLIP: name it, --arch {OPEN_CLIP}ViT-B-32-quickgelu or its like")
 
 
-def _layout_of(state: State, arch: str | None, path: str | Path) -> _Layout:
-    if "f.f.0.weight" in state or "f.0.weight" in state:
-        return _SIMCLR
-    if "attnpool.positional_embedding" in state or (arch or "").startswith(OPEN_CLIP):
-        return _CLIP
-    if "class_embedding" in state and "ln_pre.weight" in state:
-        raise UserError(f"{path} holds a ViT of CLIP: name it, --arch {OPEN_CLIP}ViT-B-32-quickgelu or its like")
-    if "layer1.0.conv1.weight" in state or (arch or "").startswith("timm:"):
-        return _IMAGENET
-    keys = ", ".join(list(state)[:3])
-    raise UserError(f"{path} has a layout that is not known (keys {keys}, ...): for a timm model, name it as timm:NAME")
+def _refuse_classifier(found: list[Weights], path: str | Path, choice: Choice) -> None:
+    """Say so where a network is known as a classifier alone."""
+    fits = find_network(found, lambda state: classifier_candidates(state, None, None), choice)
+    if fits and fits[0].is_exact:
+        arch = fits[0].candidate.arch
+        raise UserError(f"{path} holds {arch}, which can be had as a classifier only: leave out --kind encoder")
 
 
-def _closest(layout: _Layout, state: State, has_projector: bool) -> str:
-    """The architecture whose tensors agree best with the file's, by key and shape."""
-
-    prefix = "" if layout is _SIMCLR else "f.f."
-    found = {(prefix + key, value.shape) for key, value in state.items()}
-
-    def misfits(arch: str) -> int:
-        with torch.device("meta"):
-            own = build_simclr(arch, "none", layout.image_size, has_projector).state_dict()
-        return len(found ^ {(key, value.shape) for key, value in own.items()})
-
-    return layout.archs[0] if len(layout.archs) == 1 else min(layout.archs, key=misfits)
+def _is_badencoders(fit: Fit, content: Any) -> bool:
+    """Whether an ImageNet ResNet lies as BadEncoder saves it: below 'visual.', or alone in {"state_dict": ...}."""
+    is_alone = isinstance(content, dict) and set(content) == {"state_dict"} and fit.prefix in ("", "module.")
+    return fit.candidate.arch.startswith("timm:") and (fit.prefix.endswith("visual.") or is_alone)
 
 
-def _image_size(layout: _Layout, arch: str | None) -> int:
-    return published_image_size(arch) if arch and arch.startswith(OPEN_CLIP) else layout.image_size
+def _root(fit: Fit) -> str:
+    """What stands before f. and g. of a SimCLR model; the prefix itself where the encoder lies elsewhere."""
+    for own in ("f.f.", "f."):
+        if fit.prefix == own or fit.prefix.endswith(f".{own}"):
+            return fit.prefix.removesuffix(own)
+    return fit.prefix
 
 
-def _to_ours(state: State, model: SimCLR) -> tuple[State, list[str]]:
-    """Rename to the encoder's keys; also the keys of a classifier, which is left out."""
-    if isinstance(model.f, TimmEncoder) and model.arch == "clip_resnet50":
-        from timm.models.byobnet import checkpoint_filter_fn
+def _projector(fit: Fit) -> State:
+    """BadEncoder's projector g., where all of it lies beside f.; our names for it."""
+    root = _root(fit)
+    if root == fit.prefix:
+        return {}
+    model = build_simclr(fit.candidate.arch, "none", fit.candidate.image_size)
+    own = {key: value for key, value in model.state_dict().items() if key.startswith("g.")}
+    state = fit.weights.state
+    theirs = {key.removeprefix(root): value for key, value in state.items() if key.startswith(f"{root}g.")}
+    fits = theirs.keys() <= own.keys() and all(
+        theirs[key].shape == value.shape if key in theirs else key.endswith(COUNTER) for key, value in own.items()
+    )
+    return theirs if fits else {}
 
-        state = checkpoint_filter_fn({f"visual.{key}": value for key, value in state.items()}, model.f.f)
-    own = model.state_dict()
-    classifier = [key for key in state if key.split(".")[0] in ("fc", "head", "classifier") and f"f.f.{key}" not in own]
-    return {f"f.f.{key}": value for key, value in state.items() if key not in classifier}, classifier
+
+def _told(fit: Fit, is_badencoders: bool) -> str:
+    root = _root(fit)
+    arch = fit.candidate.arch
+    name = "SimCLR" if root != fit.prefix else "ImageNet" if is_badencoders else "backbone"
+    name = "CLIP image tower" if arch == "clip_resnet50" or arch.startswith(OPEN_CLIP) else name
+    prefix = root if root != fit.prefix else fit.prefix
+    return ", ".join([name, *(f"in '{key}'" for key in fit.weights.path), *([f"prefix '{prefix}'"] if prefix else [])])

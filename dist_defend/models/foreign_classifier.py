@@ -1,77 +1,90 @@
 """Classifiers in checkpoints of others.
 
-Known layouts: YiZeng623/I-BAU's {net, acc, epoch}; bboylyg/RNP's {epoch, state_dict, clean_acc, bad_acc, optimizer};
-SCLBD/BackdoorBench's attack_result.pt and defense_result.pt; a state dict of this package's, torchvision's or timm's
-networks, bare or inside {"state_dict": ...}. Tensors are matched by name; by order only where the user asks for it.
+models.finder looks for the networks of models.candidates under every key and prefix. Layouts that say more than their
+tensors: YiZeng623/I-BAU's {net, acc, epoch} of its own network; bboylyg/RNP's {epoch, state_dict, clean_acc, bad_acc};
+SCLBD/BackdoorBench's attack_result.pt and defense_result.pt. The number of classes is read off the architecture's own
+last layer. Tensors are matched by name; by order only where the user asks for it.
 """
 
-import math
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
+from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 from dist_defend.models.artifact import load_strict
-from dist_defend.models.classifier import ARCHITECTURES, Classifier, build_classifier
-from dist_defend.models.foreign_file import State, read_checkpoint, unwrap
+from dist_defend.models.candidates import Candidate, classifier_candidates, encoder_candidates
+from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.models.constants import backdoorbench_constants, classifier_constants
+from dist_defend.models.encoder import OPEN_CLIP
+from dist_defend.models.finder import (
+    ANYWHERE,
+    Choice,
+    Fit,
+    Weights,
+    choose,
+    find_network,
+    find_weights,
+    is_self_supervised,
+    list_objects,
+    unknown,
+)
+from dist_defend.models.foreign_file import State
+from dist_defend.models.foreign_folder import read_weights
+from dist_defend.models.foreign_report import (
+    ImportReport,
+    check_values,
+    match_by_position,
+    plain,
+    plain_facts,
+    with_counters,
+)
 from dist_defend.models.restricted_pickle import shown
 
-_WRAPPERS = ("state_dict", "net", "model")
-_TORCHVISION = ("resnet18", "resnet34", "resnet50", "vgg19_bn", "mobilenet_v2", "convnext_tiny", "efficientnet_b3")
-_CANDIDATES = (
-    *(arch for arch in ARCHITECTURES if ":" not in arch),
-    *(f"torchvision:{name}" for name in _TORCHVISION),
-)
 BACKDOORBENCH_ARCHS = {"preactresnet18": "preact_resnet18"}  # its other networks are torchvision's, by their names
-BACKDOORBENCH_DATA = {  # normalization, image size (pixels), classes
-    "cifar10": ("cifar10_backdoorbench", 32, 10),
-    "cifar100": ("cifar100", 32, 100),
-    "gtsrb": ("none", 32, 43),
-    "celeba": ("none", 64, 8),
-    "tiny": ("tiny", 64, 200),
-    "imagenet": ("imagenet", 224, 1000),
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "epoch": int,
+    "acc": (int, float),
+    "clean_acc": (int, float),
+    "bad_acc": (int, float),
+    "model_name": str,
+    "num_classes": int,
+    "clean_data": str,
+    "img_size": (list, tuple),
 }
+_NAMES_A_HEAD = re.compile(r"(?:.*\.)?(?:fc|linear|last_linear|classifier|head|heads\.head)(?:\.\d+)?\.weight")
 
 
-@dataclass(frozen=True)
-class ClassifierReport:
-    """What was recognised. facts: what the file says besides (JSON). renamed: (file's name, ours) of tensors matched by
-    order. filled: counters of batches that files from before torch 0.4.1 lack; they start at 0.
+def holds_classifier(content: Any, path: str | Path = "", choice: Choice = ANYWHERE, arch: str | None = None) -> bool:
+    """Whether a checkpoint is a classifier's rather than an encoder's: it holds a known classifier with its last layer.
+
+    Not where projectors or momentum copies stand beside it, and not BadEncoder's files, in which a classifier is left:
+    keys with 'visual.', or an ImageNet ResNet inside of {"state_dict": ...} and nothing else. Of a network that is not
+    known, the name of a last layer decides.
     """
-
-    layout: str
-    arch: str
-    num_classes: int
-    normalization: str
-    image_size: int
-    num_tensors: int
-    num_parameters: int
-    facts: dict[str, Any]
-    renamed: tuple[tuple[str, str], ...]
-    filled: tuple[str, ...]
-
-
-def holds_classifier(content: Any) -> bool:
-    """Whether a checkpoint is a classifier's rather than an encoder's (models.foreign): it ends in a linear layer.
-
-    BadEncoder's files are encoders' also where a classifier is left in: keys with 'visual.', or an ImageNet ResNet
-    inside of {"state_dict": ...} and nothing else.
-    """
+    if arch is not None and (arch in CLASSIFIERS or arch.startswith("torchvision:")):
+        return True
+    if arch is not None and (arch in (*ENCODERS, "clip_resnet50") or arch.startswith(OPEN_CLIP)):
+        return False
     if _layout_of(content) != "state dict":
         return True
-    state = content
-    for wrapper in _WRAPPERS:
-        state = state[wrapper] if isinstance(state, dict) and isinstance(state.get(wrapper), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+    try:
+        found = find_weights(content, path, choice)
+    except UserError:
+        return False  # and import_encoder says the same
+    exact = [fit for fit in find_network(found, _candidates(arch, None, None), choice) if fit.is_exact]
+    if exact:
+        return not any(is_self_supervised(fit) or _is_badencoders(fit, content) for fit in exact)
+    if any(f.is_exact for f in find_network(found, lambda state: encoder_candidates(state, arch, None), choice)):
         return False
-    names = {key.removeprefix("module.") for key in state}
-    if any(name.startswith(("visual.", "f.f.", "f.0.", "attnpool.")) for name in names):
-        return False
-    is_badencoders = set(content) == {"state_dict"} and "fc.weight" in names
-    return not is_badencoders and _head(state) is not None
+    names = [key for weights in found for key, value in weights.state.items() if value.dim() == 2]
+    is_encoder = any(name.startswith(("visual.", "f.f.", "f.0.", "attnpool.")) for w in found for name in w.state)
+    return not is_encoder and any(map(_NAMES_A_HEAD.fullmatch, names))
 
 
 def import_classifier(
@@ -81,52 +94,159 @@ def import_classifier(
     image_size: int | None = None,
     by_position: bool = False,
     content: Any = None,
-) -> tuple[Classifier, ClassifierReport]:
-    """The classifier in a checkpoint (on the CPU, in train mode), and what was recognised.
+    choice: Choice = ANYWHERE,
+) -> tuple[Classifier, ImportReport]:
+    """The classifier in a checkpoint or a folder of weights (on the CPU, in train mode), and what was recognised.
 
-    arch is otherwise read off names and shapes, normalization and image_size (pixels) off the layout and its data set:
-    none and 32 for I-BAU, cifar10 and 32 for CIFAR networks, BackdoorBench's own constants, imagenet and 224 for
-    torchvision and timm. by_position: where names differ, match tensors in order. content: what read_checkpoint gave,
-    where the caller has read the file already. UserError for a damaged file, a wrong type, and tensors that do not fit.
+    arch is otherwise read off names and shapes; normalization and image_size (pixels) default to models.constants'.
+    by_position: match tensors in order, whatever their names. choice: where to look. content: what read_weights gave,
+    where the caller has read it already. UserError for a damaged file, an object where weights should be, a wrong type,
+    tensors that do not fit or are not finite.
     """
-    content = read_checkpoint(path) if content is None else content
+    content = read_weights(path)[0] if content is None else content
     layout = _layout_of(content)
-    state, wrappings = unwrap(content, path, _WRAPPERS)
-    facts = _facts(content, path)
-    head = _head(state)
-    if head is None:
-        raise UserError(f"{path} has no linear layer to end in, so it is no classifier: import it with --kind encoder")
-    num_classes = facts.get("num_classes", head.shape[0])
-    if num_classes != head.shape[0] or num_classes < 1:
-        raise UserError(
-            f"{path} says num_classes {num_classes}, but its last layer has {head.shape[0]}: ask for another"
-        )
-    if arch is None:
-        arch = _closest(state, num_classes, facts.get("model_name"), by_position)
-    if layout == "I-BAU" or arch == "ibau_vgg":
-        constants: tuple[str, int] = ("none", 32)
-    elif "model_name" in facts:
-        constants = _backdoorbench_constants(facts, num_classes, normalization, path)
-    else:
-        constants = ("imagenet", 224) if ":" in arch else ("cifar10", 32)
-    normalization, image_size = normalization or constants[0], image_size or constants[1]
-    model = build_classifier(arch, num_classes, normalization, image_size)
-    state, filled = _with_counters(state, model.net.state_dict())
-    renamed: tuple[tuple[str, str], ...] = ()
+    found = find_weights(content, path, choice)
+    facts = _facts(content, path, layout)
+    others: tuple[str, ...] = ()
+    named = arch or _named_by_file(facts)
     if by_position:
-        state, renamed = _in_order(state, model.net.state_dict(), path)
-    _check_types(state, model.net.state_dict(), path)
-    try:
-        load_strict(model.net, state, path)
-    except UserError as error:
-        if by_position or not _same_shapes(state, model.net.state_dict()):
-            raise
-        raise UserError(f"{error}; or, since shapes agree in order, match them by order with --by-position") from None
-    count = sum(parameter.numel() for parameter in model.parameters())
-    told = ", ".join([layout, *wrappings])
-    return model, ClassifierReport(
-        told, arch, num_classes, normalization, image_size, len(state), count, facts, renamed, filled
+        whole = {key: value for weights in found for key, value in weights.state.items()}
+        candidates = classifier_candidates(whole, arch, _network_size(arch, image_size))
+        fit = match_by_position(found, candidates, choice.prefix, path, whole=True)
+    else:
+        fits = _find(found, arch, image_size, choice, None if arch else named)
+        exact = [fit for fit in fits if fit.is_exact]
+        if not exact:
+            raise _unknown(path, found, fits, arch, named)
+        fit, others = choose(exact, path, "classifier")
+    arch = fit.candidate.arch
+    num_classes = facts.get("num_classes", fit.num_classes) if layout.startswith("BackdoorBench") else fit.num_classes
+    if num_classes != fit.num_classes or num_classes < 1:
+        raise UserError(
+            f"{path} says num_classes {num_classes}, but its last layer has {fit.num_classes}: ask for another"
+        )
+    if layout.startswith("BackdoorBench"):
+        constants = backdoorbench_constants(facts, arch, num_classes, normalization, path)
+    else:
+        constants = classifier_constants(arch, num_classes, fit.candidate.image_size, is_named=arch == named)
+    constants = constants.told(normalization, image_size)
+    inside = {} if constants.resize is None else {"resize": constants.resize}
+    model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, **inside)
+    tensors = fit.tensors()
+    state, filled = with_counters(tensors, model.net.state_dict())
+    check_values(state, model.net.state_dict(), path)
+    load_strict(model.net, state, path)
+    dropped = tuple(key.removeprefix(fit.prefix) for key in (*fit.beside, *fit.weights.ignored))
+    name = "state dict" if layout == "I-BAU" and arch != "ibau_vgg" else layout
+    report = ImportReport(
+        layout=", ".join(filter(None, (name, fit.place))),
+        arch=arch,
+        num_classes=num_classes,
+        normalization=constants.normalization,
+        image_size=constants.image_size,
+        resize=constants.resize,
+        num_tensors=len(tensors),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dropped=dropped,
+        guessed=constants.guessed,
+        others=others,
+        objects=tuple(list_objects(content)),
+        facts=facts,
+        renamed=tuple(pair for pair in fit.candidate.ours.items() if pair[0] != pair[1]) if by_position else (),
+        filled=filled,
     )
+    return model, report
+
+
+def _find(
+    found: list[Weights], arch: str | None, image_size: int | None, choice: Choice, named: str | None = None
+) -> list[Fit]:
+    """The fits, also those of a backbone with a linear layer beside it."""
+    fits = find_network(found, _candidates(arch, image_size, named), choice)
+    headed = [fit if fit.is_exact else _with_head_beside(fit) for fit in fits]
+    return sorted(headed, key=lambda fit: (not fit.is_exact, -fit.closeness, -len(fit.candidate.shapes)))
+
+
+def _candidates(arch: str | None, image_size: int | None, named: str | None) -> Callable[[State], Iterable[Candidate]]:
+    """What may be in some tensors; named: the architecture that the file names, which is tried first."""
+    size = _network_size(arch, image_size)
+
+    def candidates(state: State) -> Iterable[Candidate]:
+        told = classifier_candidates(state, named, size) if named is not None else ()
+        return chain(told, classifier_candidates(state, arch, size))
+
+    return candidates
+
+
+def _network_size(arch: str | None, image_size: int | None) -> int | None:
+    """The size that a network is built for; None where its tensors say it, whatever images come to it."""
+    return None if arch is None or arch.startswith("torchvision:vit") else image_size
+
+
+def _named_by_file(facts: dict[str, Any]) -> str | None:
+    """The architecture that BackdoorBench's model_name stands for."""
+    import torchvision.models as published
+
+    name = facts.get("model_name")
+    if name in BACKDOORBENCH_ARCHS:
+        return BACKDOORBENCH_ARCHS[name]
+    return f"torchvision:{name}" if name in published.list_models(module=published) else None
+
+
+def _with_head_beside(fit: Fit) -> Fit:
+    """The fit with a linear layer beside the network as its last one, where it lacks that alone and there is one."""
+    head = fit.candidate.head
+    if set(fit.missing) - {fit.prefix + key for key in head} or not fit.missing or fit.misshapen or fit.unexpected:
+        return fit
+    weight, bias = (
+        next((k for k in head if k.endswith("weight")), ""),
+        next((k for k in head if k.endswith("bias")), ""),
+    )
+    features = fit.candidate.shapes[weight][-1] if weight else 0
+    state = fit.weights.state
+    found = [
+        key.removesuffix("weight")
+        for key in fit.beside
+        if _NAMES_A_HEAD.fullmatch(key) and state[key].dim() == 2 and state[key].shape[1] == features
+    ]
+    if len(found) != 1 or not isinstance(state.get(f"{found[0]}bias"), Tensor) or not bias:
+        return fit
+    # The candidate's names stand below the prefix, so the head's are given from the mapping's root.
+    place = fit.prefix
+    ours = {place + theirs: own for theirs, own in fit.candidate.ours.items() if theirs not in head}
+    shapes = {place + theirs: shape for theirs, shape in fit.candidate.shapes.items() if theirs not in head}
+    for key in (weight, bias):
+        ours[found[0] + key.rpartition(".")[2]] = fit.candidate.ours[key]
+        shapes[found[0] + key.rpartition(".")[2]] = fit.candidate.shapes[key]
+    candidate = replace(fit.candidate, shapes=shapes, ours=ours)
+    beside = tuple(key for key in fit.beside if key not in ours)
+    return replace(
+        fit,
+        prefix="",
+        candidate=candidate,
+        num_classes=state[f"{found[0]}weight"].shape[0],
+        missing=(),
+        beside=beside,
+    )
+
+
+def _is_badencoders(fit: Fit, content: Any) -> bool:
+    is_alone = isinstance(content, dict) and set(content) == {"state_dict"}
+    return fit.prefix.endswith("visual.") or (is_alone and fit.candidate.arch.startswith("torchvision:resnet"))
+
+
+def _unknown(path: str | Path, found: list[Weights], fits: list[Fit], arch: str | None, named: str | None) -> UserError:
+    error = unknown(path, found, fits, arch or named)
+    if arch is None or not any(w.is_ordered and _same_shapes(w.state, fits[0].candidate) for w in found):
+        return error
+    return UserError(f"{error}; or, since shapes agree in order, match them by order with --by-position")
+
+
+def _same_shapes(state: State, candidate: Candidate) -> bool:
+    own = [candidate.shapes[key] for key in candidate.ours if key in candidate.shapes]
+    theirs = [tuple(v.shape) for key, v in state.items() if v.dim() > 0]
+    heads = [len(one) != len(other) for one, other in zip(own, theirs, strict=False)]
+    return len(own) == len(theirs) and not any(heads) and own[:-2] == theirs[:-2]
 
 
 def _layout_of(content: Any) -> str:
@@ -138,28 +258,10 @@ def _layout_of(content: Any) -> str:
     return "I-BAU" if {"net", "acc", "epoch"} <= keys else "state dict"
 
 
-def _head(state: dict[str, Any]) -> Tensor | None:
-    """The weight (num_classes, features) of the last linear layer."""
-    weights = [v for k, v in state.items() if k.endswith("weight") and isinstance(v, Tensor) and v.ndim == 2]
-    return weights[-1] if weights else None
-
-
-_FACTS: dict[str, type | tuple[type, ...]] = {
-    "epoch": int,
-    "acc": (int, float),
-    "clean_acc": (int, float),
-    "bad_acc": (int, float),
-    "model_name": str,
-    "num_classes": int,
-    "clean_data": str,
-    "img_size": (list, tuple),
-}
-
-
-def _facts(content: Any, path: str | Path) -> dict[str, Any]:
-    """What the file says besides the tensors. UserError for a wrong type."""
+def _facts(content: Any, path: str | Path, layout: str) -> dict[str, Any]:
+    """What the file says besides the tensors; a layout's own figures first. UserError for a wrong type of these."""
     facts: dict[str, Any] = {}
-    for key, kind in _FACTS.items():
+    for key, kind in _FACTS.items() if layout != "state dict" else ():
         if not isinstance(content, dict) or content.get(key) is None:
             continue
         value = content[key]
@@ -167,9 +269,7 @@ def _facts(content: Any, path: str | Path) -> dict[str, Any]:
             value = value.item()
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(f"{path}: {key} is a {type(value).__name__}, which is no {key}: ask for another file")
-        if isinstance(value, float) and not math.isfinite(value):
-            value = str(value)  # JSON has none
-        facts[key] = shown(value) if isinstance(value, str) else value
+        facts[key] = plain(value)
     if "img_size" in facts:
         sizes = list(facts["img_size"])
         if (
@@ -179,70 +279,4 @@ def _facts(content: Any, path: str | Path) -> dict[str, Any]:
         ):
             raise UserError(f"{path}: img_size is {shown(sizes)}, not [H, H, channels] in pixels: ask for another file")
         facts["img_size"] = sizes
-    return facts
-
-
-def _closest(state: State, num_classes: int, model_name: str | None, by_position: bool) -> str:
-    """The architecture whose tensors agree best with the file's, by name and shape (by_position: shape alone)."""
-    found = _signature(state, by_position)
-    misfits: dict[str, int] = {}
-    for arch in _CANDIDATES:
-        with torch.device("meta"):
-            own = build_classifier(arch, num_classes, "none").net.state_dict()
-        misfits[arch] = len(found ^ _signature(own, by_position))
-        if not misfits[arch]:
-            return arch
-    if model_name is not None:
-        return BACKDOORBENCH_ARCHS.get(model_name, f"torchvision:{model_name}")
-    return min(misfits, key=misfits.__getitem__)
-
-
-def _signature(state: State, by_position: bool) -> set[tuple[Any, ...]]:
-    values = state.items()
-    if by_position:
-        return {(number, tuple(value.shape)) for number, (_, value) in enumerate(values)}
-    return {(key, tuple(value.shape)) for key, value in values if not key.endswith("num_batches_tracked")}
-
-
-def _backdoorbench_constants(
-    facts: dict[str, Any], num_classes: int, normalization: str | None, path: str | Path
-) -> tuple[str, int]:
-    """Its normalisation and image size, by the data set; a defense_result names none, so by the number of classes."""
-    data = facts.get("clean_data")
-    if data is None:
-        known = [name for name, (_, _, classes) in BACKDOORBENCH_DATA.items() if classes == num_classes]
-        data = known[0] if known else None
-    if data not in BACKDOORBENCH_DATA and normalization is None:
-        raise UserError(f"{path}: no constants are known for {data or f'{num_classes} classes'}: give --normalization")
-    constants = BACKDOORBENCH_DATA.get(data or "", (normalization or "none", 32, 0))
-    return constants[0], facts["img_size"][0] if "img_size" in facts else constants[1]
-
-
-def _with_counters(state: State, own: State) -> tuple[State, tuple[str, ...]]:
-    counters = [key for key in own if key.endswith("num_batches_tracked")]
-    if any(key in state for key in counters) or not all(
-        f"{key.rpartition('.')[0]}.weight" in state for key in counters
-    ):
-        return state, ()
-    return {**state, **{key: torch.tensor(0) for key in counters}}, tuple(counters)
-
-
-def _in_order(state: State, own: State, path: str | Path) -> tuple[State, tuple[tuple[str, str], ...]]:
-    if len(state) != len(own):
-        raise UserError(f"{path} has {len(state)} tensors and the network {len(own)}, so none can be matched by order")
-    pairs = list(zip(state, own, strict=True))
-    for theirs, ours in pairs:
-        if state[theirs].shape != own[ours].shape:
-            shapes = f"{tuple(state[theirs].shape)} and {tuple(own[ours].shape)}"
-            raise UserError(f"{path} does not fit by order: {theirs} and {ours} are {shapes}: name another --arch")
-    return {ours: state[theirs] for theirs, ours in pairs}, tuple((a, b) for a, b in pairs if a != b)
-
-
-def _same_shapes(state: State, own: State) -> bool:
-    return [value.shape for value in state.values()] == [value.shape for value in own.values()]
-
-
-def _check_types(state: State, own: State, path: str | Path) -> None:
-    for key in own:
-        if key in state and state[key].is_floating_point() != own[key].is_floating_point():
-            raise UserError(f"{path}: {key} is of type {state[key].dtype}, not {own[key].dtype}: ask for another file")
+    return {**facts, **{key: value for key, value in plain_facts(content).items() if key not in facts}}

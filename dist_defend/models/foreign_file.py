@@ -1,5 +1,6 @@
 """Checkpoint files of others, read into plain data: torch's zip archives and its older format, and safetensors.
 
+Objects beside the weights stay placeholders (models.restricted_pickle).
 Of a TorchScript archive, as OpenAI's CLIP comes in, the tensors are read and the program is not.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dist_defend.errors import UserError
 from dist_defend.models.pickled_data import ALLOWED, STORAGES
-from dist_defend.models.restricted_pickle import Global, PickleReader, Refused, shown
+from dist_defend.models.restricted_pickle import Buildable, Global, PickleReader, Placeholder, Refused, shown
 from dist_defend.models.scripted import ScriptTable, module_state
 
 State = dict[str, Tensor]
@@ -25,33 +26,51 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 and its _use_new
 _LEGACY_PROTOCOL = 1001
 
 
+class Unordered(dict[str, Tensor]):
+    """A safetensors file's tensors, whose order is not the model's."""
+
+
 def read_checkpoint(path: str | Path) -> Any:
-    """The file's content: tensors, numbers, strings, plain containers, and pickled_data's arrays and images.
+    """The file's content: tensors, numbers, strings, plain containers, pickled_data's arrays and images, placeholders.
 
     No code of the file runs, nothing is written, and memory stays within a small multiple of the file's size. UserError
-    for a missing or damaged file, a pickle of more than plain data, and an archive that would swell or lead elsewhere.
+    for a missing or damaged file, a pickle that is an object or asks for a program, and an archive that would swell or
+    lead elsewhere.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist or is not a file: point at a .pth, .tar, .pt or .safetensors checkpoint"
+            f"{path} does not exist or is not a file: point at a .pth, .tar, .pt or .safetensors checkpoint, or at a "
+            "folder that holds model.safetensors, pytorch_model.bin or the index of their shards"
         )
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load(path.read_bytes())
+            return Unordered(sorted(safetensors.torch.load(path.read_bytes()).items()))
         with path.open("rb") as file:
             is_archive = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            return _read_archive(file, path) if is_archive else _read_legacy(file, path.stat().st_size)
+            content = _read_archive(file, path) if is_archive else _read_legacy(file, path.stat().st_size)
+        return _plain(content)
     except UserError:
         raise
     except Refused as error:
-        raise UserError(
-            f"{path} pickles more than tensors ('{error}'), which could run code, and was not loaded: "
-            "ask for a file of the state dict alone, or for safetensors"
-        ) from error
+        raise pickles_more(path, str(error)) from error
     except Exception as error:  # zip, pickle, torch and safetensors each have their own for damaged files
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): fetch it again") from error
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, Buildable) and content.refused is not None:
+        raise Refused(content.refused)
+    return content
+
+
+def pickles_more(path: str | Path, name: str) -> UserError:
+    """What is said of an object where weights should be."""
+    return UserError(
+        f"{path} pickles more than tensors ('{name}'), which could run code, and was not loaded: "
+        "ask for a file of the state dict alone, or for safetensors"
+    )
 
 
 def _read_archive(file: IO[bytes], path: Path) -> Any:
@@ -115,7 +134,7 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
         return storages[key]
 
     reader = _reader(storage)
-    header = [reader.read(file) for _ in range(3)]
+    header = [_plain(reader.read(file)) for _ in range(3)]
     if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL] or not header[2]["little_endian"]:
         raise ValueError("not written by torch.save on a little-endian machine")
     content = reader.read(file)
@@ -134,11 +153,13 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
 def _reader(
     storage: Callable[[torch.dtype, str, int], Tensor], table: Mapping[str, Callable[..., Any] | None] = ALLOWED
 ) -> PickleReader:
-    def find(reference: Any) -> Tensor:
+    def find(reference: Any) -> Tensor | Placeholder:
+        if reference[0] == "module":  # a class with its source, in files from before torch 1.6
+            return reference[1] if isinstance(reference[1], Placeholder) else Placeholder("a persistent 'module'")
         kind, stored, key, _, num_values, *view = reference
         dtype = STORAGES.get(stored.name) if isinstance(stored, Global) else None
         if kind != "storage" or dtype is None or any(part is not None for part in view):
-            raise Refused(f"a persistent '{shown(stored.name if isinstance(stored, Global) else kind)}'")
+            raise Refused(f"a persistent '{shown(stored.name if isinstance(stored, Global | Placeholder) else kind)}'")
         if not isinstance(key, str) or type(num_values) is not int or num_values < 0:
             raise ValueError("storage")
         return storage(dtype, key, num_values)

@@ -25,6 +25,10 @@ _FOLDER = re.compile(r"(bd|cross)_\w+")
 _MOST_BYTES = 1 << 33
 
 
+class MissingImages(Exception):
+    """The folder of a split's PNGs is not beside the file; the message says which."""
+
+
 @dataclass(frozen=True)
 class PoisonedImages:
     """x (N, H, W, 3) uint8; y, y_bd: true and backdoor labels (N,); index: rows (N,) of the clean data set; all int64.
@@ -53,8 +57,9 @@ def read_poisoned(
 ) -> PoisonedImages | None:
     """The split's state in what read_checkpoint gave for ``path``, in upstream's order; None where it has no images.
 
-    img_size: (H, W, channels). UserError for a state of another version, a wrong type, a label or row out of range, an
-    image that is missing, damaged or of another size, and a path or symbolic link that leads out of the file's folder.
+    img_size: (H, W, channels). MissingImages where the images' whole folder is not there. UserError for a state of
+    another version, a wrong type, a label or row out of range, an image that is missing, damaged or of another size,
+    and a path or symbolic link that leads out of the file's folder.
     """
     if state is None:
         return None
@@ -127,6 +132,12 @@ class _Reader:
         if not found or ".." in parts or "\0" in told:
             raise self.error(f"names '{shown(told)}' for row {row}, which is not below a bd_*_dataset folder")
         folder = self.path.parent.resolve()
+        home = folder / parts[found[-1]]
+        if not home.exists() and not home.is_symlink():
+            raise MissingImages(
+                f"{self.split}: NO IMAGES, as {home.name} is not beside {self.path.name}; the weights came in without: "
+                "fetch that folder and import again to have them"
+            )
         place = folder.joinpath(*parts[found[-1] :]).resolve()
         if not place.is_relative_to(folder):
             raise self.error(f"names '{shown(told)}' for row {row}, which leads out of the file's folder")

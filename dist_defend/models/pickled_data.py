@@ -1,7 +1,8 @@
 """All that a foreign pickle may hold besides Python's own literals and containers: the allow-list.
 
 Tensors of dense storages, numpy arrays and numbers, PIL images as raw pixels. Each name maps to a constructor written
-here, so that no code of torch, numpy or PIL is reached with arguments from the file that were not checked.
+here, so that no code of torch, numpy or PIL is reached with arguments from the file that were not checked. Every other
+name stays a placeholder.
 """
 
 import math
@@ -56,10 +57,12 @@ class PickledArray(Buildable):
     def build(self, state: Any) -> None:
         """numpy's state (version, shape, dtype, is Fortran, bytes)."""
         _, shape, dtype, is_fortran, data = state
+        if isinstance(dtype, Buildable) and dtype.refused is not None:
+            raise Refused(dtype.refused)
         if not isinstance(dtype, PickledDtype) or not isinstance(data, bytes):
             raise Refused("a numpy array of Python objects")
         array = np.frombuffer(data, dtype.value).reshape(_sizes(shape), order="F" if is_fortran else "C")
-        self.value = array.astype(dtype.value.newbyteorder("="))
+        self.value = array.astype(dtype.value.newbyteorder("="), copy=False)
 
 
 class PickledImage(Buildable):
@@ -109,7 +112,7 @@ def _ordered_dict(items: Any = ()) -> Attributed:
 
 
 def _number(dtype: Any, data: Any) -> int | float | bool:
-    if not isinstance(dtype, PickledDtype) or not isinstance(data, bytes):
+    if not isinstance(dtype, PickledDtype) or dtype.refused is not None or not isinstance(data, bytes):
         raise Refused("a numpy value that is a Python object")
     return np.frombuffer(data, dtype.value).reshape(()).item()
 
@@ -121,7 +124,7 @@ def _bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
 
 
 def _set(items: Any = ()) -> list[Any]:
-    return list(items)
+    return items if isinstance(items, list) else list(items)
 
 
 def _device(kind: Any, index: Any = None) -> str:
@@ -129,7 +132,11 @@ def _device(kind: Any, index: Any = None) -> str:
 
 
 def _counter(counts: Any = None) -> dict[Any, Any]:
-    return dict(counts) if isinstance(counts, dict) else {}
+    return counts if isinstance(counts, dict) else {}
+
+
+def _default_dict(*_: Any) -> dict[Any, Any]:
+    return {}
 
 
 ALLOWED: dict[str, Callable[..., Any] | None] = {
@@ -138,15 +145,22 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": _sizes,
     "torch.device": _device,
     "collections.OrderedDict": _ordered_dict,
     "collections.Counter": _counter,
+    "collections.defaultdict": _default_dict,
     "_codecs.encode": _bytes,
     "PIL.Image.Image": PickledImage,
     "PIL.PngImagePlugin.PngImageFile": PickledImage,
     "numpy.ndarray": None,
     "numpy.dtype": PickledDtype,
+    **{
+        f"{builtins}.{kind}": None
+        for builtins in ("builtins", "__builtin__")
+        for kind in ("dict", "list", "int", "float")
+    },
     **{f"{builtins}.bytes": _bytes for builtins in ("builtins", "__builtin__")},
     **{f"{builtins}.{kind}": _set for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},

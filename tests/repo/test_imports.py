@@ -15,7 +15,7 @@ LAYERS = [
     {"trial"},
     {"methods"},
     {"config", "experiment"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan", "evaluate_command"},
+    {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

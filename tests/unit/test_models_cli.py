@@ -31,7 +31,7 @@ def test_import_of_an_encoder_alone_names_what_it_left_out(tmp_path: Path, capsy
     state = {f"visual.{key}": value for key, value in f.state_dict().items()}
     torch.save({**state, "visual.fc.weight": torch.zeros(5, 512)}, tmp_path / "resnet.pth")
     assert main(["import", str(tmp_path / "resnet.pth"), "--out", str(tmp_path / "model")]) == 0
-    assert "left out: fc.weight" in capsys.readouterr().out
+    assert "left out: fc (fc.weight)" in capsys.readouterr().out
     assert load_artifact(tmp_path / "model")[1].kind == "encoder"
 
 

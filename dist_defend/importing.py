@@ -1,0 +1,241 @@
+"""``dist-defend import``: a checkpoint of somebody else's becomes a model folder."""
+
+import argparse
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dist_defend.errors import UserError
+from dist_defend.files import sha256_file, write_atomic
+from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.classifier import Classifier
+from dist_defend.models.encoder import NORMALIZATIONS, SimCLR, normalization_constants
+from dist_defend.models.finder import Choice
+from dist_defend.models.foreign import import_encoder
+from dist_defend.models.foreign_classifier import holds_classifier, import_classifier
+from dist_defend.models.foreign_folder import read_weights
+from dist_defend.models.foreign_images import SPLITS, MissingImages, PoisonedImages, read_poisoned
+from dist_defend.models.foreign_report import ImportReport
+
+_MOST_NAMES = 8
+
+
+def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser("import", help="turn a foreign checkpoint into a model folder, without unpickling it")
+    add = parser.add_argument
+    add(
+        "source",
+        type=Path,
+        help="checkpoint (.pth, .tar, .pt, .ckpt, .safetensors), a folder of weights, or the index of shards",
+    )
+    add("--out", type=Path, required=True, help="model folder to write")
+    add("--kind", choices=("encoder", "classifier"), help="what to make of it; default: read off the keys")
+    add("--arch", help="architecture, where the keys do not tell")
+    add("--key", help="mapping to take, where the file holds several: its dotted path or last name (teacher, netC)")
+    add("--prefix", help="what stands before the network's names, where several prefixes fit (backbone.)")
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="tensors to leave out (*_mask); may repeat")
+    add(
+        "--normalization",
+        metavar="NAME",
+        help=f"constants that the model was trained with: {', '.join(NORMALIZATIONS)}, or numbers, mean,std or three "
+        "of each; default: by layout and data set, else a guess that is marked",
+    )
+    add("--image-size", type=int, help="pixels; default: by layout and data set, else a guess that is marked")
+    add("--by-position", action="store_true", help="tensors of other names: match them in the file's order")
+    add(
+        "--check",
+        type=Path,
+        metavar="DATA",
+        help="prepared, labelled data of the model's task: measure which normalisation and size fit",
+    )
+    add("--backdoored", action="store_true", help="mark the model as poisoned")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
+    if (args.out / "model.json").exists():
+        raise UserError(f"{args.out} already holds a model: name another folder with --out")
+    if args.image_size is not None and args.image_size < 1:
+        raise UserError(f"--image-size is {args.image_size}: it must be at least 1 pixel")
+    if args.normalization is not None:
+        normalization_constants(args.normalization)
+    content, files = read_weights(args.source)
+    choice = Choice(args.key, args.prefix, tuple(args.ignore))
+    is_classifier = args.kind == "classifier"
+    if args.kind is None:
+        is_classifier = holds_classifier(content, args.source, choice, args.arch)
+    make = _classifier if is_classifier else _encoder
+    try:
+        told = make(args, content, choice, _origin(args.source, files))
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written ({error.strerror}): name another folder with --out") from error
+    print("\n".join(told))
+    return 0
+
+
+def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
+    """Name and digest; of several files the digest of theirs, in the order of their names."""
+    digests = [sha256_file(file) for file in sorted(files)]
+    whole = digests[0] if len(files) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return {"method": "import", "file": source.name, "file_sha256": whole}
+
+
+def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> list[str]:
+    model, report = import_encoder(
+        args.source, args.arch, args.normalization, args.image_size, content, choice, args.by_position
+    )
+    guessed, provenance, checked = _check(args, model, report, "encoder")
+    card = ModelCard(
+        kind="simclr" if report.has_projector else "encoder",
+        arch=report.arch,
+        normalization=report.normalization,
+        image_size=report.image_size,
+        feature_dim=model.f.feature_dim,
+        backdoored=args.backdoored,
+        guessed=guessed,
+        provenance={**origin, "layout": report.layout, **_without_names(report.facts, origin), **provenance},
+    )
+    told = _told(args, report, card.kind, f"{args.source}: {report.layout}; {report.arch}")
+    return [*told, *_guesses(guessed, report), *checked, _save(args.out, model, card)]
+
+
+def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> list[str]:
+    model, report = import_classifier(
+        args.source, args.arch, args.normalization, args.image_size, args.by_position, content, choice
+    )
+    poisoned: dict[str, PoisonedImages] = {}
+    missing: list[str] = []
+    is_poisoned = False
+    if "clean_data" in report.facts and report.layout.startswith("BackdoorBench"):
+        for split in SPLITS:
+            size = report.facts.get("img_size")
+            try:
+                found = read_poisoned(content.get(split), split, args.source, size, report.num_classes)
+            except MissingImages as error:
+                missing.append(str(error))
+                is_poisoned = True
+                continue
+            if found is not None:
+                poisoned[split] = found
+    rules = {split: images.rule(report.num_classes) for split, images in poisoned.items()}
+    guessed, provenance, checked = _check(args, model, report, "classifier")
+    facts = _without_names(report.facts, origin)
+    card = ModelCard(
+        kind="classifier",
+        arch=report.arch,
+        normalization=report.normalization,
+        image_size=report.image_size,
+        num_classes=report.num_classes,
+        backdoored=args.backdoored or bool(poisoned) or is_poisoned,
+        resize=report.resize,
+        guessed=guessed,
+        provenance={
+            **origin,
+            "layout": report.layout,
+            **facts,
+            **({"labels": rules} if rules else {}),
+            **provenance,
+        },
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split, images in poisoned.items():
+        write_atomic(args.out / f"{split}.npz", _npz(images))
+    head = f"{args.source}: {report.layout}; {report.arch}, {report.num_classes} classes"
+    told = [*_told(args, report, "classifier", head), *_guesses(guessed, report), *checked, *missing]
+    told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
+    return [*told, _save(args.out, model, card)]
+
+
+def _check(
+    args: argparse.Namespace, model: SimCLR | Classifier, report: ImportReport, kind: str
+) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
+    """What stays guessed, what goes to the card, and the lines of --check. Constants that fit are no longer guesses."""
+    if args.check is None:
+        return report.guessed, {}, []
+    from dist_defend import import_check  # and with it the loaders
+    from dist_defend.data.store import open_dataset
+
+    data = open_dataset(args.check)
+    trials = import_check.measure(model, data)
+    used = next(trial for trial in trials if trial.is_used)
+    fits = not import_check.differ(trials[0], used)
+    provenance = {"check": {"data": str(args.check), "digest": data.digest, "trials": [t.plain() for t in trials]}}
+    return () if fits else report.guessed, provenance, import_check.lines(trials, kind, data)
+
+
+def _told(args: argparse.Namespace, report: ImportReport, kind: str, head: str) -> list[str]:
+    """What was recognised, line by line."""
+    resized = f", brought to {report.resize} px by the model" if report.resize else ""
+    matched = f", {len(report.renamed)} matched by order:" if report.renamed else ", matched by name"
+    lines = [
+        head,
+        f"{report.num_tensors} tensors, {report.num_parameters} parameters{matched}",
+        *(f"  {theirs} -> {ours}" for theirs, ours in report.renamed),
+        f"normalization {report.normalization}, images of {report.image_size} px{resized}, {kind}",
+    ]
+    if report.dropped:
+        lines.append(f"left out: {_grouped(report.dropped)}")
+    if report.others:
+        lines.append(f"also in the file, with --key or --prefix: {'; '.join(report.others)}")
+    if report.objects:
+        lines.append(f"objects beside the weights, not made and not called: {_some(report.objects)}")
+    if report.filled:
+        lines.append(f"set to 0, as the file has none: {_some(report.filled)}")
+    if report.facts:
+        lines.append("it says: " + ", ".join(f"{key} {json.dumps(value)}" for key, value in report.facts.items()))
+    return lines
+
+
+def _guesses(guessed: tuple[str, ...], report: ImportReport) -> list[str]:
+    options = {"normalization": "--normalization", "image_size": "--image-size"}
+    return [
+        f"{key} {getattr(report, key)}: GUESSED, give {options[key]}, or measure it with import --check DATA"
+        for key in guessed
+    ]
+
+
+def _grouped(names: tuple[str, ...]) -> str:
+    """Names of tensors by what they begin with: "projector (projector.0.weight, ...; 6 tensors)"."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        groups.setdefault(name.split(".")[0], []).append(name)
+    told = [
+        f"{group} ({', '.join(members[:2])}{', ...; ' + str(len(members)) + ' tensors' if len(members) > 2 else ''})"
+        if members != [group]
+        else group
+        for group, members in groups.items()
+    ]
+    return ", ".join(told[:_MOST_NAMES]) + (f", ... ({len(names)} tensors in all)" if len(told) > _MOST_NAMES else "")
+
+
+def _without_names(facts: dict[str, Any], names: dict[str, Any]) -> dict[str, Any]:
+    """The file's figures, but for those that are called as what is kept of the file itself."""
+    return {key: value for key, value in facts.items() if key not in (*names, "layout", "labels", "check")}
+
+
+def _images(out: Path, split: str, images: PoisonedImages, rule: str) -> str:
+    height, width = images.x.shape[1:3]
+    return f"{split}: {len(images.x)} images of {height}x{width} px, {rule}, in {out / f'{split}.npz'}"
+
+
+def _save(out: Path, model: SimCLR | Classifier, card: ModelCard) -> str:
+    """Write both files and load them again, which checks the digest and every key."""
+    sha256 = save_artifact(out, model, card)
+    load_artifact(out)
+    return f"wrote {out}, sha256 {sha256}, read back" + ("; marked BACKDOORED" if card.backdoored else "")
+
+
+def _npz(images: PoisonedImages) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, x=images.x, y=images.y, y_bd=images.y_bd, index=images.index, flag=images.flag)
+    return file.getvalue()
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + (", ..." if len(names) > _MOST_NAMES else "")

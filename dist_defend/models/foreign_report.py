@@ -1,0 +1,155 @@
+"""What an import recognised, what the file says besides its tensors, and the checks that both kinds of model share."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_defend.errors import UserError
+from dist_defend.models.candidates import CLASSES, COUNTER, Candidate
+from dist_defend.models.finder import Fit, Weights
+from dist_defend.models.foreign_file import State
+from dist_defend.models.restricted_pickle import shown
+
+_MOST_FACTS, _MOST_TEXT = 40, 60
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was recognised. guessed: constants that neither the file nor the user told. resize: pixels in the model.
+
+    dropped: tensors that the model does not use. others: where further networks lie that could be had with --key or
+    --prefix. objects: names of objects beside the weights, none of which was made. facts: what the file says besides
+    (JSON). renamed: (file's name, ours) of tensors matched by order. filled: counters that old files lack, now 0.
+    """
+
+    layout: str
+    arch: str
+    normalization: str
+    image_size: int
+    num_tensors: int
+    num_parameters: int
+    dropped: tuple[str, ...]
+    guessed: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    filled: tuple[str, ...] = ()
+    has_projector: bool = False
+    num_classes: int = 0
+    resize: int | None = None
+
+
+def plain_facts(content: Any, leave: Iterable[str] = ()) -> dict[str, Any]:
+    """Numbers and short texts beside the weights, sorted by name: epoch, best_acc and their like."""
+    facts: dict[str, Any] = {}
+    items = content.items() if isinstance(content, dict) else ()
+    for key, value in sorted((pair for pair in items if isinstance(pair[0], str)), key=lambda pair: pair[0]):
+        if isinstance(value, Tensor) and value.numel() == 1 and "." not in key:
+            value = value.item()
+        is_short = isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
+        is_fact = is_short or (isinstance(value, int | float) and not isinstance(value, bool))
+        if is_fact and key.isprintable() and len(key) <= _MOST_TEXT and key not in leave and len(facts) < _MOST_FACTS:
+            facts[key] = plain(value)
+    return facts
+
+
+def plain(value: Any) -> Any:
+    """A number or a text as JSON takes it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has none
+    return shown(value) if isinstance(value, str) else value
+
+
+def with_counters(state: State, own: Mapping[str, Tensor]) -> tuple[State, tuple[str, ...]]:
+    """The tensors, with a 0 for each of the model's counters of batches that is not there; and the names of these."""
+    filled = tuple(key for key in own if key.endswith(COUNTER) and key not in state)
+    return {**state, **{key: torch.tensor(0) for key in filled}}, filled
+
+
+def check_values(state: State, own: Mapping[str, Tensor], path: str | Path) -> None:
+    """UserError for whole numbers where others belong, and for values that are not finite."""
+    for key in own:
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(f"{path}: {key} is of type {state[key].dtype}, not {own[key].dtype}: ask for another file")
+    broken = [key for key in own if key in state and not state[key].isfinite().all()]
+    if broken:
+        told = ", ".join(broken[:8]) + (", ..." if len(broken) > 8 else "")
+        raise UserError(
+            f"{path}: {len(broken)} tensors hold NaN or infinite values ({told}), so nothing that it computes means "
+            "anything: take an earlier checkpoint"
+        )
+
+
+def match_by_position(
+    found: Sequence[Weights], candidates: Iterable[Candidate], prefix: str | None, path: str | Path, whole: bool
+) -> Fit:
+    """The architecture whose tensors' shapes are the file's, in order; other names do not matter.
+
+    whole: the file must have no more tensors (a classifier); else what follows the network's is left out. UserError for
+    a file whose order is not the model's, several mappings of one length, and shapes that differ.
+    """
+    most = max(len(weights.state) for weights in found)
+    largest = [weights for weights in found if len(weights.state) == most]
+    if len(largest) > 1:
+        names = ", ".join(weights.name for weights in largest)
+        raise UserError(f"{path} holds several mappings of {most} tensors ({names}): choose one with --key")
+    weights = largest[0]
+    if not weights.is_ordered:
+        raise UserError(
+            f"{path} is safetensors, which keeps no order, so that --by-position means nothing: leave it out"
+        )
+    theirs = {key: value for key, value in weights.state.items() if key.startswith(prefix or "")}
+    has_counters = any(key.endswith(COUNTER) for key in theirs)
+    pairings = [_pair(theirs, candidate, has_counters, whole) for candidate in candidates if _is_own(candidate)]
+    best = min(pairings, key=lambda pairing: (pairing.problem is not None, -pairing.share))
+    if best.problem is not None:
+        raise UserError(f"{path} {best.problem}")
+    return Fit(
+        weights,
+        "",
+        best.candidate,
+        best.num_classes,
+        (),
+        (),
+        (),
+        tuple(sorted(theirs.keys() - best.candidate.ours.keys())),
+    )
+
+
+@dataclass(frozen=True)
+class _Pairing:
+    candidate: Candidate
+    num_classes: int
+    share: float  # of the positions that agree
+    problem: str | None
+
+
+def _is_own(candidate: Candidate) -> bool:
+    return all(theirs == ours for theirs, ours in candidate.ours.items())
+
+
+def _pair(theirs: State, candidate: Candidate, has_counters: bool, whole: bool) -> _Pairing:
+    own = [key for key in candidate.ours if has_counters or not key.endswith(COUNTER)]
+    num_classes = 0
+    agreeing, first = 0, None
+    for key, name in zip(theirs, own, strict=False):
+        found, expected = tuple(theirs[key].shape), candidate.shapes.get(name, ())
+        if CLASSES in expected and len(found) == len(expected):
+            num_classes = num_classes or found[expected.index(CLASSES)]
+            expected = tuple(num_classes if size == CLASSES else size for size in expected)
+        if found == expected:
+            agreeing += 1
+        elif first is None:
+            first = f"does not fit by order: {key} and {name} are {found} and {expected}: name another --arch"
+    if len(theirs) != len(own) if whole else len(theirs) < len(own):
+        first = f"has {len(theirs)} tensors and the network {len(own)}, so none can be matched by order"
+    pairs = dict(zip(theirs, own, strict=False))
+    shapes = {key: candidate.shapes[name] for key, name in pairs.items() if name in candidate.shapes}
+    matched = Candidate(candidate.arch, candidate.image_size, shapes, pairs)
+    return _Pairing(matched, num_classes, agreeing / max(len(own), len(theirs)), first)

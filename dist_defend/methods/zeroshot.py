@@ -137,7 +137,7 @@ class Task:
         self.test, self.rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
         key = f"zeroshot.tasks.{name}"
         self.class_names = _class_names(task.class_names, self.test.classes, key)
-        if any(name.isdigit() for name in self.class_names):
+        if task.class_names is None and any(name.isdigit() for name in self.class_names):
             context.tell(
                 f"{self.test.path} has numbers for class names, so prompts say numbers; give key '{key}.class_names'"
             )

@@ -53,6 +53,16 @@ def test_names_come_from_the_data_a_list_or_a_file(options: dict[str, Any], tmp_
     assert counts(prompt)[0] == rows
 
 
+def test_prompts_of_numbers_are_told(options: dict[str, Any], tmp_path: Path) -> None:
+    test = make_data(tmp_path / "numbers", 9, size=32)
+    place = Path(test) / "manifest.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "classes": ["0", "1", "2"]}))
+    for name, names in (("stored", None), ("given", ["one", "two", "three"])):
+        counts(changed(options, tmp_path / name, test={"path": test}, class_names=names))
+        told = json.loads((tmp_path / name / "run" / "result.json").read_text()).get("notes", [])
+        assert len(told) == (names is None) and all(f"{test} has numbers for class names" in note for note in told)
+
+
 def test_images_are_the_same_in_batches_of_any_size(options: dict[str, Any], tmp_path: Path) -> None:
     found = [counts(changed(options, tmp_path / str(size), batch_size=size)) for size in (1, 4, 512)]
     assert found[0] == found[1] == found[2]
@@ -84,6 +94,7 @@ def test_published_prompts_and_targets() -> None:
         ({"templates": 3}, "key 'zeroshot.tasks.noise.templates' is 3; expected"),
         ({"class_names": ["one", "two"]}, "key 'zeroshot.tasks.noise.class_names' has 2 names; the data set has 3"),
         ({"class_names": ["one", "two", "one"]}, "has 'one' twice"),
+        ({"class_names": ["class 0", "class 2", "class 1"]}, "the same names in another order"),
         ({"class_names": "nowhere.txt"}, "cannot read nowhere.txt: No such file or directory"),
         ({"class_names": ["one", "two", "cat " * 15]}, "has 21 tokens; open_clip:tiny_vit reads 16: shorten"),
         ({"target_class": 3}, "key 'zeroshot.tasks.noise.target_class' is 3"),

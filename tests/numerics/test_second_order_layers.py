@@ -16,7 +16,7 @@ from dist_defend.errors import UserError
 from dist_defend.models.classifier import build_classifier
 from dist_defend.ops.hypergrad import check_twice_differentiable
 from dist_defend.ops.second_order import CheapSecondOrder
-from tests.runs import CLASSES, make_classifier, make_data, make_experiment
+from tests.runs import CLASSES, make_classifier, make_data, make_experiment, options_of
 
 
 def seeded(*shape: int) -> Tensor:
@@ -168,6 +168,17 @@ def test_a_dry_run_finds_a_layer_without_second_derivative(
 ) -> None:
     config = _ibau(tmp_path, "small_resnet")
     monkeypatch.setattr(functional, "relu", torch._C._nn.hardsigmoid)
-    assert main(["run", str(config), "--dry-run"]) != 0
+    assert main(["run", str(config), "--dry-run"]) == 2
     told = capsys.readouterr().err
     assert "model (small_resnet) cannot be differentiated twice" in told and "hardsigmoid" in told
+
+
+def test_so_does_one_of_self_retrospection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = options_of("ood", tmp_path) | {"retrospection": {"start": 1}}
+    config = make_experiment(tmp_path, "ood", options)
+    assert main(["run", str(config), "--dry-run"]) == 0
+    monkeypatch.setattr(functional, "relu", torch._C._nn.hardsigmoid)
+    assert main(["run", str(config), "--dry-run"]) == 2
+    assert "the student small_resnet cannot be differentiated twice" in capsys.readouterr().err

@@ -8,14 +8,16 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from dist_defend.cli import main
 from dist_defend.errors import UserError
 from dist_defend.methods.badencoder import freeze_norms
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.encoder import Encoder, Normalize, build_encoder, build_simclr
-from dist_defend.models.export import main as export
+from dist_defend.models.export import main as export_main
 from dist_defend.models.folding import fold_frozen_norms
 from dist_defend.models.wide_resnet import WideResNet
+from tests.runs import CLASSES, SIZE, make_data, make_experiment, options_of
 
 
 def images(size: int, count: int = 2) -> torch.Tensor:
@@ -123,7 +125,7 @@ def test_backdoorbench_gets_its_own_form_of_a_network_behind_a_resize(tmp_path: 
     class Arguments:
         source, out = tmp_path / "m", tmp_path / "out.pt"
 
-    export(Arguments)  # type: ignore[arg-type]
+    export_main(Arguments)  # type: ignore[arg-type]
     written = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
     theirs = nn.Sequential(v2.Resize((64, 64)), copy.deepcopy(model.net))
     assert list(written) == list(theirs.state_dict())
@@ -140,3 +142,43 @@ def test_without_it_nothing_is_different() -> None:
     assert isinstance(model, Classifier) and isinstance(encoder, Encoder)
     assert model.resize is None and encoder.resize is None
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("student", "resize"), [("small_resnet", 32), ("wrn_10_1", None)])
+def test_a_student_of_the_teachers_network_resizes_as_it_does(student: str, resize: int | None, tmp_path: Path) -> None:
+    options = options_of("kd", tmp_path) | {"student": student}
+    torch.manual_seed(0)
+    model = build_classifier("small_resnet", CLASSES, "none", SIZE, resize=32)
+    save_artifact(options["teacher"], model, ModelCard("classifier", model.arch, "none", SIZE, num_classes=CLASSES))
+    assert main(["run", str(make_experiment(tmp_path, "kd", options))]) == 0
+    learned, card = load_artifact(tmp_path / "run" / "model")
+    assert (learned.resize, card.resize, card.image_size) == (resize, resize, SIZE)
+
+
+@pytest.mark.parametrize(("method", "role"), [("mimic", "teacher"), ("badencoder", "clean_encoder")])
+def test_encoders_that_methods_make_resize_as_their_parents_do(method: str, role: str, tmp_path: Path) -> None:
+    options = options_of(method, tmp_path)
+    size = 32 if method == "mimic" else SIZE
+    model = build_simclr("small_cifar", "cifar10", size, resize=48)
+    save_artifact(options[role], model, ModelCard("simclr", "small_cifar", "cifar10", size, feature_dim=256))
+    assert main(["run", str(make_experiment(tmp_path, method, options))]) == 0
+    made, card = load_artifact(tmp_path / "run" / "model")
+    assert (made.resize, card.resize, card.image_size) == (48, 48, size)
+
+
+@pytest.mark.parametrize("space", ["normalized", "pixel"])
+def test_ibaus_perturbation_keeps_the_images_size(space: str, tmp_path: Path) -> None:
+    data = make_data(tmp_path / "data")
+    model = build_classifier("timm:vit_tiny_patch16_224", CLASSES, "half", SIZE, resize=32)
+    save_artifact(tmp_path / "m", model, ModelCard("classifier", model.arch, "half", SIZE, num_classes=CLASSES))
+    options = {
+        "model": str(tmp_path / "m"),
+        "data": {"path": data, "max_samples": 8},
+        "test": {"path": data},
+        "rounds": 1,
+        "batch_size": 4,
+        "min_patched": 1,
+        "space": space,
+    }
+    assert main(["run", str(make_experiment(tmp_path, "ibau", options))]) == 0
+    assert load_artifact(tmp_path / "run" / "model")[1].resize == 32

@@ -293,17 +293,17 @@ def defended_card(
     """The suspect's card after a defence. It stays backdoored until something measured says otherwise.
 
     With ASR ``after`` of OPEN_ASR or more it is backdoored. With REMOVED_ASR or less it is not, if the attack measured
-    is the one that the card names, or the card names none. In between, without an attack, and by another attack than
-    the card's, it is what it was. The trigger stays, so that later runs can measure it; a card without one gets the
-    attack that opened the model before or after.
+    is the one that the card names, or, where the card names none, opened the suspect before. Else it is what it was. The
+    trigger stays, so that later runs can measure it; a card without one gets the attack that opened the model.
     """
     is_backdoored, trigger, asr = card.backdoored, card.trigger, after["asr"]
     if attack is not None and asr.n:
+        did_open = before["asr"].percent >= OPEN_ASR
         if asr.percent >= OPEN_ASR:
             is_backdoored = True
-        elif asr.percent <= REMOVED_ASR and (not trigger or _is_same(attack, poison_from(trigger))):
+        elif asr.percent <= REMOVED_ASR and (_is_same(attack, poison_from(trigger)) if trigger else did_open):
             is_backdoored = False
-        if not trigger and attack.trigger is not None and max(asr.percent, before["asr"].percent) >= OPEN_ASR:
+        if not trigger and attack.trigger is not None and (did_open or asr.percent >= OPEN_ASR):
             trigger = asdict(attack)
     counts = {
         when: {name: count.plain() for name, count in found.items()}

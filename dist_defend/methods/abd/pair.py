@@ -1,5 +1,6 @@
 """Teacher and student: loading the one, building the other, measuring what was learned."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -51,9 +52,7 @@ class Pair:
         self.clean = context.eval_loader(data, rows)
         self.triggered = None if self.attack is None else context.eval_loader(triggered(data, self.attack), rows)
         torch.manual_seed(context.seed)
-        resize = (
-            self.teacher.resize if student == self.teacher.arch else None
-        )  # another network takes images as they are
+        resize = self.teacher.resize if _family(student) == _family(self.teacher.arch) else None
         self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size, resize)
         if ranks.world_size > 1:
             convert_sync_batchnorm(self.student, second_order)
@@ -131,3 +130,8 @@ class Pair:
                 **metrics,
             },
         }
+
+
+def _family(arch: str) -> str:
+    """resnet of resnet18, timm:vit of timm:vit_tiny_patch16_224: such networks want images of one size."""
+    return re.split(r"[_\d]", arch)[0]

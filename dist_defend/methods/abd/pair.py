@@ -1,5 +1,6 @@
 """Teacher and student: loading the one, building the other, measuring what was learned."""
 
+import re
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Pair:
         self.teacher.eval().requires_grad_(False)
         self.test = self.trial.test_on(test, attack)
         torch.manual_seed(context.seed)
-        resize = self.teacher.resize if student == self.teacher.arch else None  # another network takes them as they are
+        resize = self.teacher.resize if _family(student) == _family(self.teacher.arch) else None
         self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size, resize)
         if context.ranks.world_size > 1:
             convert_sync_batchnorm(self.student, second_order)
@@ -87,3 +88,8 @@ class Pair:
         teacher = self.test.measure(self.teacher)
         told = {f"teacher_{name}": count.percent for name, count in teacher.items() if count.n}
         return self.trial.result(method, self.student, before=teacher, metrics={**told, **metrics})
+
+
+def _family(arch: str) -> str:
+    """resnet of resnet18, timm:vit of timm:vit_tiny_patch16_224: such networks want images of one size."""
+    return re.split(r"[_\d]", arch)[0]

@@ -30,10 +30,11 @@ def gradients_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def counts_of_one_rank(patch: pytest.MonkeyPatch) -> None:
-    """Each rank counts the images that it has seen itself."""
+    """Each rank counts the images that it has seen itself; the others stand for class 0."""
 
     def gather(parts: list[Any], total: int, batch_size: int, ranks: Any) -> tuple[Any, ...]:
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        own = (torch.cat(column) for column in zip(*parts, strict=True))
+        return tuple(torch.cat([seen, seen.new_zeros(total - len(seen), *seen.shape[1:])]) for seen in own)
 
     patch.setattr(sweep, "gather_in_order", gather)
 

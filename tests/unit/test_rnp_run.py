@@ -82,7 +82,9 @@ def test_a_run(options: dict[str, Any], tmp_path: Path) -> None:
     for key, value in before.state_dict().items():  # nothing but gammas has changed
         is_gamma = key.removeprefix("net.").removesuffix(".weight") in norm_names(model.net)
         assert is_gamma or torch.equal(model.state_dict()[key], value), key
-    assert not card.backdoored and card.parent_sha256 is not None
+    asr = chosen["asr"]  # the suspect's card names no backdoor: an ASR of half or more does
+    assert card.backdoored is (2 * asr["correct"] >= asr["n"]) and card.parent_sha256 is not None
+    assert (card.defended_by, card.chosen_by) == ("rnp", "defence_data")
     assert card.provenance["method"] == "rnp"
 
 

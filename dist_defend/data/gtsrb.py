@@ -85,7 +85,7 @@ def _from_folders(folder: Path) -> tuple[list[str], list[int], list[str]]:
 
 
 def _from_table(path: Path, base: Path, folder: Path) -> tuple[list[str], list[int], list[str]] | None:
-    """The images and classes that the table of the test images names, or those of class folders; None without either."""
+    """The images and classes that the table of the test names, or those of class folders; None without either."""
     places = (folder, folder.parent, base, path, path / "gtsrb")
     table = next((p / name for p in places for name in _TABLES if (p / name).is_file()), None)
     if table is None:

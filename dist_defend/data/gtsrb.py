@@ -85,11 +85,11 @@ def _from_folders(folder: Path) -> tuple[list[str], list[int], list[str]]:
 
 
 def _from_table(path: Path, base: Path, folder: Path) -> tuple[list[str], list[int], list[str]] | None:
-    """The images and classes that the table of the test images names; None without a table."""
+    """The images and classes that the table of the test names, or those of class folders; None without either."""
     places = (folder, folder.parent, base, path, path / "gtsrb")
     table = next((p / name for p in places for name in _TABLES if (p / name).is_file()), None)
     if table is None:
-        return None
+        return _from_folders(folder) if Walk().folders(folder) else None
     with table.open(newline="", encoding="utf-8-sig") as file:
         separator = ";" if ";" in file.readline() else ","
         file.seek(0)

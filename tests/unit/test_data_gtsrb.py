@@ -58,6 +58,13 @@ def backdoorbench(root: Path) -> None:
     (root / "Test/GT-final_test.csv").write_text("Filename;ClassId\n" + rows)
 
 
+def test_test_images_in_class_folders(tmp_path: Path) -> None:
+    for label in (3, 10, 2):
+        sign(tmp_path / f"test/{label}/0.png", label)
+    source = open_source("gtsrb", str(tmp_path), "test")
+    assert [(source[row][1], int(source[row][0][0, 0, 0])) for row in range(3)] == [(2, 2), (3, 3), (10, 10)]
+
+
 @pytest.mark.parametrize(
     "make", [official, official_with_table_inside, inside_torchvisions_folder, kaggle, backdoorbench]
 )

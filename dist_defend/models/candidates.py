@@ -85,15 +85,18 @@ class Candidate:
 
 def classifier_candidates(state: Mapping[str, Tensor], arch: str | None, image_size: int | None) -> Iterator[Candidate]:
     """Classifiers that may be in the tensors, or the one asked for in each spelling; image_size in pixels."""
-    names = list(CLASSIFIERS) if arch is None else [arch]
-    names += _torchvision_names(state) if arch is None else []
-    for name in names:
+    for name in _classifier_names(state) if arch is None else [arch]:
         size = _token_size(state, ".pos_embedding", "conv_proj.weight") if name.startswith("torchvision:vit") else None
         size = size or _token_size(state, "pos_embed", "patch_embed.proj.weight") if name.startswith("timm:") else size
         size = (
             image_size or size or (224 if ":" in name else CLASSIFIERS[name].image_size if name in CLASSIFIERS else 32)
         )
         yield from _spelled(name, size, is_encoder=False)
+
+
+def _classifier_names(state: Mapping[str, Tensor]) -> Iterator[str]:
+    yield from CLASSIFIERS
+    yield from _torchvision_names(state)  # which are looked up only where none of ours fits
 
 
 def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size: int | None) -> Iterator[Candidate]:

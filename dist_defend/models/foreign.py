@@ -66,6 +66,7 @@ def import_encoder(
                 _refuse_classifier(found, path, choice)
             raise unknown(path, found, fits, arch)
         fit, others = choose(exact, path, "encoder")
+    _refuse_mocos_small_vit(fit, path)
     is_badencoders = _is_badencoders(fit, content)
     constants = encoder_constants(
         fit.candidate.arch, fit.candidate.image_size, arch is not None, is_self_supervised(fit), is_badencoders
@@ -102,6 +103,16 @@ def _refuse_clips_vit(found: list[Weights], path: str | Path) -> None:
         names = {key.rpartition("visual.")[2] for key in weights.state}
         if {"class_embedding", "ln_pre.weight"} <= names:
             raise UserError(f"{path} holds a ViT of CLIP: name it, --arch {OPEN_CLIP}ViT-B-32-quickgelu or its like")
+
+
+def _refuse_mocos_small_vit(fit: Fit, path: str | Path) -> None:
+    """Names and shapes do not say the number of heads."""
+    is_mocos = any(part in ("base_encoder", "momentum_encoder") for part in fit.prefix.split("."))
+    if is_mocos and fit.candidate.arch.startswith("timm:vit_small"):
+        raise UserError(
+            f"{path} holds MoCo v3's ViT-S, which has 12 heads where {fit.candidate.arch} has 6, so it would compute "
+            "something else: it cannot be imported yet"
+        )
 
 
 def _refuse_classifier(found: list[Weights], path: str | Path, choice: Choice) -> None:

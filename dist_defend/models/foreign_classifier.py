@@ -130,6 +130,9 @@ def import_classifier(
     else:
         constants = classifier_constants(arch, num_classes, fit.candidate.image_size, is_named=arch == named)
     constants = constants.told(normalization, image_size)
+    own = fit.candidate.image_size
+    if constants.resize is None and arch.startswith("torchvision:vit") and constants.image_size != own:
+        constants = replace(constants, resize=own)  # its shapes say its size, whatever the images' is
     inside = {} if constants.resize is None else {"resize": constants.resize}
     model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, **inside)
     tensors = fit.tensors()

@@ -255,6 +255,18 @@ def test_vits_of_self_supervised_projects(tmp_path: Path, name: str) -> None:
         assert values_are(chosen.f.f.state_dict(), other)  # type: ignore[union-attr, operator]
 
 
+def test_mocos_small_vit_which_has_other_heads_is_refused(tmp_path: Path) -> None:
+    import timm
+
+    state = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=0).state_dict()
+    path = saved(tmp_path, {"state_dict": prefixed("module.base_encoder.", state)})
+    for arch in (None, "timm:vit_small_patch16_224"):
+        assert "12 heads" in refused(path, import_encoder, arch=arch)
+    assert import_encoder(saved(tmp_path, {"teacher": prefixed("backbone.", state)}))[1].arch.endswith(
+        "vit_small_patch16_224"
+    )
+
+
 def test_a_backbone_with_a_linear_probe_comes_in_as_a_classifier_too(tmp_path: Path, cifar18: State) -> None:
     head = linear("classifier.", 512, 5)
     content = {"state_dict": {**prefixed("backbone.", cifar18), **head, **linear("projector.0.", 512, 64)}}

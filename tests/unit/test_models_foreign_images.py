@@ -266,3 +266,18 @@ def test_exports_that_differ_from_theirs_are_said_and_impossible_ones_refused(
     ):
         assert main(arguments) == 2
         assert error in capsys.readouterr().err
+
+
+def test_a_missing_folder_of_images_does_not_cost_the_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = attack_result(tmp_path, on_disk=True)
+    torch.save(content, tmp_path / "attack_result.pt")
+    (tmp_path / "bd_train_dataset").rename(tmp_path / "elsewhere")
+    assert main(["import", str(tmp_path / "attack_result.pt"), "--out", str(tmp_path / "model")]) == 0
+    told = capsys.readouterr().out
+    assert "bd_train: NO IMAGES, as bd_train_dataset is not beside attack_result.pt" in told
+    assert "bd_test: 3 images of 32x32 px, all to 0" in told
+    _, card = load_classifier(tmp_path / "model")
+    assert card.backdoored and card.provenance["labels"] == {"bd_test": "all to 0"}
+    assert not (tmp_path / "model" / "bd_train.npz").exists() and (tmp_path / "model" / "bd_test.npz").exists()

@@ -84,7 +84,7 @@ def test_backdoored_is_what_was_measured(
 
 def test_an_attack_that_never_opened_the_model_is_not_its_trigger() -> None:
     assert defended_card(card_of(False, None), "ibau", OTHER, counts(4), counts(2)).trigger is None
-    assert defended_card(card_of(True, None), "ibau", OTHER, counts(49), counts(2)).backdoored  # by another one, perhaps
+    assert defended_card(card_of(True, None), "ibau", OTHER, counts(49), counts(2)).backdoored  # by another one
 
 
 def always(folder: Path, label: int, **changes: Any) -> str:

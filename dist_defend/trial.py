@@ -293,8 +293,8 @@ def defended_card(
     """The suspect's card after a defence. It stays backdoored until something measured says otherwise.
 
     With ASR ``after`` of OPEN_ASR or more it is backdoored. With REMOVED_ASR or less it is not, if the attack measured
-    is the one that the card names, or, where the card names none, opened the suspect before. Else it is what it was. The
-    trigger stays, so that later runs can measure it; a card without one gets the attack that opened the model.
+    is the one that the card names, or, where the card names none, opened the suspect before. Else it is what it was.
+    The trigger stays, so that later runs can measure it; a card without one gets the attack that opened the model.
     """
     is_backdoored, trigger, asr = card.backdoored, card.trigger, after["asr"]
     if attack is not None and asr.n:

@@ -7,6 +7,7 @@ import pytest
 from tests.ranks import Pool
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What a worker of pytest-xdist takes as a whole: the tests of Slurm, those that start ranks, or else a file."""
     for item in items:

@@ -217,14 +217,21 @@ def _build_encoder(arch: str, normalization: str, image_size: int) -> Encoder:
 
 
 class SimCLR(nn.Module):
-    """Encoder f and projector g. A model imported without a projector has an identity for g."""
+    """Encoder f and projector g. A model imported without a projector has an identity for g. resize: f's, in pixels."""
 
-    def __init__(self, f: Encoder, g: nn.Module, arch: str, normalization: str, image_size: int) -> None:
+    def __init__(
+        self,
+        f: Encoder,
+        g: nn.Module,
+        arch: str,
+        normalization: str,
+        image_size: int,
+        resize: int | None = None,
+    ) -> None:
         super().__init__()
         self.f = f
         self.g = g
-        self.resize = None if f.resize is None else f.resize.side
-        self.arch, self.normalization, self.image_size = arch, normalization, image_size
+        self.arch, self.normalization, self.image_size, self.resize = arch, normalization, image_size, resize
 
     @property
     def kind(self) -> str:
@@ -251,4 +258,4 @@ def build_simclr(
     if projector:
         hidden = nn.Linear(f.feature_dim, 512, bias=False)
         g = nn.Sequential(hidden, nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, PROJECTION_DIM))
-    return SimCLR(f, g, arch, normalization, image_size)
+    return SimCLR(f, g, arch, normalization, image_size, resize)

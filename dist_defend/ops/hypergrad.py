@@ -136,7 +136,7 @@ def check_twice_differentiable(network: nn.Module, image_size: int, name: str) -
         what = _once_differentiable(logits)
         try:
             if not what:
-                hypergradient(delta.sum(), logits.logsumexp(1).sum(), delta, parameters, neumann(2, 1.0), 1.0)
+                _differentiate_twice(logits.logsumexp(1).sum(), delta, parameters)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -152,6 +152,14 @@ def check_twice_differentiable(network: nn.Module, image_size: int, name: str) -
             f"{name} cannot be differentiated twice, but this defence does that; torch has no second derivative of "
             f"{what}: choose another network or a first-order defence"
         )
+
+
+def _differentiate_twice(loss: Tensor, delta: Tensor, parameters: Sequence[Tensor]) -> None:
+    """The products of a hypergradient, of this rank alone."""
+    with constant_parameters():
+        (slope,) = torch.autograd.grad(loss, delta, create_graph=True, materialize_grads=True)
+        _pull_back(slope, (delta,), torch.ones_like(slope))
+    _pull_back(slope, parameters, torch.ones_like(slope), is_last=True)
 
 
 def _once_differentiable(output: Tensor) -> str:

@@ -10,7 +10,7 @@ setup:
 # Where Slurm is missing (make setup installs it for root) its tests are left out, loudly; CI may not do without them.
 test: lint
 	@left_out=; if [ -z "$$CI" ]; then $(BIN)/python -m tests.slurm.cluster || left_out=--ignore=tests/slurm; fi; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup $$left_out
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --no-loadscope-reorder $$left_out
 
 # On a machine with a GPU and its own PyTorch; ten minutes at most.
 test-gpu:

@@ -1,23 +1,25 @@
 """Fixtures for every test."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.ranks import Pool
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What a worker of pytest-xdist takes as a whole: the tests of Slurm, those that start ranks, or else a file."""
-    for item in items:
-        folder = item.path.parent.name
-        group = item.path.name
-        if folder == "slurm":
-            group = folder
-        elif folder == "distributed" or "two_ranks" in getattr(item, "fixturenames", ()):
-            group = "ranks"
-        item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByPlace(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.rpartition("/")[0]
+            return folder if folder in ("tests/slurm", "tests/distributed") else file
+
+    return ByPlace(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,6 @@ def changed(base: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         (changed(MINIMAL, "simclr.data.fraction", 2), "key 'simclr.data.fraction' is 2"),
         (changed(PROBE, "probe.seeds", []), "key 'probe.seeds' is empty"),
         (changed(PROBE, "probe.seeds", [1, "x"]), "key 'probe.seeds"),
-        (changed(MINIMAL, "trainer.trackers", "wandb"), "key 'trainer.trackers' is 'wandb'; expected a list"),
         (changed(PROBE, "probe.hidden", [8, 0]), r"key 'probe.hidden' is \[8, 0\]; a layer needs at least one unit"),
         (changed(PROBE, "probe.hidden", {"a": 8}), r"key 'probe.hidden' is {'a': 8}; expected a list"),
         (changed(PROBE, "probe.kind", "linear"), "key 'probe.kind' is 'linear'; expected"),

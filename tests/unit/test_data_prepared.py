@@ -97,7 +97,7 @@ def test_reference_and_adversarial_images_are_the_sources(tmp_path: Path) -> Non
     adversarial = 100 + numbered(30)._images
     np.save(tmp_path / "adv.npy", adversarial)
     attack = PoisonConfig(
-        LabelConsistent(amplitude=0.0, adversarial=str(tmp_path / "adv.npy")), "clean_label", target_class=1, count=5
+        LabelConsistent(amplitude=1.0, adversarial=str(tmp_path / "adv.npy")), "clean_label", target_class=1, count=5
     )
     poisons = poisoned(made, np.arange(30), attack, seed=0)
     flagged = np.flatnonzero(poisons.flags)

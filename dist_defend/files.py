@@ -1,14 +1,40 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and that are files: opening a pipe or a device would wait or never end."""
 
 import hashlib
 import os
+import shutil
+import stat
 from pathlib import Path
+from typing import IO
+
+from dist_defend.errors import UserError
+
+
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file for reading. UserError for a pipe, a socket or a device; OSError as ever for what is not there."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer: no waiting
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(21, os.strerror(21), str(path))
+    raise UserError(f"{path} is not a regular file (a pipe, a socket or a device): give the path of a file")
+
+
+def read_regular(path: str | Path, most_bytes: int) -> bytes:
+    """The bytes of a file. UserError for one of more than ``most_bytes``, or of another kind (see open_regular)."""
+    with open_regular(path) as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise UserError(f"{path} is larger than {most_bytes >> 20} MiB, which no such file is: give the right file")
+    return data
 
 
 def sha256_file(path: Path) -> str:
     """Hex digest of the file's bytes."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -30,3 +56,33 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     fsync_path(aside)
     aside.replace(path)
     fsync_path(path.parent)
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Put the folder ``aside`` in the place of ``final``, which may exist: rename aside, rename in, delete.
+
+    A process that is killed on the way leaves what ``recover_folder`` puts right. One writer at a time.
+    """
+    before = _before(final)
+    recover_folder(final)
+    if final.exists():
+        final.rename(before)
+    aside.rename(final)
+    fsync_path(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def recover_folder(final: Path) -> None:
+    """Undo a ``replace_folder`` that was cut off: the old folder comes back if the new one is not in its place."""
+    before = _before(final)
+    if not before.exists():
+        return
+    if final.exists():
+        shutil.rmtree(before, ignore_errors=True)
+    else:
+        before.rename(final)
+        fsync_path(final.parent)
+
+
+def _before(final: Path) -> Path:
+    return final.with_name(f".{final.name}.before")

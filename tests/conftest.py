@@ -8,6 +8,11 @@ import pytest
 from tests.ranks import Pool
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--fuzz: inputs that tests/fuzz reads of each kind."""
+    parser.addoption("--fuzz", type=int, default=200, help="inputs per surface in tests/fuzz (default 200)")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What a worker of pytest-xdist takes as a whole: the tests of Slurm, those that start ranks, or else a file."""

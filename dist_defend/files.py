@@ -31,6 +31,16 @@ def read_regular(path: str | Path, most_bytes: int) -> bytes:
     return data
 
 
+def user_cache() -> Path | None:
+    """The folder of this program in the user's cache, which need not exist; None for a user without a home."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "dist_defend"
+    try:
+        return Path.home() / ".cache" / "dist_defend"
+    except RuntimeError:
+        return None
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of the file's bytes."""
     digest = hashlib.sha256()

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_defend.data.pictures import MAX_PIXELS
 from dist_defend.data.pixels import StoredImages
 from dist_defend.errors import UserError
+from dist_defend.files import open_regular
 
 IMAGE_FIELD = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
+PAGE_BYTES = 1 << 23  # of files that we write: an image must fit into a page
 _RAW = 1  # a mode
 _HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table", "<u8")],
@@ -39,12 +42,18 @@ class BetonError(Exception):
 
 @dataclass(frozen=True)
 class BetonFile:
-    """An opened file. fields: name -> FFCV's name of the type; samples (N,): a metadata field for each."""
+    """An opened file. fields: name -> FFCV's name of the type; samples (N,): a metadata field for each.
+
+    header_end, table_start: between them lie the images. has_rest: the file goes on behind the table's last entry.
+    """
 
     memory: np.ndarray
     fields: dict[str, str]
     samples: np.ndarray
     allocations: np.ndarray
+    header_end: int
+    table_start: int
+    has_rest: bool
 
     def images(self, name: str) -> StoredImages:
         """All images of a field. BetonError for one that does not lie whole in the file."""
@@ -56,12 +65,14 @@ class BetonFile:
             raise BetonError("images that the table at its end does not list")
         sizes = table["size"][place].astype(np.int64)
         images = stored_images(self.memory, np.arange(len(fields)), fields, sizes)
-        ends = images.addresses + sizes
         lengths = 3 * images.heights * images.widths
-        if (images.addresses < 0).any() or (sizes < 0).any() or (ends > len(self.memory)).any():
+        is_inside = (images.addresses >= 0) & (sizes >= 0) & (sizes <= len(self.memory))
+        if not (is_inside & (images.addresses <= len(self.memory) - sizes)).all():  # the sum of both could overflow
             raise BetonError("images that lie outside of the file")
         if (sizes[images.is_raw] < lengths[images.is_raw]).any() or not lengths.all():
             raise BetonError("images of another size than their bytes")
+        if (lengths > 3 * MAX_PIXELS).any():
+            raise BetonError(f"images of more than {MAX_PIXELS:,} pixels")
         return images
 
 
@@ -81,37 +92,35 @@ def open_beton(path: Path) -> BetonFile:
         return np.array(data).view(dtype)
 
     try:
-        memory = np.asarray(np.memmap(path, np.uint8, "r"))
-    except (OSError, ValueError) as error:
+        with open_regular(path) as stream:
+            memory = np.asarray(np.memmap(stream, np.uint8, "r"))
+    except (OSError, ValueError, UserError) as error:
         raise BetonError("no bytes that can be read") from error
     header = take(0, 1, _HEADER)[0]
     if header["version"] != 2:
         raise BetonError("another header than FFCV's of version 2")
+    page_size = int(header["page_size"])
+    if not page_size or page_size & (page_size - 1):
+        raise BetonError(f"pages of {page_size} bytes")
     described = take(_HEADER.itemsize, int(header["num_fields"]), _FIELD)
     names = [bytes(field["name"]).rstrip(b"\0").decode("latin-1") for field in described]
     types = [int(field["type_id"]) for field in described]
     if unknown := [name for name, number in zip(names, types, strict=True) if number not in FIELD_TYPES]:
         raise BetonError(f"a field '{unknown[0]}' of a type that is not FFCV's own")
-    if len(set(names)) != len(names):
-        raise BetonError("two fields of one name")
+    if len(set(names)) != len(names) or not all(names) or not names:
+        raise BetonError("two fields of one name, or fields without one")
     metadata = np.dtype([(name, FIELD_TYPES[number][1]) for name, number in zip(names, types, strict=True)], align=True)
     samples = take(_HEADER.itemsize + described.nbytes, int(header["num_samples"]), metadata)
-    rest = (len(memory) - int(header["alloc_table"])) // _ALLOCATION.itemsize
-    if rest < 0:
+    table_start = int(header["alloc_table"])
+    entries, rest = divmod(len(memory) - table_start, _ALLOCATION.itemsize)
+    if entries < 0:
         raise BetonError("an end before its header's")
-    allocations = take(int(header["alloc_table"]), rest, _ALLOCATION)
+    allocations = take(table_start, entries, _ALLOCATION)
     fields = {name: FIELD_TYPES[number][0] for name, number in zip(names, types, strict=True)}
-    return BetonFile(memory, fields, samples, allocations)
+    header_end = _HEADER.itemsize + described.nbytes + samples.nbytes
+    return BetonFile(memory, fields, samples, allocations, header_end, table_start, rest > 0)
 
 
 def read_beton(path: Path) -> StoredImages:
-    """All images of a file that we wrote. UserError for a file that is cut short or is something else."""
-    try:
-        file = open_beton(path)
-        if file.fields != {"image": "RGBImageField", "label": "IntField"}:
-            raise BetonError("other fields")
-        return file.images("image")
-    except BetonError as error:
-        raise UserError(
-            f"{path}: not a whole .beton file with fields image and label (it has {error}); prepare the data set again"
-        ) from error
+    """All images of a file that was checked (checks.py)."""
+    return open_beton(path).images("image")

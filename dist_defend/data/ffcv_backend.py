@@ -46,6 +46,7 @@ class FfcvBackend:
                     num_workers=1,
                     order=OrderOption.SEQUENTIAL,
                     seed=0,
+                    os_cache=True,  # maps the file, whatever FFCV_DEFAULT_CACHE_PROCESS says
                     pipelines={"image": PipelineSpec("image", decoder=operation), "label": None},
                 )
             finally:

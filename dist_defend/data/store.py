@@ -8,21 +8,22 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import dacite
 import numpy as np
 
 from dist_defend.data.beton import read_beton
+from dist_defend.data.checks import check_contents, check_hashes, file_states, read_numbers
 from dist_defend.data.ffcv_presence import ffcv_installed
+from dist_defend.data.manifest import FORMAT, Manifest, StoredFile, read_manifest
 from dist_defend.data.pixels import Pixels, StoredImages
+from dist_defend.data.replacing import new_folders, settle
 from dist_defend.data.sources import Source
+from dist_defend.data.verified import Mark
 from dist_defend.data.writing import (
     MOST_BROKEN,
     BrokenImage,
@@ -35,43 +36,10 @@ from dist_defend.data.writing import (
 )
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
+from dist_defend.screen import printable_errors
 
-FORMAT = 1
 _ORDER_STREAM = 0x0DE5  # keeps the order of the rows apart from the epochs' orders
 _CHUNK = 64  # images decoded at once where each is resized
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """What a file must be to be the one that was written."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """manifest.json. image_shape: (H, W, 3), or None where images differ in size. Label -1 means unlabelled.
-
-    order_seed: of the shuffled order of the rows, None for the source's. source_samples: rows that the source has.
-    skipped: images that could not be read and were left out. notes: what the source wanted said.
-    """
-
-    format: int
-    name: str
-    split: str
-    num_samples: int
-    classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    image_shape: tuple[int, int, int] | None
-    write_mode: str
-    max_resolution: int | None
-    quality: int | None
-    files: dict[str, StoredFile]
-    order_seed: int | None = None
-    source_samples: int | None = None
-    skipped: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class PreparedDataset:
@@ -90,7 +58,7 @@ class PreparedDataset:
         self.image_shape = (self.resize, self.resize, 3) if self.resize else manifest.image_shape
         self._is_beton = "data.beton" in manifest.files
         self.beton = path / "data.beton" if self._is_beton and not self.resize else None
-        self.labels: np.ndarray = np.load(path / "labels.npy", allow_pickle=False)
+        self.labels: np.ndarray = read_numbers(path / "labels.npy", manifest.num_samples)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -112,16 +80,9 @@ class PreparedDataset:
 
     @cached_property
     def source_rows(self) -> np.ndarray:
-        """The source's row of each of ours, (N,) int64. UserError for an order.npy that is none."""
-        if "order.npy" not in self.manifest.files:
-            return np.arange(len(self), dtype=np.int64)
-        rows = np.load(self.path / "order.npy", allow_pickle=False)
-        is_order = rows.dtype == np.int64 and rows.shape == (len(self),) and len(np.unique(rows)) == len(rows)
-        if not is_order or rows.min() < 0 or rows.max() >= self.num_source_rows:
-            raise UserError(
-                f"{self.path / 'order.npy'}: does not name a row for each image; prepare the data set again"
-            )
-        return rows
+        """The source's row of each of ours, (N,) int64."""
+        has_order = "order.npy" in self.manifest.files
+        return read_numbers(self.path / "order.npy", len(self)) if has_order else np.arange(len(self), dtype=np.int64)
 
     @property
     def num_source_rows(self) -> int:
@@ -173,38 +134,24 @@ class PreparedDataset:
 
     def verify(self) -> None:
         """Hash every file. UserError names the first that is not what was written."""
-        for name, file in self.manifest.files.items():
-            if sha256_file(self.path / name) != file.sha256:
-                raise UserError(
-                    f"{self.path / name}: content differs from manifest.json (sha256); prepare the data set again"
-                )
+        check_hashes(self.path, self.manifest)
 
 
+@printable_errors()
 def open_dataset(path: str | Path, resize: int | None = None) -> PreparedDataset:
     """Open a folder that `dist-defend data prepare` wrote, images resized to a square of ``resize`` pixels if wanted.
 
-    UserError if it is missing, cut short or something else.
+    All its files are checked and hashed, unless they were on this machine and have not changed since.
+    UserError if it is missing, or anything in it is not what was written.
     """
     path = Path(path)
-    place = path / "manifest.json"
-    try:
-        text = place.read_text(encoding="utf-8")
-    except OSError as error:
-        splits = sorted(str(p.parent) for p in path.glob("*/manifest.json")) if path.is_dir() else []
-        hint = f"name one of its splits: {', '.join(splits)}" if splits else "make it with 'dist-defend data prepare'"
-        raise UserError(f"{path}: not a prepared data set (no manifest.json); {hint}") from error
-    try:
-        raw = json.loads(text)
-        manifest = dacite.from_dict(Manifest, raw, dacite.Config(cast=[tuple], strict=True))
-        if manifest.format != FORMAT:
-            raise ValueError(f"format {manifest.format}")
-    except (ValueError, TypeError, dacite.DaciteError) as error:
-        raise UserError(f"{place}: not a manifest of this version; prepare the data set again") from error
-    for name, file in manifest.files.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != file.bytes:
-            what = "is missing" if found is None else f"has {found} bytes instead of {file.bytes}"
-            raise UserError(f"{path / name}: {what}; prepare the data set again")
+    settle(path)
+    manifest, content = read_manifest(path)
+    mark = Mark(content, file_states(path, manifest))
+    if not mark.exists():
+        check_contents(path, manifest)
+        check_hashes(path, manifest)
+        mark.leave()
     return PreparedDataset(path, manifest, resize)
 
 
@@ -237,6 +184,7 @@ def write_dataset(source: Source, out: str | Path, *, name: str, split: str, **o
     return write_splits({split: source}, {split: Path(out)}, name=name, options=WriteOptions(**options))[0]
 
 
+@printable_errors()
 def write_splits(
     sources: Mapping[str, Source], places: Mapping[str, Path], *, name: str, options: WriteOptions
 ) -> list[PreparedDataset]:
@@ -256,19 +204,21 @@ def write_splits(
         for split, source in sources.items()
     }
     broken: list[BrokenImage] = []
+    manifests: dict[str, Manifest] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_writable(list(places.values())))
-        folders = {split: stack.enter_context(_whole_folder(places[split])) for split in sources}
+        made = stack.enter_context(new_folders([places[split] for split in sources]))
+        folders = dict(zip(sources, made, strict=True))
         for split, folder in folders.items():
             kept, skipped = _write_images(images[split], folder, storage, options, options.skip_broken - len(broken))
             broken += skipped
             if len(broken) > most_broken:
                 break
             if len(broken) <= options.skip_broken:
-                _write_labels(kept, skipped, sources[split], folder, name, split, options)
+                manifests[split] = _write_labels(kept, skipped, sources[split], folder, name, split, options)
         if len(broken) > options.skip_broken:
             raise broken_images_error(broken, options.skip_broken)
-    return [open_dataset(places[split]) for split in sources]
+    return [PreparedDataset(places[split], manifests[split]) for split in sources]
 
 
 @contextlib.contextmanager
@@ -318,8 +268,8 @@ def _write_labels(
     name: str,
     split: str,
     options: WriteOptions,
-) -> None:
-    """Write what belongs to the images: labels, order, manifest."""
+) -> Manifest:
+    """Write what belongs to the images: labels, order, and the manifest, which is returned."""
     np.save(folder / "labels.npy", images.labels)
     if not np.array_equal(images.rows, np.arange(len(images))):
         np.save(folder / "order.npy", images.rows)
@@ -343,6 +293,7 @@ def _write_labels(
     )
     text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
+    return manifest
 
 
 def _choose_storage(storage: str, write_mode: str) -> str:
@@ -357,19 +308,3 @@ def _choose_storage(storage: str, write_mode: str) -> str:
             "--write-mode jpg needs .beton storage, so ffcv; pip install 'dist-defend[ffcv]' or --write-mode raw"
         )
     return storage
-
-
-@contextlib.contextmanager
-def _whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place on success and vanishes on failure."""
-    aside = out.parent / f".{out.name}.{os.getpid()}"
-    aside.mkdir(parents=True)
-    before = out.parent / f"{aside.name}.before"
-    try:
-        yield aside
-        if out.exists():
-            out.replace(before)
-        aside.replace(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dist_defend.data.beton import PAGE_BYTES
 from dist_defend.data.ffcv_presence import quiet_ffcv
 from dist_defend.data.prefetch import prefetch
 from dist_defend.data.sources import Source
 from dist_defend.errors import UserError
 
 _READERS = 4  # threads that decode and resize ahead of the writer
-_PAGE_BYTES = 1 << 23  # an image must fit into a page
 MOST_BROKEN = 1000  # images that cannot be read, after which nobody wants to see more
 _LISTED = 10  # of them in a message
 
@@ -166,18 +166,18 @@ def write_beton(images: PreparedImages, path: Path, write_mode: str, quality: in
         from ffcv.writer import DatasetWriter, handle_sample
 
     fields = {"image": RGBImageField(write_mode=write_mode, jpeg_quality=quality), "label": IntField()}
-    writer = DatasetWriter(str(path), fields, page_size=_PAGE_BYTES)
+    writer = DatasetWriter(str(path), fields, page_size=PAGE_BYTES)
     writer.num_samples = len(images)
     writer.prepare()
     writer.metadata_sm.close()
     writer.metadata_sm.unlink()  # shared memory is for workers in other processes
     metadata = np.zeros(len(images), writer.metadata_type)
-    allocator = MemoryAllocator(str(path), writer.data_region_start, _PAGE_BYTES)
+    allocator = MemoryAllocator(str(path), writer.data_region_start, PAGE_BYTES)
     with allocator:
         for row, image in enumerate(images):
-            if image.nbytes > _PAGE_BYTES:
+            if image.nbytes > PAGE_BYTES:
                 raise UserError(
-                    f"{images.name(row)} has {image.nbytes} bytes, more than a page of {_PAGE_BYTES}; "
+                    f"{images.name(row)} has {image.nbytes} bytes, more than a page of {PAGE_BYTES}; "
                     "give --max-resolution"
                 )
             handle_sample((image, images.labels[row]), row, metadata.dtype.names, metadata, allocator, fields)

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import torch
 
 import dist_defend
-from dist_defend.engine.lock import FolderLock
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
+from dist_defend.lock import FolderLock
 
 log = logging.getLogger(__name__)
 

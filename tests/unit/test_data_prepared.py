@@ -16,6 +16,7 @@ from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import WriteOptions, open_dataset, write_dataset, write_splits
 from dist_defend.errors import UserError
 from dist_defend.methods.rnp import _read_index
+from tests.forging import seal
 
 SIDE = 6
 
@@ -42,11 +43,13 @@ def test_rows_are_shuffled_and_say_where_they_were(tmp_path: Path, storage: str)
     again = write_dataset(numbered(40), tmp_path / "e", name="x", split="s", storage=storage, order_seed=3)
     other = write_dataset(numbered(40), tmp_path / "f", name="x", split="s", storage=storage, order_seed=4)
     assert again.digest == made.digest and levels(other) != levels(made)
-    np.save(tmp_path / "d" / "order.npy", np.arange(40) * 0)
+    np.save(tmp_path / "d" / "order.npy", made.source_rows[::-1])
     with pytest.raises(UserError, match=r"order\.npy: content differs"):
-        open_dataset(tmp_path / "d").verify()
+        open_dataset(tmp_path / "d")
+    np.save(tmp_path / "d" / "order.npy", np.arange(40) * 0)
+    seal(tmp_path / "d")
     with pytest.raises(UserError, match=r"order\.npy: does not name a row for each image"):
-        _ = open_dataset(tmp_path / "d").source_rows
+        open_dataset(tmp_path / "d")
     (tmp_path / "d" / "order.npy").unlink()
     with pytest.raises(UserError, match=r"order\.npy: is missing"):
         open_dataset(tmp_path / "d")

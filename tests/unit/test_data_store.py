@@ -12,6 +12,7 @@ from dist_defend.data import ffcv_presence, jpeg, store
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.errors import UserError
+from tests.forging import seal
 
 HAS_FFCV = ffcv_presence.ffcv_installed()
 needs_ffcv = pytest.mark.skipif(not HAS_FFCV, reason="ffcv is not installed")
@@ -163,12 +164,13 @@ def test_damaged_data_sets_are_refused(tmp_path: Path, storage: str) -> None:
     content = data.read_bytes()
     data.write_bytes(content[:-1])
     refused(f"{data.name}: has {len(content) - 1} bytes instead of {len(content)}; prepare the data set again")
-    data.write_bytes(content[:-1] + b"x")
+    middle = len(content) // 2  # no table, no header
+    data.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     refused(f"{data.name}: content differs from manifest.json")
     data.unlink()
     refused(f"{data.name}: is missing")
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "name": "x"}))
-    refused("manifest.json: not a manifest of this version")
+    refused("manifest.json is not what it should be .missing value for field .split..: prepare the data set again")
     with pytest.raises(UserError, match=r"no manifest\.json.; name one of its splits: .*train"):
         open_dataset(tmp_path)
 
@@ -180,10 +182,7 @@ def test_a_truncated_beton_is_refused_even_if_the_manifest_agrees(tmp_path: Path
     assert dataset.beton is not None
     content = dataset.beton.read_bytes()[:keep]
     dataset.beton.write_bytes(content)
-    place = tmp_path / "train" / "manifest.json"
-    manifest = json.loads(place.read_text())
-    manifest["files"]["data.beton"]["bytes"] = len(content)
-    place.write_text(json.dumps(manifest))
+    seal(tmp_path / "train")
     with pytest.raises(UserError, match=r"not a whole \.beton file"):
         open_dataset(tmp_path / "train").image(0)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from dist_defend.cli import main
-from dist_defend.engine.lock import FolderLock
 from dist_defend.errors import UserError
+from dist_defend.lock import FolderLock
 from tests.runs import make_experiment, options_of
 
 HOLDER = """
 import pathlib, sys, time
-from dist_defend.engine.lock import FolderLock
+from dist_defend.lock import FolderLock
 lock = FolderLock(pathlib.Path(sys.argv[1]))
 lock.take()
 print("held", flush=True)

@@ -4,7 +4,6 @@ A shard holds samples: files of one name up to the first dot, one of them a pict
 its label. Where no sample has a label, the folders in the tar are the classes, below those of the splits if there are.
 """
 
-import json
 import os
 import re
 import tarfile
@@ -20,6 +19,8 @@ from dist_defend.data.pictures import ENDINGS, is_picture
 from dist_defend.data.reading import Keys, PictureSource
 from dist_defend.data.splits import SPLITS, is_passed_over, listed, split_in, split_of
 from dist_defend.errors import UserError
+from dist_defend.files import open_regular
+from dist_defend.strict_json import parse_json
 
 _LABEL_ENDINGS = ("cls", "cls.txt", "label", "label.txt")
 _JSON_KEYS = ("label", "cls", "class", "target")
@@ -81,7 +82,7 @@ def open_shards(path: Path, split: str, keys: Keys) -> PictureSource:
 
     def read(row: int) -> bytes:
         member = mine.pictures[row]
-        with open(member.shard, "rb") as file:
+        with open_regular(member.shard) as file:
             file.seek(member.offset)
             return file.read(member.size)
 
@@ -141,9 +142,9 @@ def _expanded(pattern: str) -> list[str]:
 
 def _members(shard: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, PurePosixPath]]:
     """The regular files of a tar but for hidden ones."""
-    size = os.path.getsize(shard)
     try:
-        with tarfile.open(shard, "r:") as tar:
+        size = os.path.getsize(shard)
+        with open_regular(shard) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or ".." in path.parts:
@@ -201,10 +202,7 @@ def _word(sample: dict[str, _Member | str | None], keys: Keys, name: str) -> tup
             return texts[ending].strip() or None, ending
     for ending, text in texts.items():
         if ending.endswith("json"):
-            try:
-                content = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{name}.{ending}: not JSON ({error}); pack the shard again") from error
+            content = parse_json(text, f"{name}.{ending}", "not JSON; pack the shard again", may_be_nan=True)
             for key in (keys.labels,) if keys.labels else _JSON_KEYS:
                 value = content.get(key) if isinstance(content, dict) else None
                 if isinstance(value, int | str) and not isinstance(value, bool):

@@ -5,7 +5,10 @@ made of such words; others by --images and --labels. Nothing is unpickled.
 """
 
 import contextlib
+import math
+import os
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +19,13 @@ from dist_defend.data.class_order import classes_of_labels, label_notes
 from dist_defend.data.reading import NO_KEYS, ArraySource, Keys
 from dist_defend.data.splits import SPLITS, is_passed_over, listed, one_per_split, split_of
 from dist_defend.errors import UserError
+from dist_defend.files import open_regular
 
 _IMAGES = ("x", "image", "images", "img", "imgs", "data", "pixels")
 _LABELS = ("y", "label", "labels", "target", "targets", "class", "classes")
+_MOST_LABELS = 1 << 23
+_CHUNK = 1 << 20  # levels that are looked at once
+_FREE_BYTES = 64 << 20  # that an array may have beyond four times its file
 _WANTED = "expected arrays x (N, H, W, 3) uint8 and y (N,) or (N, 1)"
 
 
@@ -129,21 +136,36 @@ def _of_role(file: Path, names: list[str], words: tuple[str, ...], option: str) 
 
 
 def _names(file: Path) -> list[str]:
-    with _opened(file) as arrays:
-        return list(arrays.files)
+    with _opened(file) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def _array(file: Path, name: str) -> np.ndarray:
-    with _opened(file) as arrays:
-        return arrays[name]
+    """UserError before memory is taken for an array that would be more than its file accounts for."""
+    with _opened(file) as archive:
+        member = archive.getinfo(f"{name}.npy")
+        most = 4 * os.path.getsize(file) + _FREE_BYTES
+        if member.file_size > most:
+            raise UserError(f"{file}: {name} unpacks to more than {most:,} bytes; save it with numpy.savez, unpacked")
+        with archive.open(member) as stream:
+            major = np.lib.format.read_magic(stream)[0]
+            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            if stream.tell() + dtype.itemsize * math.prod(shape) != member.file_size and not dtype.hasobject:
+                raise ValueError("another size than its header's")
+            stream.seek(0)
+            array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[np.lib.npyio.NpzFile]:
+def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     """An npz; whatever zipfile, zlib and numpy raise becomes one line."""
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            yield arrays
+        with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
+            yield archive
+    except UserError:
+        raise
     except Exception as error:
         is_pickle = "allow_pickle" in str(error)
         reason = "it holds Python objects, which are not read" if is_pickle else "not a whole npz file"
@@ -155,6 +177,8 @@ def _read_labels(part: _Part, split: str) -> np.ndarray:
     if part.labels is None:
         return np.empty(0, np.int64)
     labels = _array(part.file, part.labels)
+    if labels.size > _MOST_LABELS:
+        raise UserError(f"{part.file}: {part.labels} has {labels.size:,} entries, more than a data set has images")
     is_whole = np.issubdtype(labels.dtype, np.integer) or (
         np.issubdtype(labels.dtype, np.floating) and np.isfinite(labels).all() and (labels == np.rint(labels)).all()
     )
@@ -187,14 +211,24 @@ def _as_images(images: np.ndarray, name: str) -> tuple[np.ndarray, list[str]]:
     lowest, highest = images.min(), images.max()
     if images.dtype.kind in "bf" and lowest >= 0 and highest <= 1:  # never so for levels that are not finite
         notes.append(f"{images.dtype} levels in 0..1 scaled to 8 bits")
-        return np.stack([np.rint(image.astype(np.float64) * 255).astype(np.uint8) for image in images]), notes
-    if lowest >= 0 and highest <= 255 and (images.dtype.kind != "f" or all((i == np.rint(i)).all() for i in images)):
+        return np.concatenate([np.rint(c.astype(np.float64) * 255).astype(np.uint8) for c in _chunks(images)]), notes
+    if (
+        lowest >= 0
+        and highest <= 255
+        and (images.dtype.kind != "f" or all((c == np.rint(c)).all() for c in _chunks(images)))
+    ):
         notes.append(f"{images.dtype} levels in 0..255 taken as 8 bits")
         return images.astype(np.uint8), notes
     if images.dtype == np.uint16:
         notes.append("16-bit levels scaled to 8 bits")
-        return np.stack([((i.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8) for i in images]), notes
+        levels = [((c.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8) for c in _chunks(images)]
+        return np.concatenate(levels), notes
     raise UserError(
         f"{name} is {images.dtype} of shape {shape} with levels from {lowest} to {highest}; expected uint8, or floats "
         "in 0..1: undo the normalisation"
     )
+
+
+def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
+    step = max(1, _CHUNK * len(images) // images.size)
+    return (images[start : start + step] for start in range(0, len(images), step))

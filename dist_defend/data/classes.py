@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_defend.errors import UserError
+from dist_defend.screen import printable
 
 _SHOWN = 5  # names of a message
 _LEAST_SHARE = 0.5  # of the classes that a batch of a random order holds
@@ -78,7 +79,7 @@ def _are_numbers(names: Sequence[str]) -> bool:
 
 def _key(name: str) -> str:
     if name.isascii() and name.isdigit():
-        return str(int(name))
+        return name.lstrip("0") or "0"
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
@@ -89,4 +90,6 @@ def _count(names: Sequence[str], path: str, others: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return printable(", ".join(names[:_SHOWN]), 500) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )

@@ -11,6 +11,7 @@ from dist_defend.data.sheet import Stamp, contact_sheet
 from dist_defend.data.sources import KINDS, Keys, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_splits
 from dist_defend.errors import UserError
+from dist_defend.screen import printable
 
 _LOOKED_AT = 64  # images of a batch, to see whether the order is fair
 
@@ -102,12 +103,12 @@ def _print_remarks(dataset: PreparedDataset) -> None:
     if manifest.source_samples is not None and manifest.source_samples > len(dataset) + len(manifest.skipped):
         print(f"  these are the first {len(dataset)} of {manifest.source_samples} images in this order")
     for note in manifest.notes:
-        print(f"  note: {note}")
+        print(f"  note: {printable(note)}")
     for name in manifest.skipped:
-        print(f"  left out, cannot be read: {name}")
+        print(f"  left out, cannot be read: {printable(name)}")
     if any(manifest.class_counts) and 0 in manifest.class_counts:
         empty = [name for name, count in zip(manifest.classes, manifest.class_counts, strict=True) if not count]
-        shown = f"{', '.join(empty[:10])}{' ...' if len(empty) > 10 else ''}"
+        shown = f"{printable(', '.join(empty[:10]), 500)}{' ...' if len(empty) > 10 else ''}"
         print(f"  classes without an image here: {len(empty)} of {len(manifest.classes)}: {shown}")
     uniform = tell_uniform_batches(dataset.labels, _LOOKED_AT)
     if uniform is not None:
@@ -119,7 +120,7 @@ def _describe(dataset: PreparedDataset) -> str:
     shape = "x".join(map(str, manifest.image_shape)) if manifest.image_shape else "of several sizes"
     size = sum(file.bytes for file in manifest.files.values()) / 2**20
     return (
-        f"{dataset.path}: {manifest.num_samples} images {shape}, {len(manifest.classes)} classes, "
+        f"{printable(dataset.path)}: {manifest.num_samples} images {shape}, {len(manifest.classes)} classes, "
         f"{', '.join(sorted(manifest.files))} ({manifest.write_mode}, {size:.1f} MiB), sha256 {dataset.digest[:16]}"
     )
 
@@ -132,7 +133,7 @@ def _info(args: argparse.Namespace) -> int:
     print(_describe(dataset))
     _print_remarks(dataset)
     for name, count in zip(dataset.classes, dataset.manifest.class_counts, strict=True):
-        print(f"  {count:8d}  {name}")
+        print(f"  {count:8d}  {printable(name, 200)}")
     if args.verify:
         print("verified: every file has the sha256 that manifest.json gives")
     path = args.sheet or dataset.path / "contact_sheet.png"

@@ -10,14 +10,16 @@ from dist_defend.data.pictures import is_picture
 from dist_defend.data.reading import Keys, PictureSource
 from dist_defend.data.splits import listed, one_per_split, split_in
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".lst", ".list")
+_MOST_BYTES = 256 << 20
 _LINE = re.compile(
     r"""(?:"(?P<double>[^"]+)"|'(?P<single>[^']+)'|(?P<plain>.+?))(?:\s*[,\t]\s*|\s+)(?P<label>[^\s,]+)"""
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Entry:
     line: int
     file: str
@@ -62,7 +64,7 @@ def _lists(place: Path) -> dict[str, str]:
 def _read(file: Path, must_exist: bool) -> tuple[list[_Entry], list[str]]:
     """The lines of a list, and what to tell."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_regular(file, _MOST_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a text file that can be read; expected a path and a label per line") from error
     entries, notes = [], []

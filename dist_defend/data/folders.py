@@ -18,8 +18,10 @@ from dist_defend.data.reading import Keys, PictureSource
 from dist_defend.data.splits import listed, one_per_split, split_of
 from dist_defend.data.walking import Walk
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 
 NO_CLASS = ("images", "image", "imgs", "img", "jpegimages")  # names of folders that say nothing about a class
+_MOST_BYTES = 64 << 20  # of annotations
 _KIND_OF = {".tar": "webdataset", ".npz": "npz", ".beton": "beton", ".ffcv": "beton"}
 
 
@@ -230,7 +232,7 @@ def _annotated(split: _Split, label: Mapping[str, int], walk: Walk) -> tuple[lis
     files, labels, missing = [], [], 0
     if not label:
         raise UserError(f"{table}: names classes, which train/ has; give the folder that holds both as --path")
-    lines = table.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_regular(table, _MOST_BYTES).decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -5,6 +5,7 @@ anywhere above or beside), or as Kaggle has it (Train/N, Test, Test.csv). Column
 """
 
 import csv
+import io
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dist_defend.data.reading import PictureSource
 from dist_defend.data.splits import listed
 from dist_defend.data.walking import Walk
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 
 NUM_IMAGES = {"train": 39209, "test": 12630}
 CLASSES = tuple(str(sign) for sign in range(43))
@@ -23,6 +25,7 @@ _BASES = ("", "GTSRB", "gtsrb/GTSRB", "gtsrb")
 _TRAIN = ("Final_Training/Images", "Train", "train")
 _TEST = ("Final_Test/Images", "Test", "test")
 _TABLES = ("GT-final_test.csv", "Test.csv", "test.csv")
+_MOST_BYTES = 64 << 20  # of a table
 _ARCHIVES = {
     "train": (("GTSRB_Final_Training_Images.zip", "f33fd80ac59bff73c82d25ab499e03a3"),),
     "test": (
@@ -90,13 +93,13 @@ def _from_table(path: Path, base: Path, folder: Path) -> tuple[list[str], list[i
     table = next((p / name for p in places for name in _TABLES if (p / name).is_file()), None)
     if table is None:
         return _from_folders(folder) if Walk().folders(folder) else None
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        separator = ";" if ";" in file.readline() else ","
-        file.seek(0)
-        rows = [
-            {(key or "").strip(): value for key, value in row.items()}
-            for row in csv.DictReader(file, delimiter=separator)
-        ]
+    try:
+        text = read_regular(table, _MOST_BYTES).decode("utf-8-sig")
+        separator = ";" if ";" in text.partition("\n")[0] else ","
+        lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator)
+        rows = [{(key or "").strip(): value for key, value in row.items()} for row in lines]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{table}: not a table that can be read ({error}); unpack it again") from error
     files, labels = [], []
     for number, row in enumerate(rows, 2):
         named, label = row.get("Path") or row.get("Filename"), (row.get("ClassId") or "").strip()

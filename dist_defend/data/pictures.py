@@ -7,17 +7,23 @@ import contextlib
 import io
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
+from dist_defend.screen import printable
 
 FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".ppm", ".pgm", ".pbm", ".webp", ".tif", ".tiff")
 MAX_PIXELS = 100_000_000  # of one picture
+FREE_PIXELS = 10_000_000  # of a file of any size; beyond, a file must have a byte for so many pixels:
+PIXELS_PER_BYTE = 8
+_MOST_BYTES = 1 << 30  # of a file
+_STRIP = 1 << 18  # pixels whose levels are brought to 8 bits at once
 BACKGROUND = 255  # what transparent pixels lie on: white
 
 SIXTEEN_BIT = "16-bit pictures scaled to 8 bits"
@@ -45,17 +51,21 @@ def open_picture(
     place: a file, or its content. 16-bit levels become v * 255 / 65535, float levels v * 255; the EXIF orientation is
     applied; transparent pixels are laid on white; CMYK is converted as Pillow does. With ``keep_alpha`` a picture that
     has alpha stays (H, W, 4), not laid on anything. UserError, opening with ``name`` (default: the path), for a file
-    that cannot be read whole, has another format or more than MAX_PIXELS, or levels whose range is not known.
+    that cannot be read whole, is no regular file, has another format or more than MAX_PIXELS, swells to far more
+    pixels than it has bytes for, or has levels whose range is not known.
     """
-    name = _printable(name or ("picture" if isinstance(place, bytes) else str(place)))
+    name = printable(name or ("picture" if isinstance(place, bytes) else str(place)))
     try:
-        data = place if isinstance(place, bytes) else Path(place).read_bytes()
+        data = place if isinstance(place, bytes) else read_regular(place, _MOST_BYTES)
         with _quiet():
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
         with picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise UserError(f"{name}: {size} px, more than {MAX_PIXELS:,} pixels; shrink it")
+            if picture.width * picture.height > FREE_PIXELS + PIXELS_PER_BYTE * len(data):
+                size = f"{picture.width}x{picture.height}"
+                raise UserError(f"{name}: {size} px in only {len(data):,} bytes; shrink it, or save it unpacked")
             pixels, told = _pixels(picture, keep_alpha)
             return pixels, tuple(told)
     except UserError:
@@ -65,7 +75,11 @@ def open_picture(
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that can be read (none of {', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else printable(" ".join(str(error).split()), 200)
+        )
         raise UserError(f"{name}: not a picture that can be read ({type(error).__name__}: {reason})") from error
 
 
@@ -84,11 +98,6 @@ class Tally:
     def lines(self) -> list[str]:
         with self._lock:
             return [f"{line}: {len(rows)}" for line, rows in sorted(self._rows.items())]
-
-
-def _printable(name: str) -> str:
-    """A file's name on one line, whatever bytes it is of."""
-    return name if name.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 class _UnknownRange(Exception):
@@ -134,15 +143,19 @@ def _pixels(picture: Image.Image, keep_alpha: bool) -> tuple[np.ndarray, list[st
     if is_deep:
         told.append(SIXTEEN_BIT)  # colour: Pillow's decoder gives 8 bits of each channel
     if mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
-        return _lay(np.asarray(picture.convert("RGBA")), told, keep_alpha), told
-    return np.asarray(picture.convert("RGB")), told
+        return _lay(np.asarray(_converted(picture, "RGBA")), told, keep_alpha), told
+    return np.asarray(_converted(picture, "RGB")), told
+
+
+def _converted(picture: Image.Image, mode: str) -> Image.Image:
+    return picture if picture.mode == mode and "transparency" not in picture.info else picture.convert(mode)
 
 
 def _whole_levels(levels: np.ndarray, mode: str, format_: str | None, top: int) -> np.ndarray:
     """16-bit grey levels (H, W) as uint8; mode I holds 16 bits in a PPM or PNG, anything in a TIFF."""
     if mode == "I" and format_ not in ("PPM", "PNG"):
         raise _UnknownRange("whole numbers of 32 bits or with a sign, whose range is not known")
-    return ((levels.astype(np.int64) * 255 + top // 2) // top).astype(np.uint8)
+    return _by_strips(levels, lambda strip: (strip.astype(np.int64) * 255 + top // 2) // top)
 
 
 def _float_levels(levels: np.ndarray) -> np.ndarray:
@@ -151,7 +164,13 @@ def _float_levels(levels: np.ndarray) -> np.ndarray:
         raise _UnknownRange("float levels that are not finite")
     if levels.min() < 0 or levels.max() > 1:
         raise _UnknownRange(f"float levels from {levels.min():g} to {levels.max():g}, outside of 0..1")
-    return np.rint(levels.astype(np.float64) * 255).astype(np.uint8)
+    return _by_strips(levels, lambda strip: np.rint(strip.astype(np.float64) * 255))
+
+
+def _by_strips(levels: np.ndarray, function: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """function(levels) as uint8, of some lines (H, W[, C]) at a time, as it makes wider numbers on its way."""
+    step = max(1, _STRIP // levels.shape[1])
+    return np.concatenate([function(levels[y : y + step]).astype(np.uint8) for y in range(0, len(levels), step)])
 
 
 def _as_rgb(grey: np.ndarray) -> np.ndarray:
@@ -166,5 +185,9 @@ def _lay(rgba: np.ndarray, told: list[str], keep_alpha: bool) -> np.ndarray:
     if alpha.min() == 255:
         return rgba[:, :, :3]
     told.append(TRANSPARENT)
-    wide = alpha.astype(np.uint32)
-    return ((rgba[:, :, :3] * wide + BACKGROUND * (255 - wide) + 127) // 255).astype(np.uint8)
+    return _by_strips(rgba, _on_background)
+
+
+def _on_background(rgba: np.ndarray) -> np.ndarray:
+    alpha = rgba[:, :, 3:].astype(np.uint32)
+    return (rgba[:, :, :3] * alpha + BACKGROUND * (255 - alpha) + 127) // 255

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from dist_defend.data.reading import ArraySource, Source, TorchvisionSource
 from dist_defend.errors import UserError
+from dist_defend.files import open_regular, read_regular
 
 _FASHION_CLASSES = (
     "t-shirt",
@@ -29,6 +31,8 @@ _FASHION_CLASSES = (
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DEBIAN_FASHION = "usr/share/datasets/fashion-mnist"
 _SYSTEM_FASHION = Path("/") / _DEBIAN_FASHION
+_MOST_BYTES = 1 << 30  # of an idx file
+_FREE_BYTES = 64 << 20  # that a packed one may have beyond four times its size
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
@@ -62,14 +66,24 @@ def _read_idx(folder: Path, name: str, dimensions: int) -> np.ndarray:
     if file is None:
         raise UserError(f"{folder / name}: missing; check --path")
     try:
-        data = file.read_bytes()
-        data = gzip.decompress(data) if file.suffix == ".gz" else data
+        data = _unpacked(file) if file.suffix == ".gz" else read_regular(file, _MOST_BYTES)
         shape = np.frombuffer(data, ">i4", count=dimensions, offset=4)
         if data[:4] != bytes([0, 0, 8, dimensions]):
             raise ValueError("magic number")
+        if min(shape) < 1:  # -1 would mean whatever fits
+            raise ValueError("no shape")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{file}: not a whole idx file; fetch it again") from error
+
+
+def _unpacked(file: Path) -> bytes:
+    with open_regular(file) as packed, gzip.open(packed) as stream:
+        most = 4 * os.fstat(packed.fileno()).st_size + _FREE_BYTES
+        data: bytes = stream.read(most + 1)
+    if len(data) > most:
+        raise UserError(f"{file}: unpacks to more than {most:,} bytes, which no such file does; fetch it again")
+    return data
 
 
 def _fashion_folder(path: str | None) -> Path:

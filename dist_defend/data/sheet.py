@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dist_defend.data.store import PreparedDataset
+from dist_defend.screen import printable
 
 _TILE = 64  # pixels; smaller images are enlarged by a whole factor, larger ones shrunk
 _COLUMNS = 8  # images per class
@@ -25,7 +26,7 @@ def contact_sheet(dataset: PreparedDataset, stamps: Sequence[Stamp] = ()) -> Ima
     draw = ImageDraw.Draw(sheet)
     for line, (name, rows) in enumerate(lines):
         top = _MARGIN + line * (_TILE + _MARGIN)
-        draw.text((_MARGIN, top + _TILE // 2 - 6), name[:18], fill="black")
+        draw.text((_MARGIN, top + _TILE // 2 - 6), printable(name[:18])[:18], fill="black")
         for column, row in enumerate(rows):
             image = dataset.image(int(row))
             for copy, pixels in enumerate([image, *(stamp(image) for stamp in stamps)]):

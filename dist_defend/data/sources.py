@@ -22,6 +22,7 @@ from dist_defend.data.published import (
 )
 from dist_defend.data.reading import NO_KEYS, ArraySource, Keys, NotedSource, Source
 from dist_defend.errors import UserError
+from dist_defend.screen import printable_errors
 
 __all__ = ["KINDS", "ArraySource", "Keys", "Source", "load_image_npz", "open_source", "source_splits"]
 
@@ -43,6 +44,7 @@ class _Published:
     open: Callable[[str | None, str], Source]
 
 
+@printable_errors()
 def open_source(kind: str, path: str | None, split: str, keys: Keys = NO_KEYS) -> Source:
     """One split of a source. UserError for an unknown kind or split, or files that cannot be had.
 
@@ -59,6 +61,7 @@ def open_source(kind: str, path: str | None, split: str, keys: Keys = NO_KEYS) -
     return source
 
 
+@printable_errors()
 def source_splits(kind: str, path: str | None, keys: Keys = NO_KEYS) -> list[str]:
     """The splits that this source has, in the order train, val, test, unlabeled; for local kinds those in ``path``."""
     how, place, _ = _resolve(kind, path, keys)
@@ -80,6 +83,8 @@ def _resolve(kind: str, path: str | None, keys: Keys) -> tuple["_Local | _Publis
         raise UserError(f"{kind} needs --path")
     if not Path(path).exists() and not (kind == "webdataset" and is_shards(path)):
         raise UserError(f"{path}: no such file or folder; check --path")
+    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+        raise UserError(f"{path}: neither a file nor a folder (a pipe, a socket or a device); check --path")
     return how, Path(path), kind
 
 

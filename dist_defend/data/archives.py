@@ -202,7 +202,7 @@ def _word(sample: dict[str, _Member | str | None], keys: Keys, name: str) -> tup
             return texts[ending].strip() or None, ending
     for ending, text in texts.items():
         if ending.endswith("json"):
-            content = parse_json(text, f"{name}.{ending}", "not JSON; pack the shard again", may_be_nan=True)
+            content = parse_json(text, f"{name}.{ending}: not JSON: it", "pack the shard again", may_be_nan=True)
             for key in (keys.labels,) if keys.labels else _JSON_KEYS:
                 value = content.get(key) if isinstance(content, dict) else None
                 if isinstance(value, int | str) and not isinstance(value, bool):

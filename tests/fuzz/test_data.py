@@ -1,4 +1,4 @@
-"""Prepared data sets and sources with something wrong: read, or refused by one line; never a signal, never foreign bytes.
+"""Prepared data sets and sources with something wrong: read, or refused by one line; no signal, no foreign bytes.
 
 What is mutated lies under a manifest with fresh sizes and sha256s, as its author would write them, so that the checks
 of the tables are met and not only that of the hashes.
@@ -54,6 +54,7 @@ def base(storage: str, write_mode: str) -> Path:
         source._images = [image[: SIDE - n] for n, image in enumerate(noise)]  # type: ignore[assignment]
     options = {"storage": storage, "write_mode": write_mode, "order_seed": 0}
     write_dataset(source, folder, name="x", split="s", **options)
+    read_whole(folder)()  # compiles what compiles once per machine
     return folder
 
 
@@ -144,7 +145,6 @@ def beton(rng: random.Random, folder: Path) -> Read:
 def spoil_rows(rng: random.Random, data: bytearray) -> None:
     """One to three numbers in the rows of the images and in the table are others."""
     start = int.from_bytes(data[16:24], "little")
-    fields = [(24, 2), (25, 2), (26, 8), (0, 8)]  # any two or eight bytes of a row
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.6:
             at, width = 24 + 2 * 1041 + rng.randrange(COUNT) * 32 + rng.randrange(24), rng.choice((1, 2, 8))
@@ -153,7 +153,6 @@ def spoil_rows(rng: random.Random, data: bytearray) -> None:
         old = int.from_bytes(data[at : at + width], "little")
         news = (0, 1, old + 1, old - 1, old * 2, 2**15, 2**31, 2**63 - 8, 2**63, 2**64 - 1, rng.randrange(2**64))
         data[at : at + width] = (rng.choice(news) % (1 << 8 * width)).to_bytes(width, "little")
-    assert fields
 
 
 def beton_rows(rng: random.Random, folder: Path) -> Read:

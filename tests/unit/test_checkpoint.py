@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,8 +129,84 @@ def test_a_half_written_one_is_never_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert newest is not None and newest.name == "step_000000001"
 
 
-def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+def test_numbers_that_are_none_survive(tmp_path: Path) -> None:
+    state = {"best": math.nan, "worst": -math.inf, "weights": torch.tensor([math.nan, math.inf])}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, state))
+    assert math.isnan(loaded["best"]) and loaded["worst"] == -math.inf
+    assert loaded["weights"].isnan().tolist() == [True, False] and loaded["weights"][1] == math.inf
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    """Which had no number: state.json was the bare tree."""
     (path,) = saved(tmp_path, 1)
-    (path / "state.json").write_text(json.dumps({"dict": [["a", {"tensor": "/none"}]]}))
-    with pytest.raises(UserError, match="not a checkpoint of this program"):
+    content = json.loads((path / "state.json").read_text())
+    assert content["format"] == 2
+    (path / "state.json").write_text(json.dumps(content["state"]))
+    assert checkpoint.load(path)["position"] == STATE["position"]
+
+
+TREES: dict[str, Any] = {
+    "no tree": 7,
+    "a plain list": [1],
+    "two kinds in one": {"list": [], "tuple": []},
+    "an unknown kind": {"set": []},
+    "a later format": {"format": 3, "state": {"dict": []}},
+    "a text for a number of the format": {"format": "2", "state": {"dict": []}},
+    "no pairs": {"dict": [["a"]]},
+    "pairs of a text": {"dict": ["ab"]},
+    "a dict for a list": {"dict": [["a", {"list": {}}]]},
+    "a key twice": {"dict": [["a", 1], ["a", 2]]},
+    "a key that is a list": {"dict": [[[], 1]]},
+    "a key that is true": {"dict": [[True, 1]]},
+    "a tensor that is not there": {"dict": [["a", {"tensor": "/none"}]]},
+    "a tensor without a name": {"dict": [["a", {"tensor": 0}]]},
+    "a vector in an order of images": {"dict": [["a", {"channels_last": "/tensors/0"}]]},
+    "a list at the top": {"list": [1]},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_state_of_another_program_is_refused(name: str, tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_text(json.dumps(TREES[name]))
+    with pytest.raises(UserError, match=r"state\.json: not a checkpoint of this program .*delete this checkpoint"):
         checkpoint.load(path)
+
+
+TEXTS = {
+    "cut": b'{"format": 2, "st',
+    "a key twice": b'{"format": 2, "format": 2, "state": {"dict": []}}',
+    "not UTF-8": b'"\xff"',
+    "deep": b'{"list": [' * 100_000,
+    "empty": b"",
+    "large": b" " * (9 << 20),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_state_that_is_no_text_of_ours_is_refused(name: str, tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_bytes(TEXTS[name])
+    with pytest.raises(UserError, match=r"state\.json") as refused:
+        checkpoint.load(path)
+    assert str(refused.value).isprintable()
+
+
+def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    file = path / "tensors.safetensors"
+    for length in (2**63, 50 << 20):
+        file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+        with pytest.raises(UserError, match="its list of tensors is too long"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "COMPLETE"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert checkpoint.newest(tmp_path) is None
+    if name != "COMPLETE":
+        with pytest.raises(UserError, match="not a regular file"):
+            checkpoint.load(path)

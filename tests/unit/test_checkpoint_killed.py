@@ -1,4 +1,4 @@
-"""A save that is killed at any of its file operations leaves the old checkpoint or the new one, and no remnant stays."""
+"""A save that is killed at any of its file operations leaves the old checkpoint or the new one; no remnant stays."""
 
 import json
 import os

@@ -1,19 +1,19 @@
 """What a run goes on from: its own checkpoint, on the same inputs; anything else is one line, before any training."""
 
-import builtins
-import io
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dist_defend.cli import PREEMPTED, main
 from dist_defend.engine import checkpoint
@@ -22,7 +22,7 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.trainer import Stage, Trainer
 from dist_defend.errors import UserError
-from tests.runs import make_classifier, make_data, make_experiment, make_model, metrics, options_of
+from tests.runs import SIZE, make_classifier, make_data, make_experiment, make_model, metrics, options_of
 from tests.unit.test_engine import Numbers, fit, make_step
 
 ADAM = OptimizerConfig("adam", lr=0.1, amsgrad=True)
@@ -106,8 +106,6 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 @pytest.mark.parametrize("name", NO_CHECKPOINTS)
 def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays(name: str, tmp_path: Path) -> None:
     change, told = NO_CHECKPOINTS[name]
-    fit(tmp_path, Stage("line", Numbers(), make_step(ADAM), epochs=2, stop_when=lambda: False), checkpoint_every=1)
-    shutil.rmtree(tmp_path / "checkpoints" / "step_000000006")
     fit_until(tmp_path, 4)
     path = rewrite(newest(tmp_path), change)
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -120,8 +118,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_stays(name: str, tmp_pat
 
 
 def fit_until(folder: Path, step: int) -> None:
-    """Train afresh up to a step, and leave its checkpoint."""
-    shutil.rmtree(folder)
+    """Train up to a step, and leave its checkpoint."""
 
     class Halt(Exception):
         pass
@@ -275,29 +272,46 @@ def test_every_kind_of_input_has_its_digest_under_its_key(tmp_path: Path) -> Non
     assert {key for key in keys if before[key] != after[key]} == {"m.model.trigger.trigger.path", "m.encoders.clean"}
 
 
-METHODS = ["simclr", "classifier", "badencoder", "kd", "ood", "mimic", "probe"]
+_opened: set[str] | None = None  # what is noted of the files that this process opens
 
 
-@pytest.mark.parametrize("method", METHODS)
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and _opened is not None and isinstance(arguments[0], str):
+        _opened.add(arguments[0])
+
+
+sys.addaudithook(_note)  # for good: Python has no way to take one back
+
+
+@pytest.mark.parametrize(
+    "method", ["simclr", "classifier", "badencoder", "kd", "ood", "mimic", "probe", "ibau", "pictures"]
+)
 def test_nothing_is_read_that_has_no_digest(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file of the inputs' folder a run opens lies in a folder, or is a file, that an input's digest covers."""
-    options = options_of(method, tmp_path / "inputs")
-    opened = set()
-    real = io.open
-
-    def noted(file: Any, *rest: Any, **options: Any) -> Any:
-        opened.add(str(file))
-        return real(file, *rest, **options)
-
+    inputs = tmp_path / "inputs"
+    if method in ("ibau", "pictures"):
+        inputs.mkdir()
+        Image.new("RGB", (SIZE, SIZE), (9, 9, 9)).save(inputs / "shown.png")
+        trigger = {"trigger": {"name": "file", "path": str(inputs / "shown.png")}, "target_class": 1}
+        test = {"path": make_data(inputs / "test", 9)}
+        options = {"model": make_classifier(inputs / "model", trigger=trigger), "test": test, "rounds": 1}
+        options |= {"data": {"path": make_data(inputs / "data"), "max_samples": 12}}
+        if method == "pictures":
+            picture = {"name": "file", "path": str(inputs / "shown.png")}
+            options = options_of("classifier", inputs) | {"poison": {"trigger": picture, "target_class": 1, "count": 3}}
+            method = "classifier"
+    else:
+        options = options_of(method, inputs)
     config = make_experiment(tmp_path, method, options)
-    for module in (io, builtins):
-        monkeypatch.setattr(module, "open", noted)
+    monkeypatch.setattr("tests.unit.test_resume._opened", set())
     assert main(["run", str(config)]) == 0
-    monkeypatch.undo()
-    inputs = json.loads((tmp_path / "run" / "result.json").read_text())["inputs"]
-    named = [Path(_value(options, key.split(".")[1:])) for key in inputs if ".trigger." not in key]
-    read = {Path(file) for file in opened if str(file).startswith(str(tmp_path / "inputs"))}
-    assert read
+    read = {Path(file) for file in _opened or () if file.startswith(str(inputs))}
+    digests = json.loads((tmp_path / "run" / "result.json").read_text())["inputs"]
+    named = [Path(_value(options, key.split(".")[1:])) for key in digests if ".model.trigger." not in key]
+    if method == "ibau":
+        assert "ibau.model.trigger.trigger.path" in digests
+        named.append(inputs / "shown.png")
+    assert len(read) > 2
     assert [file for file in read if not any(place == file or place in file.parents for place in named)] == []
 
 

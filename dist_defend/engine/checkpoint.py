@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2  # 1: state.json held the bare tree
 _TENSORS, _TREE, _COMPLETE = "tensors.safetensors", "state.json", "COMPLETE"
-_MOST_BYTES = 8 << 20  # of state.json and of the list of tensors: what is read takes some thirty times as much memory
+# What is read takes some thirty times as much memory, and a list of tensors seconds.
+_MOST_TREE, _MOST_HEADER = 8 << 20, 4 << 20  # bytes
 _REMEDY = "restore it, or delete this checkpoint"
 
 
@@ -62,8 +63,9 @@ def _write(aside: Path, final: Path, state: dict[str, Any]) -> None:
     aside.mkdir()
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "state": _encode(state, tensors, "")})
-    assert len(text) <= _MOST_BYTES, "a step's state holds too many plain values: keep them in tensors"
+    assert len(text) <= _MOST_TREE, "a step's state holds too many plain values: keep them in tensors"
     save_file(tensors, aside / _TENSORS)
+    _check_header(aside / _TENSORS)
     (aside / _TREE).write_text(text)
     sums = {name: sha256_file(aside / name) for name in (_TENSORS, _TREE)}
     (aside / _COMPLETE).write_text(json.dumps(sums))
@@ -105,7 +107,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise UserError(f"{path / _TENSORS} cannot be read ({printable(str(error), 200)}): {_REMEDY}") from error
     where = path / _TREE
     try:
-        tree = read_json(where, _REMEDY, may_be_nan=True, most_bytes=_MOST_BYTES)
+        tree = read_json(where, _REMEDY, may_be_nan=True, most_bytes=_MOST_TREE)
         state = _decode(_of_known_format(tree), tensors)
         if not isinstance(state, dict):
             raise ValueError("it holds no state")
@@ -133,7 +135,7 @@ def _problem(path: Path) -> str | None:
 def _check_header(path: Path) -> None:
     """ValueError for a list of tensors that would take more memory than any checkpoint's."""
     with open_regular(path) as file:
-        if int.from_bytes(file.read(8), "little") > _MOST_BYTES:
+        if int.from_bytes(file.read(8), "little") > _MOST_HEADER:
             raise ValueError("its list of tensors is too long")
 
 

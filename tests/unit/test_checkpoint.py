@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, and what is not whole is not read."""
 
+import contextlib
 import json
 import logging
 import math
@@ -13,6 +14,7 @@ import torch
 
 from dist_defend.engine import checkpoint
 from dist_defend.errors import UserError
+from tests.fuzz.harness import _peak, _reset_peak
 
 STATE: dict[str, Any] = {
     "position": {"step": 3, "ratio": 0.1, "name": None},
@@ -210,3 +212,39 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(name: str, tmp_path: Path) -> 
     if name != "COMPLETE":
         with pytest.raises(UserError, match="not a regular file"):
             checkpoint.load(path)
+
+
+def tree_of(item: str) -> bytes:
+    """A state.json as large as one may be, of nothing but such items."""
+    count = ((8 << 20) - 100) // (len(item) + 1)
+    return ('{"format": 2, "state": {"dict": [["a", {"list": [' + ",".join([item] * count) + "]}]]}}").encode()
+
+
+@pytest.mark.parametrize("item", ['{"list":[]}', '{"dict":[]}', "{}"])
+def test_the_memory_of_a_state_is_bounded(item: str, tmp_path: Path) -> None:
+    """Four times the files and 256 MiB, whatever they hold."""
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_bytes(tree_of(item))
+    before = _reset_peak()
+    with contextlib.suppress(UserError):
+        checkpoint.load(path)
+    assert _peak() - before <= 4 * (8 << 20) + (256 << 20)
+
+
+def test_the_memory_of_many_tensors_is_bounded(tmp_path: Path) -> None:
+    """The list of tensors is as long as one may be; whole images, whose memory order is made anew."""
+    (path,) = saved(tmp_path, 1)
+    names = [f"{number:x}" for number in range(70_000)]
+    entries = ",".join(f'"{name}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for name in names)
+    header = f"{{{entries}}}".encode()
+    assert 3 << 20 < len(header) < 4 << 20
+    (path / "tensors.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    before = _reset_peak()
+    with pytest.raises(UserError, match="lacks the tensor"):
+        checkpoint.load(path)
+    assert _peak() - before <= 4 * len(header) + (256 << 20)
+    large = torch.rand(8, 64, 256, 256).contiguous(memory_format=torch.channels_last)  # 128 MiB
+    path = checkpoint.save(tmp_path, 2, {"images": large})
+    before = _reset_peak()
+    assert checkpoint.load(path)["images"].equal(large)
+    assert _peak() - before <= 4 * large.nbytes

@@ -1,16 +1,22 @@
 """The command line: dist-defend run | evaluate | sweep | data | attacks | import | export | report | bench | doctor."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import IO
 
 from dist_defend import __version__
+from dist_defend.engine.signals import INTERRUPTED, PREEMPTED, Stopped, stoppable
 from dist_defend.errors import UserError
 
-PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+__all__ = ["BROKEN_PIPE", "INTERRUPTED", "PREEMPTED", "main"]
+
+BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells say of a program whose reader went away, as with `| head`
 _COMMANDS = {
     "launch": "dist_defend.launch",
     "plan": "dist_defend.plan",
@@ -27,7 +33,42 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 bad input (one line says what to change), 75 stopped by a signal and saved."""
+    """Exit status: 0 done, 1 failed, 2 bad input (one line says what to change), 75 stopped by a signal and saved.
+
+    130 stopped by Ctrl-C and saved, 141 whoever read the output went away.
+    """
+    try:
+        try:
+            return _main(argv)
+        finally:  # also where argparse exits
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout):
+            raise
+        return BROKEN_PIPE
+    except Stopped as stop:
+        _tell(str(stop))
+        return stop.status
+    except KeyboardInterrupt:
+        _tell("stopped by Ctrl-C")
+        return INTERRUPTED
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if _is_unread(stream):  # Python flushes both when it ends, and would complain
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_unread(stream: IO[str]) -> bool:
+    """Whether the stream is a pipe that nobody reads any more."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):  # none of the system's files
+        return False
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="dist-defend", description=sys.modules["dist_defend"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
@@ -48,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(line: str) -> None:
     """Once per machine: every rank finds the same fault."""
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-        print(line, file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads
+            print(line, file=sys.stderr)
 
 
 def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -61,11 +103,15 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 
 def _run(args: argparse.Namespace) -> int:
+    with stoppable():  # before torch is imported, which takes seconds
+        return _run_stoppable(args)
+
+
+def _run_stoppable(args: argparse.Namespace) -> int:
     from dist_defend import config, experiment
     from dist_defend.engine import dist
     from dist_defend.engine.checkpoint import SaveError
     from dist_defend.engine.step import NonFiniteError
-    from dist_defend.engine.trainer import Preempted
 
     loaded = config.load_experiment(args.config, args.overrides)
     if args.print_config:
@@ -73,9 +119,6 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     try:
         experiment.run(loaded, dry_run=args.dry_run)
-    except Preempted as stop:
-        _tell(str(stop))
-        return PREEMPTED
     except NonFiniteError as error:
         _tell(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate")
         return 1

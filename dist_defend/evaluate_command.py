@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from dist_defend.errors import UserError
 
 if TYPE_CHECKING:  # they take seconds to import, which --help does not need
     from dist_defend.attacks.poison import PoisonConfig
+    from dist_defend.engine.identity import Identity
     from dist_defend.evaluate import Count
     from dist_defend.trial import Examination, Trial
 
@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
     from dist_defend.data.loader import DatasetConfig, LoaderConfig
     from dist_defend.engine import dist
     from dist_defend.engine.context import Context
+    from dist_defend.engine.identity import Identity, digests_of
     from dist_defend.experiment import log_to_terminal
     from dist_defend.trial import Trial
 
@@ -53,22 +54,26 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must not be negative")
-    attack, started = _attack(args), time.perf_counter()
+    attack = _attack(args)
     try:
         ranks = dist.start("fp32", None)
         log_to_terminal(ranks.is_main)
+        named = {"model": args.model, "data": args.data, "attack": None if attack is None else asdict(attack)}
+        identity = Identity.begin(digests_of(named, "evaluate"), ranks.world_size)
         context = Context(ranks, args.seed, LoaderConfig(), args.out or _FOLDER)
         trial = Trial(args.model, context)
         data = DatasetConfig(args.data, resize=args.resize)
         examination = trial.test_on(data, attack, batch_size=args.batch_size)
-        entries = _evaluate(trial, examination, args, started)
+        entries = _evaluate(trial, examination, args, identity)
     finally:
         dist.stop()
     _print(trial, examination, entries)
     return 0
 
 
-def _evaluate(trial: "Trial", examination: "Examination", args: argparse.Namespace, started: float) -> dict[str, Any]:
+def _evaluate(
+    trial: "Trial", examination: "Examination", args: argparse.Namespace, identity: "Identity"
+) -> dict[str, Any]:
     """Count and write the folder; what result.json says."""
     import yaml
 
@@ -108,7 +113,7 @@ def _evaluate(trial: "Trial", examination: "Examination", args: argparse.Namespa
         folder.open(settings, yaml.safe_dump(settings, sort_keys=False))
         examination.save_examples()
         _draw(examination)
-        result = provenance("evaluate", digest, context, time.perf_counter() - started) | entries
+        result = provenance("evaluate", digest, context, identity) | entries
         folder.finish(result)
     except OSError as error:
         raise UserError(f"{context.folder}: cannot be written ({error.strerror}); choose another --out") from error

@@ -5,91 +5,109 @@ import importlib
 import logging
 import resource
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
 from dist_defend.config import Experiment, dump
-from dist_defend.engine import dist
+from dist_defend.engine import dist, signals
 from dist_defend.engine.context import Context, Plan
-from dist_defend.engine.run import RunFolder, code_version
+from dist_defend.engine.identity import Identity, digests_of
+from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def run(experiment: Experiment, dry_run: bool = False) -> None:
     """Build everything, train from wherever the run folder left off, evaluate, write result.json.
 
     A finished run is not done again. dry_run builds data, models and steps, tells what they are, and runs nothing.
-    Raises UserError for bad input, Preempted after a signal, NonFiniteError for a diverged run.
+    Raises UserError for bad input, Stopped after a signal, NonFiniteError for a diverged run.
     """
+    with signals.stoppable():
+        _run(experiment, dry_run)
+
+
+def _run(experiment: Experiment, dry_run: bool) -> None:
     folder = Path(experiment.output)
     trackers = () if dry_run else experiment.trainer.trackers
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
     log_to_terminal(ranks.is_main)
     run_folder = RunFolder(folder, ranks.is_main)
     run_folder.check(experiment.resolved())
+    section = experiment.resolved()[experiment.method]
+    inputs = _on_main(ranks, lambda: digests_of(section, experiment.method))
+    if run_folder.is_finished:
+        _on_main(ranks, lambda: run_folder.check_result(inputs))
     if run_folder.is_finished and not dry_run:
         log.info("%s is finished; delete the folder to run it again", folder)
         return
-    started = time.perf_counter()
+    identity = Identity.begin(inputs, ranks.world_size)
     context = Context(ranks, experiment.seed, experiment.loader, folder)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
+    trainer = Trainer(ranks, run_folder, experiment.trainer, identity)
     if dry_run:
+        trainer.resume(plan.stages, is_dry=True)
         _describe(experiment, plan, context)
         return
     try:
-        _open_everywhere(run_folder, experiment, ranks)
+        _on_main(ranks, lambda: run_folder.open(experiment.resolved(), dump(experiment)))
         if trackers:
             ranks.accelerator.init_trackers("dist_defend", config={"config_sha256": experiment.digest()})
-        Trainer(ranks, run_folder, experiment.trainer).fit(plan.stages)
+        trainer.fit(plan.stages)
         with contextlib.ExitStack() as stack:
             for stage in plan.stages:
                 stack.enter_context(plain_weights(stage.step))
             entries = plan.result()
-        seconds = time.perf_counter() - started
-        run_folder.finish(provenance(experiment.method, experiment.digest(), context, seconds) | entries)
+        run_folder.finish(provenance(experiment.method, experiment.digest(), context, identity) | entries)
         ranks.accelerator.wait_for_everyone()
         ranks.accelerator.end_training()  # leaves the process group
-        log.info("finished %s in %.0f s", folder, seconds)
+        log.info("finished %s in %.0f s", folder, identity.lives[-1].wall_seconds)
     finally:
         run_folder.close()
 
 
-def _open_everywhere(run_folder: RunFolder, experiment: Experiment, ranks: dist.Ranks) -> None:
-    """Open the run folder; what keeps the main rank from it is raised on all, so that none waits for it."""
-    refused: list[UserError | None] = [None]
-    try:
-        run_folder.open(experiment.resolved(), dump(experiment))
-    except UserError as error:
-        refused = [error]
+def _on_main(ranks: dist.Ranks, act: Callable[[], T]) -> T:
+    """What the main rank's act gives, on every rank; what speaks against it is raised on all, so that none waits."""
+    done: list[Any] = [None, None]
+    if ranks.is_main:
+        try:
+            done[0] = act()
+        except UserError as error:
+            done[1] = error
     if ranks.world_size > 1:
-        torch.distributed.broadcast_object_list(refused)
-    if refused[0] is not None:
-        raise refused[0]
+        torch.distributed.broadcast_object_list(done)
+    if done[1] is not None:
+        raise done[1]
+    result: T = done[0]
+    return result
 
 
-def provenance(method: str, config_sha256: str, context: Context, seconds: float) -> dict[str, Any]:
-    """What result.json says of where its numbers come from. seconds: that this process took."""
-    ranks = context.ranks
+def provenance(method: str, config_sha256: str, context: Context, identity: Identity) -> dict[str, Any]:
+    """What result.json says of where its numbers come from. Seconds are those of all the run's lives."""
+    ranks, lives = context.ranks, identity.lives
     return {
         "name": context.folder.name,
         "method": method,
         "config_sha256": config_sha256,
-        "code_version": code_version(),
+        "code_version": identity.version,
         "seed": context.seed,
         "data": context.digests,
+        "inputs": identity.inputs,
         **({"notes": context.notes} if context.notes else {}),
-        "wall_seconds": seconds,  # a resumed run's earlier parts are in metrics.jsonl
-        "device_seconds": seconds * ranks.world_size,
+        "wall_seconds": sum(life.wall_seconds for life in lives),
+        "device_seconds": sum(life.wall_seconds * life.world_size for life in lives),
+        "lives": [asdict(life) for life in lives],
         "peak_memory_bytes": _peak_memory(),
         "world_size": ranks.world_size,
         "device": torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu",

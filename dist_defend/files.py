@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
@@ -66,6 +67,13 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     fsync_path(aside)
     aside.replace(path)
     fsync_path(path.parent)
+
+
+def sweep_temporary(folder: Path) -> None:
+    """Delete what ``write_atomic`` leaves in a folder when it is killed. No other process may be writing there."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def replace_folder(aside: Path, final: Path) -> None:

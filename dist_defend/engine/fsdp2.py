@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
 from dist_defend.engine.strategy import NonFiniteError, Objective
 from dist_defend.engine.whole import Whole
 from dist_defend.models.blocks import repeated_blocks
@@ -102,7 +102,7 @@ class FullySharded:
             number: {key: _like(value, self.parameters[number]) for key, value in one.items()}
             for number, one in state["optimizer"]["state"].items()
         }
-        self.optimizer.load_state_dict({**own, "state": states})
+        load_optimizer(self.optimizer, {**own, "state": states})
 
 
 def _full(value: Any) -> Any:

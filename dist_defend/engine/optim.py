@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,41 @@ def build_optimizer(
         amsgrad=config.amsgrad,
         fused=fused,
     )
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Give an optimizer the state that its ``state_dict`` made; its options stay the configured ones.
+
+    torch checks the number of parameters only, and a fused update walks whatever it finds: ValueError for a state of
+    another shape or kind.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in state["param_groups"]] != [group["params"] for group in groups]:
+        raise ValueError("the optimizer's groups have other parameters")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    is_adam = "betas" in groups[0]
+    wanted = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
+    for number, values in state["state"].items():
+        if type(number) is not int or not 0 <= number < len(parameters):
+            raise ValueError(f"the optimizer has no parameter {number!r}")
+        group = next(g for g, plain in zip(optimizer.param_groups, groups, strict=True) if number in plain["params"])
+        names = wanted | ({"max_exp_avg_sq"} if group.get("amsgrad") else set())
+        if values and values.keys() != names:
+            raise ValueError(f"the optimizer keeps {sorted(names)}, not {sorted(map(str, values))}")
+        for name, value in values.items():
+            _check_value(name, value, parameters[number])
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def _check_value(name: str, value: Any, parameter: Tensor) -> None:
+    if name == "step":
+        is_count = isinstance(value, Tensor) and value.numel() == 1 and bool(torch.isfinite(value) & (value >= 0))
+        if not is_count:
+            raise ValueError("the optimizer's 'step' is no number of updates")
+    elif value is not None or name != "momentum_buffer":
+        is_like = isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+        if not is_like:
+            raise ValueError(f"the optimizer's '{name}' is not like its parameter {tuple(parameter.shape)}")
 
 
 class Lars(torch.optim.Optimizer):

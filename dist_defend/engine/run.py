@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import platform
-import subprocess
+import reprlib
 import sys
 import time
 from importlib import metadata
@@ -13,15 +13,20 @@ from typing import Any, BinaryIO
 
 import torch
 
-import dist_defend
+from dist_defend.engine.identity import check_same
+from dist_defend.engine.version import code_version
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
+from dist_defend.files import sweep_temporary, write_atomic
 from dist_defend.lock import FolderLock
+from dist_defend.screen import printable
+from dist_defend.strict_json import read_json
 
 log = logging.getLogger(__name__)
 
 # Where a run happens, not what it computes: a resume may change these.
 _FREE_KEYS = ("world_size", "output", "trainer", "loader")
+_shown = reprlib.Repr()  # a value of whatever size and depth
+_shown.maxstring = _shown.maxother = 200
 
 
 class RunFolder:
@@ -34,6 +39,7 @@ class RunFolder:
         self.path, self.is_main = path, is_main
         self.checkpoints = path / "checkpoints"
         self._recorded = path / "config.json"
+        self._metrics_path = path / "metrics.jsonl"
         self._metrics: BinaryIO | None = None
         self._lock = FolderLock(path)
 
@@ -48,7 +54,7 @@ class RunFolder:
             raise UserError(f"key 'output' is {self.path}, but {place} is not a folder that can be written")
         if not self._recorded.exists():
             return
-        old = json.loads(self._recorded.read_text())
+        old = self._read(self._recorded, "restore it, delete the folder, or change 'output'")
         for key in sorted({*old, *resolved} - set(_FREE_KEYS)):
             difference = _first_difference(old.get(key), resolved.get(key), key)
             if difference:
@@ -56,15 +62,38 @@ class RunFolder:
                     f"{self.path} holds another experiment: {difference}; change 'output' or delete the folder"
                 )
 
+    def check_result(self, inputs: dict[str, str]) -> None:
+        """UserError if the run is finished and its result comes of other inputs (digests by role) than these."""
+        path = self.path / "result.json"
+        then = self._read(path, "restore it, or delete it to go on from the newest checkpoint").get("inputs", {})
+        if not isinstance(then, dict) or not all(isinstance(digest, str) for digest in then.values()):
+            raise UserError(f"{path}: key 'inputs' holds no digests: restore it, or delete the folder to run it again")
+        check_same(then, inputs, f"{self.path} is finished and", "put it back, change 'output', or delete the folder")
+
+    @staticmethod
+    def _read(path: Path, remedy: str) -> dict[str, Any]:
+        try:
+            content = read_json(path, remedy, may_be_nan=True)
+        except FileNotFoundError:
+            content = None  # a link to nowhere
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no keys and values: {remedy}")
+        return content
+
     def open(self, resolved: dict[str, Any], text: str) -> None:
         """Create the folder and lock it, write down the configuration (as data and as YAML ``text``), start log.txt.
 
-        UserError while another process writes there.
+        UserError while another process writes there, or if log.txt or metrics.jsonl leads out of the folder.
         """
         if not self.is_main:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.take()
+        for own in (self.path / "log.txt", self._metrics_path):
+            if own.is_symlink() or (own.exists() and not own.is_file()):
+                raise UserError(f"{own} is a link, a pipe or a folder, not this run's own file: delete it")
+        for folder in (self.path, self.path / "model"):
+            sweep_temporary(folder)  # of a run that was killed
         write_atomic(self.path / "config.yaml", text)
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
@@ -76,14 +105,25 @@ class RunFolder:
         """Append to metrics.jsonl from its first ``size`` bytes on: a resume writes the rest again."""
         if not self.is_main:
             return
-        self._metrics = (self.path / "metrics.jsonl").open("ab")
+        self._metrics = self._metrics_path.open("ab")
         self._metrics.truncate(min(size, self._metrics.tell()))
         self._metrics.seek(0, os.SEEK_END)
 
-    @property
-    def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl so far, on the main rank."""
-        return self._metrics.tell() if self._metrics is not None else 0
+    def check_metrics(self, size: int, checkpoint: Path) -> None:
+        """UserError unless metrics.jsonl has the ``size`` bytes that belong to a checkpoint."""
+        found = self._metrics_path.stat().st_size if self._metrics_path.is_file() else 0
+        if found < size:
+            raise UserError(
+                f"{checkpoint / 'state.json'}: key 'metrics_size' is {printable(size, 40)}, but {self._metrics_path} "
+                f"has {found} bytes: restore it, or delete {checkpoint} to go on from the one before"
+            )
+
+    def sync_metrics(self) -> int:
+        """Push metrics.jsonl to the disk; its bytes so far. Main rank."""
+        if self._metrics is None:
+            return 0
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
 
     def write_metrics(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -114,19 +154,9 @@ def _first_difference(old: Any, new: Any, key: str) -> str | None:
             if found:
                 return found
         return None
-    return None if old == new else f"key '{key}' is {old!r} there and {new!r} here"
-
-
-def code_version() -> str:
-    """The package's version and, in a checkout, its commit (with + where files were changed)."""
-    root = Path(dist_defend.__file__).parent.parent
-    try:
-        options = {"cwd": root, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()  # type: ignore[call-overload]
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **options).stdout.strip()  # type: ignore[call-overload]
-    except (OSError, subprocess.SubprocessError):
-        return dist_defend.__version__
-    return f"{dist_defend.__version__}+{commit}{'+' if changed else ''}"
+    if old == new:
+        return None
+    return f"key '{printable(key, 200)}' is {printable(_shown.repr(old))} there and {printable(_shown.repr(new))} here"
 
 
 def environment() -> dict[str, Any]:

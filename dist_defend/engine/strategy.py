@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
 
 
 class Objective(nn.Module):
@@ -126,7 +126,7 @@ class Replicated:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.objective.load_state_dict(state["objective"])
         if state["optimizer"] is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             for parameter, own in self.optimizer.state.items():
                 for key, value in own.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -1,12 +1,12 @@
 """The only training loop of the project."""
 
 import logging
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from types import FrameType
+from pathlib import Path
+from signal import SIGINT
 from typing import Any, Protocol
 
 import torch
@@ -15,14 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dist_defend.batch import Batch
-from dist_defend.engine import checkpoint
+from dist_defend.engine import checkpoint, signals
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.identity import Identity
+from dist_defend.engine.resume import Position, Saved, check_position, restore
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import NonFiniteError, Step, plain_weights
 
 log = logging.getLogger(__name__)
 
-_GO_ON, _SAVE, _STOP = range(3)  # what a rank may wish at a step boundary
+_GO_ON, _SAVE, _STOP, _INTERRUPT = range(4)  # what a rank may wish at a step boundary
 
 
 @dataclass(frozen=True)
@@ -74,27 +76,14 @@ class Stage:
     is_kept: bool = False
 
 
-@dataclass
-class Position:
-    """Where a run stands. Batches are global batches, so it means the same on any number of ranks."""
-
-    stage: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0  # over all stages
-
-
-class Preempted(Exception):
-    """SIGTERM or SIGUSR1 came; a checkpoint was written."""
-
-
 class Trainer:
     """Drives stages to their end, from wherever the newest whole checkpoint left off."""
 
-    def __init__(self, ranks: Ranks, run: RunFolder, config: TrainerConfig) -> None:
+    def __init__(self, ranks: Ranks, run: RunFolder, config: TrainerConfig, identity: Identity | None = None) -> None:
+        """identity: what the run reads and how long it has lived; None: nothing but its configuration."""
         self.ranks, self.run, self.config = ranks, run, config
+        self.identity = identity or Identity.begin({}, ranks.world_size)
         self.position = Position()
-        self.signal: int | None = None
         self.started = self.logged = self.saved = time.perf_counter()
         self.save_seconds = 0.0
         self.sums: dict[str, Tensor] = {}
@@ -102,15 +91,16 @@ class Trainer:
         self.images = 0
 
     def fit(self, stages: Sequence[Stage]) -> None:
-        """Run every stage. Raises Preempted after a signal, NonFiniteError before a bad update is kept, SaveError."""
-        self._resume(stages)
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
+        """Run every stage. Raises Stopped after a signal, NonFiniteError before a bad update is kept, SaveError.
+
+        UserError for a checkpoint that is none of this run.
+        """
+        with signals.noted():
+            self.run.open_metrics(self.resume(stages))
             for number in range(self.position.stage, len(stages)):
                 self._fit_stage(stages, number)
-        finally:
-            for which, handler in handlers.items():
-                signal.signal(which, handler)
+            if signals.pending() is not None:  # since the last stage was saved
+                raise self._stopped(signals.pending() == SIGINT)
 
     def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
         stage, at = stages[number], self.position
@@ -137,8 +127,8 @@ class Trainer:
                 wish = self._agreed_wish()
                 if wish != _GO_ON or at.step % self.config.checkpoint_every == 0:
                     self._save(stages)
-                if wish == _STOP:
-                    raise Preempted(f"signal received: saved step {at.step}; the same command resumes")
+                if wish >= _STOP:
+                    raise self._stopped(wish == _INTERRUPT)
             at.epoch, at.batch = at.epoch + 1, 0
             is_over = at.epoch == stage.epochs or (stage.stop_when is not None and stage.stop_when())
             is_due = is_over or at.epoch % stage.evaluate_every == 0
@@ -154,6 +144,16 @@ class Trainer:
                 stage.finish()
         self.position = Position(stage=number + 1, step=at.step)
         self._save(stages)
+        wish = self._agreed_wish(is_due=True)
+        if wish >= _STOP:
+            raise self._stopped(wish == _INTERRUPT)
+
+    def _stopped(self, is_interrupt: bool) -> signals.Stopped:
+        place = checkpoint.path_of(self.run.checkpoints, self.position.step)
+        return signals.Stopped(
+            f"signal received: saved step {self.position.step} to {place}; the same command goes on from there",
+            is_interrupt,
+        )
 
     def _move(self, batch: Batch) -> Batch:
         device, dtype = self.ranks.device, self.ranks.dtype
@@ -196,16 +196,14 @@ class Trainer:
             text = " ".join(f"{key} {value:.5g}" for key, value in scalars.items())
             log.info("%s epoch %d/%d step %d: %s", stage.name, at.epoch, stage.epochs, at.step, text)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
-    def _agreed_wish(self) -> int:
-        """What one rank wishes, all do, at the same step; GPUs, which would wait, ask every 16th step."""
+    def _agreed_wish(self, is_due: bool = False) -> int:
+        """What one rank wishes, all do, at the same step; GPUs, which would wait, ask every 16th step, or if is_due."""
         is_late = time.perf_counter() - self.saved > max(self.config.checkpoint_seconds, 20 * self.save_seconds)
-        wish = _STOP if self.signal is not None else _SAVE if is_late else _GO_ON
+        number = signals.pending()
+        wish = (_SAVE if is_late else _GO_ON) if number is None else _INTERRUPT if number == SIGINT else _STOP
         if self.ranks.world_size == 1:
             return wish
-        if self.ranks.device.type != "cpu" and self.position.step % 16:
+        if self.ranks.device.type != "cpu" and self.position.step % 16 and not is_due:
             return _GO_ON
         flag = torch.tensor([wish], dtype=torch.int32, device=self.ranks.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
@@ -227,7 +225,8 @@ class Trainer:
                 "position": asdict(self.position),
                 "stages": states,
                 "random": random,
-                "metrics_size": self.run.metrics_size,
+                "metrics_size": self.run.sync_metrics(),
+                "identity": self.identity.plain(),
             }
             try:
                 checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)
@@ -245,19 +244,29 @@ class Trainer:
         current = min(self.position.stage, last)
         return number == current or (stage.is_kept and number < current)
 
-    def _resume(self, stages: Sequence[Stage]) -> None:
-        metrics_size = 0
-        names: list[Any] = [checkpoint.newest(self.run.checkpoints) if self.ranks.is_main else None]
+    def resume(self, stages: Sequence[Stage], is_dry: bool = False) -> int:
+        """Go to where the newest checkpoint stands, if there is one; the bytes of metrics.jsonl that belong to it.
+
+        Every rank reads and checks alike, so that all of them refuse (UserError) what does not fit. is_dry: the folder
+        may be another process', and stays as it is.
+        """
+        found: list[Path | None] = [None]
+        if self.ranks.is_main:
+            found = [checkpoint.newest(self.run.checkpoints, is_owner=not is_dry)]
         if self.ranks.world_size > 1:
-            torch.distributed.broadcast_object_list(names)
-        if names[0] is not None:
-            state = checkpoint.load(names[0], self.ranks.device)
-            self.position, metrics_size = Position(**state["position"]), state["metrics_size"]
+            torch.distributed.broadcast_object_list(found)
+        (path,) = found
+        metrics_size = 0
+        if path is not None:
+            saved = Saved.read(path, self.ranks.device)
+            self.identity.follow(saved.identity, path, self.ranks.is_main)
+            check_position(saved.position, [(s.epochs, s.loader.num_batches) for s in stages], path)
+            self.run.check_metrics(saved.metrics_size, path)
+            self.position, metrics_size = saved.position, saved.metrics_size
             for number, stage in enumerate(stages):
                 if self._is_saved(number, stage, len(stages) - 1):
-                    stage.step.load_state_dict(state["stages"][stage.name])
-            if self.ranks.rank < len(state["random"]):
-                torch.set_rng_state(state["random"][self.ranks.rank].cpu())
+                    restore(stage.step, saved.stages, stage.name, path)
+            saved.restore_random(self.ranks.rank, path)
             if self.ranks.is_main:
-                log.info("resumed at step %d from %s", self.position.step, names[0])
-        self.run.open_metrics(metrics_size)
+                log.info("resumed at step %d from %s", self.position.step, path)
+        return metrics_size

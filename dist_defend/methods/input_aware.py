@@ -22,7 +22,7 @@ from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, lr_factor
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
 from dist_defend.engine.step import NonFiniteError, Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
@@ -175,7 +175,7 @@ class JointStep:
         self.model.load_state_dict(state["model"])
         self.generators.load_state_dict(state["generators"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         self.step = state["step"]
 
 

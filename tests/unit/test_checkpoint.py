@@ -1,7 +1,10 @@
 """Checkpoints: what goes in comes out, and what is not whole is not read."""
 
+import contextlib
 import json
 import logging
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 
 from dist_defend.engine import checkpoint
 from dist_defend.errors import UserError
+from tests.fuzz.harness import _peak, _reset_peak
 
 STATE: dict[str, Any] = {
     "position": {"step": 3, "ratio": 0.1, "name": None},
@@ -127,8 +131,120 @@ def test_a_half_written_one_is_never_seen(tmp_path: Path, monkeypatch: pytest.Mo
     assert newest is not None and newest.name == "step_000000001"
 
 
-def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+def test_numbers_that_are_none_survive(tmp_path: Path) -> None:
+    state = {"best": math.nan, "worst": -math.inf, "weights": torch.tensor([math.nan, math.inf])}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, 1, state))
+    assert math.isnan(loaded["best"]) and loaded["worst"] == -math.inf
+    assert loaded["weights"].isnan().tolist() == [True, False] and loaded["weights"][1] == math.inf
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
+    """Which had no number: state.json was the bare tree."""
     (path,) = saved(tmp_path, 1)
-    (path / "state.json").write_text(json.dumps({"dict": [["a", {"tensor": "/none"}]]}))
-    with pytest.raises(UserError, match="not a checkpoint of this program"):
+    content = json.loads((path / "state.json").read_text())
+    assert content["format"] == 2
+    (path / "state.json").write_text(json.dumps(content["state"]))
+    assert checkpoint.load(path)["position"] == STATE["position"]
+
+
+TREES: dict[str, Any] = {
+    "no tree": 7,
+    "a plain list": [1],
+    "two kinds in one": {"list": [], "tuple": []},
+    "an unknown kind": {"set": []},
+    "a later format": {"format": 3, "state": {"dict": []}},
+    "a text for a number of the format": {"format": "2", "state": {"dict": []}},
+    "no pairs": {"dict": [["a"]]},
+    "pairs of a text": {"dict": ["ab"]},
+    "a dict for a list": {"dict": [["a", {"list": {}}]]},
+    "a key twice": {"dict": [["a", 1], ["a", 2]]},
+    "a key that is a list": {"dict": [[[], 1]]},
+    "a key that is true": {"dict": [[True, 1]]},
+    "a tensor that is not there": {"dict": [["a", {"tensor": "/none"}]]},
+    "a tensor without a name": {"dict": [["a", {"tensor": 0}]]},
+    "a vector in an order of images": {"dict": [["a", {"channels_last": "/tensors/0"}]]},
+    "a list at the top": {"list": [1]},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_state_of_another_program_is_refused(name: str, tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_text(json.dumps(TREES[name]))
+    with pytest.raises(UserError, match=r"state\.json: not a checkpoint of this program .*delete this checkpoint"):
         checkpoint.load(path)
+
+
+TEXTS = {
+    "cut": b'{"format": 2, "st',
+    "a key twice": b'{"format": 2, "format": 2, "state": {"dict": []}}',
+    "not UTF-8": b'"\xff"',
+    "deep": b'{"list": [' * 100_000,
+    "empty": b"",
+    "large": b" " * (9 << 20),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_state_that_is_no_text_of_ours_is_refused(name: str, tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_bytes(TEXTS[name])
+    with pytest.raises(UserError, match=r"state\.json") as refused:
+        checkpoint.load(path)
+    assert str(refused.value).isprintable()
+
+
+def test_a_list_of_tensors_without_end_is_not_read(tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    file = path / "tensors.safetensors"
+    for length in (2**63, 50 << 20):
+        file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+        with pytest.raises(UserError, match="its list of tensors is too long"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "COMPLETE"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    (path,) = saved(tmp_path, 1)
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    assert checkpoint.newest(tmp_path) is None
+    if name != "COMPLETE":
+        with pytest.raises(UserError, match="not a regular file"):
+            checkpoint.load(path)
+
+
+def tree_of(item: str) -> bytes:
+    """A state.json as large as one may be, of nothing but such items."""
+    count = ((8 << 20) - 100) // (len(item) + 1)
+    return ('{"format": 2, "state": {"dict": [["a", {"list": [' + ",".join([item] * count) + "]}]]}}").encode()
+
+
+@pytest.mark.parametrize("item", ['{"list":[]}', '{"dict":[]}', "{}"])
+def test_the_memory_of_a_state_is_bounded(item: str, tmp_path: Path) -> None:
+    """Four times the files and 256 MiB, whatever they hold."""
+    (path,) = saved(tmp_path, 1)
+    (path / "state.json").write_bytes(tree_of(item))
+    before = _reset_peak()
+    with contextlib.suppress(UserError):
+        checkpoint.load(path)
+    assert _peak() - before <= 4 * (8 << 20) + (256 << 20)
+
+
+def test_the_memory_of_many_tensors_is_bounded(tmp_path: Path) -> None:
+    """The list of tensors is as long as one may be; whole images, whose memory order is made anew."""
+    (path,) = saved(tmp_path, 1)
+    names = [f"{number:x}" for number in range(70_000)]
+    entries = ",".join(f'"{name}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for name in names)
+    header = f"{{{entries}}}".encode()
+    assert 3 << 20 < len(header) < 4 << 20
+    (path / "tensors.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    before = _reset_peak()
+    with pytest.raises(UserError, match="lacks the tensor"):
+        checkpoint.load(path)
+    assert _peak() - before <= 4 * len(header) + (256 << 20)
+    large = torch.rand(8, 64, 256, 256).contiguous(memory_format=torch.channels_last)  # 128 MiB
+    path = checkpoint.save(tmp_path, 2, {"images": large})
+    before = _reset_peak()
+    assert checkpoint.load(path)["images"].equal(large)
+    assert _peak() - before <= 4 * large.nbytes

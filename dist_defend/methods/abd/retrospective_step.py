@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, lr_factor
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
 from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.abd.options import RetrospectionConfig
 from dist_defend.methods.abd.pair import Pair
@@ -108,7 +108,7 @@ class RetrospectiveStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pair.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self._prepare()
         self.step = state["step"]
 

@@ -11,7 +11,7 @@ from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, crop_and_flip
 from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
 from dist_defend.engine.step import NonFiniteError
 from dist_defend.errors import UserError
 from dist_defend.methods.abd.epochs import FIRST_KEPT
@@ -163,7 +163,7 @@ class Synthesis:
         self.generator.load_state_dict(state["generator"])
         self.projection.load_state_dict(state["projection"])
         for optimizer, saved in zip((self.optimizer, self.projection_optimizer), state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         self.pool.load_state_dict(state["pool"])
         self.bank.load_state_dict(state["bank"])
         best, images, seen = state["best"]

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.graphed import GraphedUpdate
-from dist_defend.engine.optim import build_optimizer
+from dist_defend.engine.optim import build_optimizer, load_optimizer
 from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.ibau.options import Config
 from dist_defend.methods.ibau.rounds import Rounds
@@ -136,10 +136,10 @@ class UnlearningStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         with torch.no_grad():
             self.delta.copy_(state["delta"])
-        self.inner_optimizer.load_state_dict(state["inner_optimizer"])
+        load_optimizer(self.inner_optimizer, state["inner_optimizer"])
         self.calls = state["calls"]
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

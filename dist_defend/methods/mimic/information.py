@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.context import Context, Place
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
 from dist_defend.engine.step import NonFiniteError, Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
@@ -249,7 +249,7 @@ class LayerInformation:
         for layer in self.own:
             saved = state["layers"][str(layer)]
             self.critics[layer].load_state_dict(saved["critic"])
-            self.optimizers[layer].load_state_dict(saved["optimizer"])
+            load_optimizer(self.optimizers[layer], saved["optimizer"])
 
 
 def bounded(maps: Tensor, max_inputs: int) -> Tensor:

@@ -11,7 +11,7 @@ from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, lr_factor
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
 from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.abd.retrospection import SelfRetrospection
 from dist_defend.methods.abd.vaccine import Vaccine, suppression
@@ -270,7 +270,7 @@ class _Player:
         return (value for state in states for value in state.values() if isinstance(value, Tensor))
 
     def load(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        load_optimizer(self.optimizer, state)
         self._prepare()
 
     def _prepare(self) -> None:

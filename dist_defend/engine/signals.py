@@ -1,0 +1,109 @@
+"""What a signal means to a run: stop at once while nothing is at stake, else at the next step, once it is saved.
+
+No torch here: a run listens before it imports that.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
+INTERRUPTED = 130  # 128 + SIGINT, what shells say of a program that Ctrl-C ended
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
+
+
+class Stopped(BaseException):
+    """A signal ended the run; nothing is lost. BaseException: what mends errors must not take it for one."""
+
+    def __init__(self, told: str, is_interrupt: bool) -> None:
+        super().__init__(told)
+        self.status = INTERRUPTED if is_interrupt else PREEMPTED
+
+
+class _Listener:
+    """The signals of this process. number: the one that came while it was only to be noted."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.is_noting = False
+        self.is_on = False
+        self._process = 0
+
+    def listen(self) -> dict[int, Any]:
+        """Start; the handlers before."""
+        self.number, self._process = None, os.getpid()
+        own: dict[int, Any] = {}
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP: it stays so
+                own[int(number)] = signal.signal(number, self._on_signal)
+        return own
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        is_own = os.getpid() == self._process  # not that of a loader's worker, forked from us
+        is_second = number == self.number == signal.SIGINT
+        if is_second:
+            if is_own:
+                _say("stopped at once; the same command goes on from the newest checkpoint")
+            os._exit(INTERRUPTED)
+        is_first = self.number is None
+        if self.number != signal.SIGINT:
+            self.number = number
+        if is_own and not self.is_noting:
+            if is_first:
+                raise stopped(number)
+            return  # it is ending already
+        if is_own and number == signal.SIGINT:
+            _say("stopping: the next step is saved first; Ctrl-C once more stops at once")
+
+
+_listener = _Listener()
+
+
+def stopped(number: int) -> Stopped:
+    """While a run is built or its result made."""
+    told = f"stopped by {signal.Signals(number).name}; the same command starts again, from the newest checkpoint if any"
+    return Stopped(told, number == signal.SIGINT)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within, one of SIGNALS raises Stopped; those that the process ignores stay ignored. Main thread only."""
+    if _listener.is_on or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = _listener.listen()
+    _listener.is_on = True
+    try:
+        yield
+    finally:
+        _listener.is_on, _listener.number = False, None
+        for number, handler in before.items():
+            if handler is not None:  # None: not Python's own
+                signal.signal(number, handler)
+
+
+@contextmanager
+def noted() -> Iterator[None]:
+    """Within, a signal is only noted, for ``pending``; a second Ctrl-C ends the process at once, with status 130."""
+    with stoppable():
+        _listener.is_noting = True
+        try:
+            yield
+        finally:
+            _listener.is_noting = False
+
+
+def pending() -> int | None:
+    """The signal that was noted."""
+    return _listener.number
+
+
+def _say(line: str) -> None:
+    """Past Python's buffers, in which the signal may have come; once per machine."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        with suppress(OSError):  # nobody reads
+            os.write(2, f"\n{line}\n".encode())

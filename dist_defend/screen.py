@@ -1,4 +1,8 @@
-"""Text from files, fit for a terminal: nothing in it can move the cursor, clear the screen or turn the writing."""
+"""Text from files, fit for a terminal, a Markdown page and a spreadsheet: nothing in it can act there."""
+
+import re
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]~|#])")
 
 
 def printable(text: object, most: int | None = None, keep: str = "") -> str:
@@ -12,3 +16,24 @@ def printable(text: object, most: int | None = None, keep: str = "") -> str:
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+def markdown(text: object) -> str:
+    """The text as Markdown that shows it: no markup, no HTML, no link, one line."""
+    line = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKDOWN.sub(r"\\\1", line).replace("://", ":\\//")
+
+
+def cell(value: object) -> object:
+    """A cell of a CSV file that no spreadsheet takes for a formula: a text like that gets ' in front; numbers stay."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(value):
+        return value
+    return f"'{value}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text == text.strip()

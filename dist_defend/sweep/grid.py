@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_defend.config import Experiment, build_section, load_experiment, read_yaml
+from dist_defend.config import Experiment, build_section, check_folder, load_experiment
 from dist_defend.errors import UserError
+from dist_defend.strict_yaml import read_yaml
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.([\w.]+)\}")
 _KEY_LENGTH = 12  # hex digits
@@ -53,6 +54,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if self.throttle is not None and self.throttle < 1:
             raise ValueError(f"key 'throttle' is {self.throttle}; it must be at least 1")
+        check_folder("output", self.output)
         if self.restarts < 0:
             raise ValueError(f"key 'restarts' is {self.restarts}; it must not be negative")
         if not self.stages:

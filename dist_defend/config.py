@@ -27,7 +27,6 @@ from dist_defend.errors import UserError
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
-
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
 
@@ -168,7 +167,9 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
             if isinstance(error.field_type, type)
             else (str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
         )
-        raise UserError(f"{path}: key '{prefix}{error.field_path}' is {_shown(error.value)}; expected {wanted}") from error
+        raise UserError(
+            f"{path}: key '{prefix}{error.field_path}' is {_shown(error.value)}; expected {wanted}"
+        ) from error
     except (ValueError, dacite.DaciteError) as error:  # a dataclass' own check of its values
         told = str(error).replace("key '", f"key '{prefix}", 1)
         raise UserError(f"{path}: {told}") from error

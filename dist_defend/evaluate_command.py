@@ -75,6 +75,7 @@ def _evaluate(trial: "Trial", examination: "Examination", args: argparse.Namespa
 
     from dist_defend.engine.run import RunFolder
     from dist_defend.experiment import provenance
+    from dist_defend.terminal import release_log
 
     context, attack = trial.context, examination.attack
     settings = {
@@ -93,6 +94,7 @@ def _evaluate(trial: "Trial", examination: "Examination", args: argparse.Namespa
         context.folder = _FOLDER / f"{_name(args.model)}-{digest[:8]}"
     folder = RunFolder(context.folder, is_main=True)
     folder.check(settings)
+    release_log()
     on_clean, on_triggered = examination.predict(trial.model)
     counts = examination.counts(on_clean, on_triggered)
     trial.judge(counts["acc"], examination.test.path)

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import logging
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dist_defend.engine.run import RunFolder, code_version
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
+from dist_defend.terminal import hold_log, release_log
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     run_folder = RunFolder(folder, ranks.is_main)
     run_folder.check(experiment.resolved())
     if run_folder.is_finished and not dry_run:
+        release_log()
         log.info("%s is finished; delete the folder to run it again", folder)
         return
     started = time.perf_counter()
@@ -44,6 +45,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
     if dry_run:
+        release_log()
         _describe(experiment, plan, context)
         return
     try:
@@ -97,13 +99,8 @@ def provenance(method: str, config_sha256: str, context: Context, seconds: float
 
 
 def log_to_terminal(is_main: bool) -> None:
-    logger = logging.getLogger("dist_defend")
-    logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    for old in [h for h in logger.handlers if type(h) is logging.StreamHandler]:
-        logger.removeHandler(old)  # of an earlier run in this process, whose stderr may be closed
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    """The log goes to standard error, once the input has been found to be good (see terminal)."""
+    hold_log(logging.INFO if is_main else logging.ERROR)
 
 
 def _describe(experiment: Experiment, plan: Plan, context: Context) -> None:

@@ -39,12 +39,12 @@ class _Bounded(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As PyYAML's; its nodes live as long as the tree, so that their ids tell them apart."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
-            node = self.anchors[event.anchor]
-            if id(node) not in self.sizes:
+            named = self.anchors[event.anchor]
+            if id(named) not in self.sizes:
                 raise self._error(event.start_mark, f"*{event.anchor} stands inside of what it names")
-            self._count(event.start_mark, self.sizes[id(node)])
+            self._count(event.start_mark, self.sizes[id(named)])
             return super().compose_node(parent, index)
         before = self.count
         self._count(event.start_mark, 1 + len(getattr(event, "value", "")) // _LETTERS)

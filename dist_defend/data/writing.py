@@ -1,6 +1,7 @@
 """Bring a source's images into shape, and write them through FFCV or as one array."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from dist_defend.data.ffcv_presence import quiet_ffcv
 from dist_defend.data.prefetch import prefetch
 from dist_defend.data.sources import Source
 from dist_defend.errors import UserError
+from dist_defend.terminal import unguarded
 
 _READERS = 4  # threads that decode and resize ahead of the writer
 _PAGE_BYTES = 1 << 23  # an image must fit into a page
@@ -75,7 +77,8 @@ class PreparedImages:
     def __iter__(self) -> Iterator[np.ndarray]:
         broken: list[BrokenImage] = []
         with contextlib.closing(prefetch(self._read, range(len(self)), _READERS)) as images:
-            for image in tqdm(images, total=len(self), unit="image", leave=False, disable=None):
+            bar = {"unit": "image", "leave": False, "disable": None, "file": unguarded(sys.stderr)}
+            for image in tqdm(images, total=len(self), **bar):
                 if isinstance(image, BrokenImage):
                     broken.append(image)
                     if len(broken) > self._most_broken:

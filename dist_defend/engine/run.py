@@ -17,6 +17,7 @@ import dist_defend
 from dist_defend.engine.lock import FolderLock
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
+from dist_defend.terminal import LineFormatter
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class RunFolder:
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
         handler = logging.FileHandler(self.path / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("dist_defend").addHandler(handler)
 
     def open_metrics(self, size: int) -> None:

@@ -19,6 +19,7 @@ from dist_defend.engine import checkpoint
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import NonFiniteError, Step, plain_weights
+from dist_defend.terminal import release_log, unguarded
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,7 @@ class Trainer:
     def fit(self, stages: Sequence[Stage]) -> None:
         """Run every stage. Raises Preempted after a signal, NonFiniteError before a bad update is kept, SaveError."""
         self._resume(stages)
+        release_log()  # no bad input can end the run any more
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGUSR1)}
         try:
             for number in range(self.position.stage, len(stages)):
@@ -119,6 +121,7 @@ class Trainer:
             total=total,
             initial=at.epoch * stage.loader.num_batches + at.batch,
             desc=stage.name,
+            file=unguarded(sys.stderr),
             disable=not (self.ranks.is_main and sys.stderr.isatty()),
         )
         is_over = at.epoch >= stage.epochs

@@ -129,15 +129,15 @@ def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> di
 
     def text(value: Any, own: Any) -> Any:
         if isinstance(value, list):
-            return [text(*pair) for pair in zip(value, own, strict=True)]
+            return [text(*pair) for pair in zip(value, own, strict=True)] if isinstance(own, list) else value
         return own if isinstance(value, float | int) and not isinstance(value, bool) else value
 
     def section(raw: Any, own: Any) -> Any:
         if not isinstance(raw, dict) or not isinstance(raw.get("slurm"), dict):
             return raw
-        return raw | {
-            "slurm": {key: text(value, own["slurm"].get(str(key), value)) for key, value in raw["slurm"].items()}
-        }
+        beside = own.get("slurm") if isinstance(own, dict) else None
+        beside = beside if isinstance(beside, dict) else {}  # a key that is a number has another text: 0x1
+        return raw | {"slurm": {key: text(value, beside.get(str(key), value)) for key, value in raw["slurm"].items()}}
 
     whole: dict[str, Any] = section(typed, written)
     if isinstance(stages := whole.get("stages"), dict):

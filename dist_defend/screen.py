@@ -2,7 +2,7 @@
 
 import re
 
-_MARKDOWN = re.compile(r"([\\`*_\[\]~|#])")
+_MARKDOWN = re.compile(r"([\\`*\[\]~|#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # a_b is no emphasis
 
 
 def printable(text: object, most: int | None = None, keep: str = "") -> str:

@@ -290,7 +290,8 @@ def _check_keys_differ(path: Path, points: list[Point]) -> None:
 def _label(value: Any) -> Any:
     """What stands for an axis' value: itself, or the name of a section that has one, or its JSON."""
     if isinstance(value, dict):
-        return value.get("name", json.dumps(value, sort_keys=True))
+        name = value.get("name")
+        return name if isinstance(name, str) else json.dumps(value, sort_keys=True)
     return json.dumps(value) if isinstance(value, list) else value
 
 

@@ -17,8 +17,9 @@ from tests.fuzz.mutate import SCALARS, mutate_bytes, mutate_tree
 SURFACES = ("experiment_bytes", "experiment_tree", "overrides", "sweep_bytes", "sweep_tree")
 TEXTS = (
     b"&a ", b"*a", b"<<: *a\n", b"!!int ", b"!!binary ", b"!!python/name:os.system ", b"? ", b": ", b"- ", b"\t",
-    b"|\n", b'"\\e[2J"', b'"\\0"', b'"\\uD800"', b"0x" + b"f" * 6000, b"9" * 5000, b".nan", b"-.inf", b"1e999", b"[" * 500,
-    b"{a: " * 300, b"\xef\xbb\xbf", b"%YAML 9.9\n---\n", b"...\n---\n", b"~: 1\n", b"true", b"0100", b"1:30", b"=",
+    b"|\n", b'"\\e[2J"', b'"\\0"', b'"\\uD800"', b"0x" + b"f" * 6000, b"9" * 5000, b".nan", b"-.inf", b"1e999",
+    b"[" * 500, b"{a: " * 300, b"\xef\xbb\xbf", b"%YAML 9.9\n---\n", b"...\n---\n", b"~: 1\n", b"true", b"0100",
+    b"1:30", b"=",
 )  # fmt: skip
 
 
@@ -92,13 +93,11 @@ def overrides(rng: random.Random, folder: Path) -> Callable[[], object]:
     ]
     changes = []
     for _ in range(rng.randint(1, 3)):
-        value: Any = (
-            json.dumps(rng.choice(SCALARS)) if rng.random() < 0.5 else rng.choice(TEXTS).decode(errors="replace")
-        )
+        value = rng.choice((json.dumps(rng.choice(SCALARS)), rng.choice(TEXTS).decode(errors="replace")))
         change = f"{rng.choice(keys)}{rng.choice(('', '.x', '.name', '..'))}={value}"
-        changes.append(
-            mutate_bytes(rng, change.encode()).decode(errors="surrogateescape") if rng.random() < 0.3 else change
-        )
+        if rng.random() < 0.3:
+            change = mutate_bytes(rng, change.encode()).decode(errors="surrogateescape")
+        changes.append(change)
     path = folder / "x.yaml"
     path.write_text(text)
     return read_experiment(path, changes)
@@ -128,14 +127,13 @@ stages:
   student:
     after: teacher
     config: configs/defend/kd_cifar10.yaml
+    set: {kd.teacher: "${teacher.output}/model"}
     zip: {kd.alpha: [0.5, 0.9], kd.evaluate_every: [1, 2]}
-    explicit: {plain: {}, other: {kd.teacher: "${teacher.output}/model"}}
+    explicit: {plain: {}, other: {kd.temperature: 2}}
     slurm: {time: 30}
 """
-    return (
-        first,
-        "output: runs/one\nconfig: configs/pretrain/simclr_cifar10.yaml\nproduct: {simclr.temperature: [0.1, 0.5]}\nseeds: [0]\n",
-    )
+    config = "configs/pretrain/simclr_cifar10.yaml"
+    return first, f"output: runs/one\nconfig: {config}\nproduct: {{simclr.temperature: [0.1, 0.5]}}\nseeds: [0]\n"
 
 
 def sweep_bytes(rng: random.Random, folder: Path) -> Callable[[], object]:

@@ -14,7 +14,7 @@ LAYERS = [
     {"engine", "evaluate"},
     {"trial"},
     {"methods"},
-    {"config", "experiment"},
+    {"config", "experiment", "results"},
     {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
     {"cli", "__main__"},
 ]

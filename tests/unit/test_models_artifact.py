@@ -125,7 +125,7 @@ def test_missing_and_broken_files_are_user_errors(folder: Path, tmp_path: Path) 
         ("{", "cannot be read"),
         ("[]", "is not a model card of format 1"),
         (card.replace('"format": 1', '"format": 2'), "is not a model card of format 1"),
-        (card.replace('"arch"', '"architecture"'), "is not a model card .*architecture"),
+        (card.replace('"arch"', '"architecture"'), "is not what it should be .*architecture"),
         (card.replace("small_cifar", "small_cifr"), "did you mean 'small_cifar'"),
     ):
         (folder / "model.json").write_text(text)

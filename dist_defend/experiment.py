@@ -26,11 +26,12 @@ log = logging.getLogger(__name__)
 def run(experiment: Experiment, dry_run: bool = False) -> None:
     """Build everything, train from wherever the run folder left off, evaluate, write result.json.
 
-    A finished run is not done again. dry_run builds data, models and steps, tells what they are, and runs nothing.
+    A finished run is not done again. dry_run builds data, models and steps, reads the checkpoint that a run would go on
+    from, tells what they are, and runs and writes nothing: it refuses what a run refuses before its first step.
     Raises UserError for bad input, Preempted after a signal, NonFiniteError for a diverged run.
     """
     folder = Path(experiment.output)
-    trackers = () if dry_run else experiment.trainer.trackers
+    trackers = experiment.trainer.trackers
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
     log_to_terminal(ranks.is_main)
     run_folder = RunFolder(folder, ranks.is_main)
@@ -45,6 +46,9 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
     plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
     if dry_run:
+        run_folder.check_free()
+        if not run_folder.is_finished:
+            Trainer(ranks, RunFolder(folder, is_main=False), experiment.trainer).check(plan.stages)  # writes nothing
         release_log()
         _describe(experiment, plan, context)
         return

@@ -78,7 +78,7 @@ class HeldLog(logging.StreamHandler[Any]):
         else:
             self.held.append(record)
 
-    def release(self) -> None:
+    def let_go(self) -> None:
         """Write what was held, and from now on all at once."""
         held, self.held = self.held or [], None
         for record in held:
@@ -96,7 +96,7 @@ def hold_log(level: int = logging.WARNING) -> None:
 def release_log() -> None:
     """The input is not refused any more: log lines are written from now on."""
     for handler in _held():
-        handler.release()
+        handler.let_go()
 
 
 def end_log() -> None:

@@ -32,11 +32,7 @@ class FolderLock:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with file:
-                file.seek(0)
-                raise UserError(
-                    f"{self.path.parent} is in use by {_told(file.read(1000))}: wait for it, end it, or choose another "
-                    "folder (key 'output')"
-                ) from None
+                raise self._in_use(file) from None
         except OSError as error:  # ENOLCK or ENOSYS: NFS without lockd, some parallel file systems
             file.close()
             log.warning("%s cannot be locked (%s): see to it that only one run writes there", self.path, error.strerror)
@@ -51,6 +47,25 @@ class FolderLock:
         file.truncate(0)
         file.write(json.dumps(holder))
         file.flush()
+
+    def check(self) -> None:
+        """UserError as from ``take``, but the folder is not taken, and nothing is written."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+            except BlockingIOError:
+                raise self._in_use(file) from None
+            except OSError:  # no locks here, which take says
+                return
+
+    def _in_use(self, file: IO[str]) -> UserError:
+        file.seek(0)
+        return UserError(
+            f"{self.path.parent} is in use by {_told(file.read(1000))}: wait for it, end it, or choose another folder "
+            "(key 'output')"
+        )
 
     def release(self) -> None:
         """Let go of the folder."""

@@ -57,6 +57,11 @@ class RunFolder:
                     f"{self.path} holds another experiment: {difference}; change 'output' or delete the folder"
                 )
 
+    def check_free(self) -> None:
+        """UserError while another process writes there; nothing is taken or written."""
+        if self.is_main:
+            self._lock.check()
+
     def open(self, resolved: dict[str, Any], text: str) -> None:
         """Create the folder and lock it, write down the configuration (as data and as YAML ``text``), start log.txt.
 

@@ -114,6 +114,10 @@ class Trainer:
             for which, handler in handlers.items():
                 signal.signal(which, handler)
 
+    def check(self, stages: Sequence[Stage]) -> None:
+        """Read the newest checkpoint into the stages, as ``fit`` does first, for a dry run. UserError as from there."""
+        self._resume(stages)
+
     def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
         stage, at = stages[number], self.position
         total = stage.epochs * stage.loader.num_batches

@@ -191,7 +191,7 @@ def _listed(hint: Any, value: Any, path: Path, key: str) -> Any:
 
 
 def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else _integer(value)
 
 
 def _integer(value: Any) -> Any:

@@ -63,7 +63,7 @@ def build(kind: type[T], content: Any, where: str | Path, remedy: str) -> T:
     try:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not keys and values")
-        config = dacite.Config(cast=[tuple], strict=True, type_hooks={int: _int})
+        config = dacite.Config(cast=[tuple], strict=True, type_hooks={int: _number, float: _number})
         built: T = dacite.from_dict(kind, content, config)
         if not _is_kept(built, content):
             raise ValueError("a text stands where a list belongs")
@@ -84,7 +84,7 @@ def _is_kept(built: Any, content: Any) -> bool:
     return built is content or bool(built == content)
 
 
-def _int(value: Any) -> Any:
+def _number(value: Any) -> Any:
     return _refuse("true and false are no numbers") if isinstance(value, bool) else value
 
 

@@ -138,7 +138,9 @@ def test_features_of_another_form(
     save_file(good | {"clean/digits/labels": np.zeros(5, np.int64)} | {key: tensor}, run / "features.safetensors")
     assert main(["report", str(run)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "features.safetensors: damaged: it ha" in line
+    assert "features.safetensors: damaged: it has tensors of several lengths" in line or (
+        f"features.safetensors: damaged: it holds another tensor as '{key}'" in line
+    )
 
 
 def link(file: Path) -> None:

@@ -116,10 +116,10 @@ BASE: dict[str, Any] = {"method": "simclr", "output": "runs/x", "simclr": {"data
         ("simclr={a: 1, a: 2}", "line 1: key 'a' comes twice"),
         ("simclr.update=[[", "the value is not valid YAML"),
         ('output="a\\e"', "the value holds a control character"),
-        ("simclr.temperature=true", "key 'simclr.temperature' is True; expected float"),
+        ("simclr.temperature=true", "key 'simclr.temperature' is 'True'; expected float"),
         ("simclr.grad_cache=1", "key 'simclr.grad_cache' is 1; expected bool"),
         ("simclr.update.epochs=true", "key 'simclr.update.epochs' is 'True'; expected int"),
-        ("simclr.update.max_grad_norm=true", "key 'simclr.update.max_grad_norm' is True; expected float | null"),
+        ("simclr.update.max_grad_norm=true", "key 'simclr.update.max_grad_norm' is 'True'; expected float | null"),
         ("simclr.update.max_grad_norm=0", "key 'simclr.update.max_grad_norm' is 0.0; it must be positive"),
         ("world_size=true", "key 'world_size' is 'True'"),
         ("world_size=0", "key 'world_size' is 0; it must be at least 1"),
@@ -152,7 +152,7 @@ def test_the_name_of_a_trigger_that_is_no_text(tmp_path: Path) -> None:
     path.write_text(
         f"method: classifier\noutput: x\nclassifier: {{data: {{path: a}}, test: {{path: b}}, poison: {poison}}}\n"
     )
-    with pytest.raises(UserError, match=r"key 'classifier.poison.trigger.name' is \['badnets'\]; it must be one of"):
+    with pytest.raises(UserError, match=r"key 'classifier.poison.trigger.name' is \['badnets'\]; .*it must be one of"):
         load_experiment(path)
 
 

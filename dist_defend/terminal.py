@@ -101,8 +101,10 @@ def release_log() -> None:
 
 def end_log() -> None:
     """No log on standard error any more; what was held is dropped."""
+    logger = logging.getLogger(_LOGGER)
     for handler in _held():
-        logging.getLogger(_LOGGER).removeHandler(handler)
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 def _held() -> list[HeldLog]:

@@ -84,9 +84,9 @@ def _check_counts(counts: dict[str, Any]) -> None:
         if when not in ("before", "after") or not isinstance(found, dict):
             raise ValueError(f"key 'counts' has {when!r}; it may have the counts before and after")
         for name, count in found.items():
-            numbers = (count.get("correct"), count.get("n")) if isinstance(count, dict) else (None, None)
-            is_whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
-            if not is_whole or not 0 <= numbers[0] <= numbers[1] or len(count) != 2:
+            numbers = [count.get("correct"), count.get("n")] if isinstance(count, dict) and len(count) == 2 else []
+            whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+            if len(whole) != 2 or not 0 <= whole[0] <= whole[1]:
                 raise ValueError(f"key 'counts.{when}.{name}' is no {{correct, n}} with 0 <= correct <= n")
 
 

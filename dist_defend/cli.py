@@ -7,16 +7,20 @@ import importlib
 import os
 import select
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 from typing import IO
 
-from dist_defend import __version__
+from dist_defend import __version__, terminal
 from dist_defend.engine.signals import INTERRUPTED, PREEMPTED, Stopped, stoppable
 from dist_defend.errors import UserError
+from dist_defend.screen import printable
 
 __all__ = ["BROKEN_PIPE", "INTERRUPTED", "PREEMPTED", "main"]
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells say of a program whose reader went away, as with `| head`
+_OTHERS_SECONDS = 3  # after which a launcher has ended the other ranks of one that failed
 _COMMANDS = {
     "launch": "dist_defend.launch",
     "plan": "dist_defend.plan",
@@ -70,20 +74,58 @@ def _is_unread(stream: IO[str]) -> bool:
 
 def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
+    is_debug = "--debug" in argv
+    with terminal.guarded():
+        terminal.hold_log()
+        try:
+            args = _parse([word for word in argv if word != "--debug"])
+            args.debug = is_debug
+            return args.main(args)
+        except UserError as error:
+            terminal.end_log()  # what was told on the way to it
+            _tell(f"error: {error}")
+            return 2
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            terminal.release_log()
+            _tell_failure(error, is_debug)
+            return 1
+        finally:
+            terminal.release_log()
+            terminal.end_log()
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse does not allow for below subcommands."""
     parser = argparse.ArgumentParser(prog="dist-defend", description=sys.modules["dist_defend"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure; may stand anywhere")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_run(commands)
     asked_for = argv[:1] if argv[:1] in (["run"], *([name] for name in _COMMANDS)) else list(_COMMANDS)
     for name in asked_for:  # a command's module is imported when it is used, or to list them all
         if name in _COMMANDS:
             importlib.import_module(_COMMANDS[name]).add_arguments(commands)
-    args = parser.parse_args(argv)
-    try:
-        return args.main(args)
-    except UserError as error:
-        _tell(f"error: {error}")
-        return 2
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides = [*args.overrides, *rest]
+    return args
+
+
+def _tell_failure(error: Exception, is_debug: bool) -> None:
+    """One line for what nobody foresaw. Of several ranks the first one's; another's only where the first goes on."""
+    rank = os.environ.get("LOCAL_RANK", "0")
+    if rank != "0":
+        time.sleep(_OTHERS_SECONDS)
+    if is_debug:
+        traceback.print_exception(error)
+    told = printable(" ".join(str(error).split()), 500)
+    where = "" if rank == "0" else f"rank {rank}: "
+    hint = "" if is_debug else "; run again with --debug for the traceback"
+    print(f"failed: {where}{type(error).__name__}{': ' if told else ''}{told}{hint}", file=sys.stderr)
 
 
 def _tell(line: str) -> None:

@@ -1,7 +1,7 @@
 """One YAML file per experiment, ``key.sub=value`` overrides, strict, as frozen dataclasses.
 
-PyYAML reads the file and dacite builds and type-checks the dataclasses; the walk for unknown keys is ours, because its
-message (file, path, nearest key) is what saves a user an hour. See docs/decisions/0001-configuration.md.
+strict_yaml reads the file and dacite builds and type-checks the dataclasses; the walk for unknown keys is ours, because
+its message (file, path, nearest key) is what saves a user an hour. See docs/decisions/0001-configuration.md.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import pkgutil
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -19,47 +19,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dacite
-import yaml
 
 import dist_defend.methods
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
+from dist_defend.screen import printable
+from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
-
-class _Yaml(yaml.SafeLoader):
-    """Scalars as people mean them, close to YAML 1.2: 1e-3 is a number; 24:00:00, 0100 and 2026-01-31 stay text.
-
-    YAML 1.1 reads these four as a string, a number to base 60, one to base 8 and a date.
-    """
-
-
-_OURS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
-_Yaml.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag not in _OURS]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$|0x[0-9a-fA-F]+$"), list("-+0123456789")
-)
-_Yaml.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?(0|[1-9][0-9]*)[eE][-+]?[0-9]+$"
-        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
-
-
-class _Text(yaml.SafeLoader):
-    """Every scalar as its text; anchors and merges as ever."""
-
-
-_Text.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] == "tag:yaml.org,2002:merge"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
 
 @dataclass(frozen=True)
@@ -78,6 +46,9 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"key 'seed' is {self.seed}; it must not be negative")
+        if self.world_size is not None and self.world_size < 1:
+            raise ValueError(f"key 'world_size' is {self.world_size}; it must be at least 1")
+        check_folder("output", self.output)
 
     def resolved(self) -> dict[str, Any]:
         """The file that gives exactly this experiment, as plain containers."""
@@ -87,6 +58,15 @@ class Experiment:
     def digest(self) -> str:
         """sha256 of the resolved configuration."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def check_folder(key: str, value: str) -> None:
+    """ValueError unless the value names a folder of its own: not nothing, not ``.``, ``..`` or ``/``."""
+    parts = [part for part in Path(os.path.normpath(value)).parts if part not in (".", "..", os.sep, "//")]
+    if not value.strip() or not parts:
+        raise ValueError(f"key '{key}' is {value!r}; it must name a folder of its own, such as runs/name")
+    if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
+        raise ValueError(f"key '{key}' is {_shown(value)}; a name in it is longer than {_LONGEST_NAME} bytes")
 
 
 def method_names() -> list[str]:
@@ -103,7 +83,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         _override(raw, text)
     name = raw.get("method")
     if name not in method_names():
-        raise UserError(f"{path}: key 'method' is {name!r}; it must be one of {', '.join(method_names())}")
+        raise UserError(f"{path}: key 'method' is {_shown(name)}; it must be one of {', '.join(method_names())}")
     module = importlib.import_module(f"dist_defend.methods.{name}")
     options_type, options_raw = module.Config, raw.pop(name, None)
     if options_raw is None:
@@ -115,27 +95,13 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return dataclasses.replace(experiment, options=options)
 
 
-def read_yaml(path: Path, as_written: bool = False) -> dict[str, Any]:
-    """The keys of a YAML file, every scalar as its text if as_written. UserError if it cannot be read or has none."""
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Text if as_written else _Yaml)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path}: cannot read the configuration: {reason}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected 'key: value' lines, found {type(raw).__name__}")
-    return raw
-
-
 def _with_preset(raw: dict[str, Any], presets: dict[str, dict[str, Any]], path: Path, name: str) -> dict[str, Any]:
     """The section with a named set of options below its own keys; the resolved file names the options instead."""
     own = dict(raw)
     preset = own.pop("preset")
     if not isinstance(preset, str) or preset not in presets:
         known = ", ".join(presets) or "none: the method has no presets"
-        raise UserError(f"{path}: key '{name}.preset' is {preset!r}; known: {known}")
+        raise UserError(f"{path}: key '{name}.preset' is {_shown(preset)}; known: {known}")
     return _merged(presets[preset], own)
 
 
@@ -161,16 +127,16 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise UserError(f"override {text!r}: write it as key.sub=value")
+        raise UserError(f"override {_shown(text)}: write it as key.sub=value")
     *parents, last = key.split(".")
     for parent in parents:
         if not isinstance(raw.setdefault(parent, {}), dict):
-            raise UserError(f"override {text!r}: '{parent}' is not a section")
+            raise UserError(f"override {_shown(text)}: '{printable(parent, 80)}' is not a section")
         raw = raw[parent]
     try:
-        raw[last] = yaml.load(value, Loader=_Yaml)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {text!r}: the value is not valid YAML") from error
+        raw[last] = parse_yaml(value, f"override {_shown(text)}")
+    except UserError as error:
+        raise UserError(str(error).replace("not valid YAML", "the value is not valid YAML", 1)) from error
 
 
 def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
@@ -182,7 +148,7 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
     raw = _over_defaults(cls, raw)
     for key, value in raw.items():  # inner sections first, so that an error names the innermost key
         if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
-            raise UserError(f"{path}: key '{prefix}{key}' is {value!r}; expected a list")
+            raise UserError(f"{path}: key '{prefix}{key}' is {_shown(value)}; expected a list")
         try:
             sections = _sections(hints[key], value)
         except ValueError as error:
@@ -201,10 +167,17 @@ def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Seque
             if isinstance(error.field_type, type)
             else (str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
         )
-        raise UserError(f"{path}: key '{prefix}{error.field_path}' is {error.value!r}; expected {wanted}") from error
-    except ValueError as error:  # a dataclass' own check of its values
+        raise UserError(
+            f"{path}: key '{prefix}{error.field_path}' is {_shown(error.value)}; expected {wanted}"
+        ) from error
+    except (ValueError, dacite.DaciteError) as error:  # a dataclass' own check of its values
         told = str(error).replace("key '", f"key '{prefix}", 1)
         raise UserError(f"{path}: {told}") from error
+
+
+def _shown(value: Any) -> str:
+    """What stands in a file, for a message."""
+    return printable(repr(value), 100)
 
 
 def _listed(hint: Any, value: Any, path: Path, key: str) -> Any:
@@ -213,12 +186,12 @@ def _listed(hint: Any, value: Any, path: Path, key: str) -> Any:
     if typing.get_origin(hint) is not tuple or not isinstance(value, str | int | float):
         return value
     if arguments[-1] is not Ellipsis:
-        raise UserError(f"{path}: key '{key}' is {value!r}; expected a list of {len(arguments)} values")
+        raise UserError(f"{path}: key '{key}' is {_shown(value)}; expected a list of {len(arguments)} values")
     return [value]
 
 
 def _number(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else _integer(value)
 
 
 def _integer(value: Any) -> Any:
@@ -228,13 +201,14 @@ def _integer(value: Any) -> Any:
 def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str] = ()) -> None:
     """Refuse keys that no field of the dataclass reads."""
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: key '{prefix.rstrip('.')}' is {raw!r}; expected a section with keys")
+        raise UserError(f"{path}: key '{prefix.rstrip('.')}' is {_shown(raw)}; expected a section with keys")
     names = [f.name for f in dataclasses.fields(cls) if f.name != "options"]
     for key in raw:
         if key not in names:
-            near = difflib.get_close_matches(str(key), [*names, *extra], n=1, cutoff=0.4)
+            told = printable(key, 100)
+            near = difflib.get_close_matches(told, [*names, *extra], n=1, cutoff=0.4)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
-            raise UserError(f"{path}: unknown key '{prefix}{key}'; {hint}")
+            raise UserError(f"{path}: unknown key '{prefix}{told}'; {hint}")
 
 
 def _sections(hint: Any, value: Any) -> list[tuple[Any, Any, str]]:
@@ -258,13 +232,13 @@ def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
         return [t for t in arguments if t is not type(None)]
     sections = {typing.get_args(typing.get_type_hints(t)["name"])[0]: t for t in classes}
     name = value.get("name")
-    if name not in sections:
-        near = difflib.get_close_matches(str(name), [str(known) for known in sections], n=1)
+    if not isinstance(name, str) or name not in sections:
+        near = difflib.get_close_matches(printable(name, 100), [str(known) for known in sections], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"key 'name' is {name!r}; {hint}it must be one of {', '.join(map(str, sections))}")
+        raise ValueError(f"key 'name' is {_shown(name)}; {hint}it must be one of {', '.join(map(str, sections))}")
     return [sections[name]]
 
 
 def dump(experiment: Experiment) -> str:
     """The resolved configuration as YAML."""
-    return yaml.safe_dump(experiment.resolved(), sort_keys=False, width=110)
+    return dump_yaml(experiment.resolved())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_defend.errors import UserError
+from dist_defend.strict_json import read_json
 
 if TYPE_CHECKING:  # they take seconds to import, which --help does not need
     from dist_defend.attacks.poison import PoisonConfig
@@ -79,6 +80,7 @@ def _evaluate(
 
     from dist_defend.engine.run import RunFolder
     from dist_defend.experiment import provenance
+    from dist_defend.terminal import release_log
 
     context, attack = trial.context, examination.attack
     settings = {
@@ -97,6 +99,7 @@ def _evaluate(
         context.folder = _FOLDER / f"{_name(args.model)}-{digest[:8]}"
     folder = RunFolder(context.folder, is_main=True)
     folder.check(settings)
+    release_log()
     on_clean, on_triggered = examination.predict(trial.model)
     counts = examination.counts(on_clean, on_triggered)
     trial.judge(counts["acc"], examination.test.path)
@@ -136,14 +139,16 @@ def _attack(args: argparse.Namespace) -> "PoisonConfig | None":
 def read_attack(path: Path) -> "PoisonConfig":
     """The attack in a model folder, a model.json, an experiment file or a YAML file of PoisonConfig's keys."""
     from dist_defend.attacks.poison import PoisonConfig, poison_from
-    from dist_defend.config import build_section, read_yaml
+    from dist_defend.config import build_section
+    from dist_defend.strict_yaml import read_yaml
 
     path = path / "model.json" if path.is_dir() else path
-    raw = read_yaml(path)  # which JSON is too
     if path.suffix == ".json":
+        raw = _card(path)
         if not raw.get("trigger"):
             raise UserError(f"{path} names no attack: give another --attack, or --triggered images")
         return poison_from(raw["trigger"])
+    raw = read_yaml(path)
     own = raw.get(str(raw.get("method")))
     places = {"": raw, "attack.": raw.get("attack")}
     if isinstance(own, dict):
@@ -152,6 +157,17 @@ def read_attack(path: Path) -> "PoisonConfig":
         if isinstance(section, dict) and (prefix or {"trigger", "images"} & section.keys()):
             return build_section(PoisonConfig, section, path, prefix)
     raise UserError(f"{path} has no attack: give the keys trigger (or images), target_class, labels, as in 'attack:'")
+
+
+def _card(path: Path) -> dict[str, Any]:
+    remedy = "name a model.json, or a YAML file with the keys of an attack section"
+    try:
+        raw = read_json(path, remedy)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} is no model card: {remedy}")
+    return raw
 
 
 def _name(model: str) -> str:

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import logging
 import resource
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
+from dist_defend.terminal import hold_log, release_log
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,7 +29,8 @@ T = TypeVar("T")
 def run(experiment: Experiment, dry_run: bool = False) -> None:
     """Build everything, train from wherever the run folder left off, evaluate, write result.json.
 
-    A finished run is not done again. dry_run builds data, models and steps, tells what they are, and runs nothing.
+    A finished run is not done again. dry_run builds data, models and steps, reads the checkpoint that a run would go on
+    from, tells what they are, and runs and writes nothing: it refuses what a run refuses before its first step.
     Raises UserError for bad input, Stopped after a signal, NonFiniteError for a diverged run.
     """
     with signals.stoppable():
@@ -38,7 +39,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> None:
 
 def _run(experiment: Experiment, dry_run: bool) -> None:
     folder = Path(experiment.output)
-    trackers = () if dry_run else experiment.trainer.trackers
+    trackers = experiment.trainer.trackers
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
     log_to_terminal(ranks.is_main)
     run_folder = RunFolder(folder, ranks.is_main)
@@ -48,6 +49,7 @@ def _run(experiment: Experiment, dry_run: bool) -> None:
     if run_folder.is_finished:
         _on_main(ranks, lambda: run_folder.check_result(inputs))
     if run_folder.is_finished and not dry_run:
+        release_log()
         log.info("%s is finished; delete the folder to run it again", folder)
         return
     identity = Identity.begin(inputs, ranks.world_size)
@@ -57,7 +59,10 @@ def _run(experiment: Experiment, dry_run: bool) -> None:
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
     trainer = Trainer(ranks, run_folder, experiment.trainer, identity)
     if dry_run:
-        trainer.resume(plan.stages, is_dry=True)
+        _on_main(ranks, run_folder.check_free)
+        if not run_folder.is_finished:
+            trainer.resume(plan.stages, is_dry=True)
+        release_log()
         _describe(experiment, plan, context)
         return
     try:
@@ -115,13 +120,8 @@ def provenance(method: str, config_sha256: str, context: Context, identity: Iden
 
 
 def log_to_terminal(is_main: bool) -> None:
-    logger = logging.getLogger("dist_defend")
-    logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    for old in [h for h in logger.handlers if type(h) is logging.StreamHandler]:
-        logger.removeHandler(old)  # of an earlier run in this process, whose stderr may be closed
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    """The log goes to standard error, once the input has been found to be good (see terminal)."""
+    hold_log(logging.INFO if is_main else logging.ERROR)
 
 
 def _describe(experiment: Experiment, plan: Plan, context: Context) -> None:

@@ -79,6 +79,8 @@ def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict
     if name.startswith("zero"):
         command += ["--deepspeed_config_file", f"{FILES}/deepspeed/{name}.json"]
     command += ["-m", "dist_defend", "run", args.config, *args.overrides, f"world_size={ranks}"]
+    if args.debug:
+        command.append("--debug")
     if "OMP_NUM_THREADS" not in os.environ and not devices:
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) * args.machines // ranks))
     return command, environment

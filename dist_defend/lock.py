@@ -54,9 +54,7 @@ class FolderLock:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 with file:
-                    file.seek(0)
-                    told = _told(file.read(1000))
-                    raise UserError(f"{self._folder} is in use by {told}: {self._remedy}") from None
+                    raise self._in_use(file) from None
             except OSError as error:  # ENOLCK or ENOSYS: NFS without lockd, some parallel file systems
                 file.close()
                 if self._is_beside:
@@ -71,6 +69,22 @@ class FolderLock:
             except FileNotFoundError:  # its holder has just let go of it: there is a new file to lock
                 pass
             file.close()
+
+    def check(self) -> None:
+        """UserError as from ``take``, but the folder is not taken, and nothing is written."""
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+            except BlockingIOError:
+                raise self._in_use(file) from None
+            except OSError:  # no locks here, which take says
+                return
+
+    def _in_use(self, file: IO[str]) -> UserError:
+        file.seek(0)
+        return UserError(f"{self._folder} is in use by {_told(file.read(1000))}: {self._remedy}")
 
     def release(self) -> None:
         """Let go of the folder."""

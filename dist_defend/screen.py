@@ -1,11 +1,8 @@
-"""Text from files, fit for a terminal: nothing in it can move the cursor, clear the screen or turn the writing."""
+"""Text from files, fit for a terminal, a Markdown page and a spreadsheet: nothing in it can act there."""
 
-import contextlib
-from collections.abc import Iterator
+import re
 
-from dist_defend.errors import UserError
-
-_MOST_LINE = 1500  # characters
+_MARKDOWN = re.compile(r"([\\`*\[\]~|#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # a_b is no emphasis
 
 
 def printable(text: object, most: int | None = None, keep: str = "") -> str:
@@ -21,16 +18,22 @@ def printable(text: object, most: int | None = None, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
-def one_line(text: object) -> str:
-    """A message as one printable line; of a very long one the middle is left out, as its end holds the remedy."""
-    line = printable(text)
-    return line if len(line) <= _MOST_LINE else f"{line[: _MOST_LINE * 2 // 3]} ... {line[-_MOST_LINE // 3 :]}"
+def markdown(text: object) -> str:
+    """The text as Markdown that shows it: no markup, no HTML, no link, one line."""
+    line = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKDOWN.sub(r"\\\1", line).replace("://", ":\\//")
 
 
-@contextlib.contextmanager
-def printable_errors() -> Iterator[None]:
-    """A UserError from within comes out as one printable line, whatever names of files and keys it quotes."""
+def cell(value: object) -> object:
+    """A cell of a CSV file that no spreadsheet takes for a formula: a text like that gets ' in front; numbers stay."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")) or _is_number(value):
+        return value
+    return f"'{value}"
+
+
+def _is_number(text: str) -> bool:
     try:
-        yield
-    except UserError as error:
-        raise UserError(one_line(error)) from error
+        float(text)
+    except ValueError:
+        return False
+    return text == text.strip()

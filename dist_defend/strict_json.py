@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -16,7 +17,10 @@ T = TypeVar("T")
 
 
 def parse_json(text: str | bytes, where: str | Path, remedy: str, *, may_be_nan: bool = False) -> Any:
-    """The value. UserError, ending in ``remedy``, for no JSON, a key that comes twice, NaN, or too deep nesting."""
+    """The value. UserError, ending in ``remedy``, for no JSON, a key that comes twice, NaN, or too deep nesting.
+
+    may_be_nan: NaN, Infinity and numbers beyond all floats (1e999) are taken; otherwise they are refused.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(items)
@@ -29,8 +33,12 @@ def parse_json(text: str | bytes, where: str | Path, remedy: str, *, may_be_nan:
     def constant(name: str) -> float:
         return float(name) if may_be_nan else _refuse(f"{name} is not a number of JSON")
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if may_be_nan or math.isfinite(number) else _refuse(f"{digits[:40]} is larger than any number")
+
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=finite)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         told = "nested too deeply" if isinstance(error, RecursionError) else printable(str(error), 200)
         raise UserError(f"{where} cannot be read ({told}): {remedy}") from error
@@ -55,7 +63,7 @@ def build(kind: type[T], content: Any, where: str | Path, remedy: str) -> T:
     try:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not keys and values")
-        config = dacite.Config(cast=[tuple], strict=True, type_hooks={int: _int})
+        config = dacite.Config(cast=[tuple], strict=True, type_hooks={int: _number, float: _number})
         built: T = dacite.from_dict(kind, content, config)
         if not _is_kept(built, content):
             raise ValueError("a text stands where a list belongs")
@@ -76,7 +84,7 @@ def _is_kept(built: Any, content: Any) -> bool:
     return built is content or bool(built == content)
 
 
-def _int(value: Any) -> Any:
+def _number(value: Any) -> Any:
     return _refuse("true and false are no numbers") if isinstance(value, bool) else value
 
 

@@ -71,6 +71,7 @@ class Blended:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_seed(self.seed)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
 
@@ -120,6 +121,9 @@ class Trojan:
     wrap: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
     def build(self, image_size: int) -> Additive | Wrapping:
         """UserError if the pattern does not fit into images of this size (pixels)."""
         if self.pattern == "watermark":
@@ -157,6 +161,9 @@ class L2Inv:
     name: Literal["l2_inv"] = "l2_inv"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
     def build(self, image_size: int) -> Additive:
         return Additive(as_images(drawn.resized(drawn.smooth_blotches(self.seed), image_size)))
 
@@ -191,6 +198,9 @@ class LowFrequency:
     name: Literal["low_frequency"] = "low_frequency"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
     def build(self, image_size: int) -> Additive:
         return Additive(as_images(drawn.resized(drawn.low_frequency(self.seed), image_size)))
 
@@ -207,6 +217,7 @@ class WaNet:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_seed(self.seed)
         _check_cross(self.cross_ratio)
         if self.cells < 2:
             raise ValueError(f"key 'cells' is {self.cells}; a warp needs at least 2 control points a side")
@@ -287,6 +298,11 @@ PatternConfig = (
 def _require(image_size: int, needed: int, name: str) -> None:
     if image_size < needed:
         raise UserError(f"trigger '{name}' needs images of at least {needed} px; these have {image_size}")
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"key 'seed' is {seed}; it must not be negative")
 
 
 def _check_cross(ratio: float) -> None:

@@ -66,7 +66,7 @@ def poison_from(plain: dict[str, Any]) -> PoisonConfig:
     """The attack that ``dataclasses.asdict`` wrote into a model card. UserError if it is another thing."""
     try:
         return dacite.from_dict(PoisonConfig, plain, dacite.Config(strict=True))
-    except (dacite.DaciteError, ValueError, TypeError) as error:
+    except (dacite.DaciteError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the model card's trigger is no classifier attack of this version: {error}") from error
 
 

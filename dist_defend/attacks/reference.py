@@ -26,6 +26,13 @@ class TriggerConfig:
     size: int = 10  # pixels
     margin: int = 1  # pixels left free at the border
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.margin < 0:
+            key = "size" if self.size < 1 else "margin"
+            raise ValueError(
+                f"key '{key}' is {getattr(self, key)}; a square has pixels, and its border cannot be negative"
+            )
+
 
 @dataclass(frozen=True)
 class ReferenceConfig:
@@ -40,6 +47,9 @@ class ReferenceConfig:
     number: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("target_class", "number"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if (self.file is None) == (self.dataset is None):
             raise ValueError("key 'reference' needs either 'file' or 'dataset'")
 

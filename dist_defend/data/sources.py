@@ -22,7 +22,6 @@ from dist_defend.data.published import (
 )
 from dist_defend.data.reading import NO_KEYS, ArraySource, Keys, NotedSource, Source
 from dist_defend.errors import UserError
-from dist_defend.screen import printable_errors
 
 __all__ = ["KINDS", "ArraySource", "Keys", "Source", "load_image_npz", "open_source", "source_splits"]
 
@@ -44,7 +43,6 @@ class _Published:
     open: Callable[[str | None, str], Source]
 
 
-@printable_errors()
 def open_source(kind: str, path: str | None, split: str, keys: Keys = NO_KEYS) -> Source:
     """One split of a source. UserError for an unknown kind or split, or files that cannot be had.
 
@@ -61,7 +59,6 @@ def open_source(kind: str, path: str | None, split: str, keys: Keys = NO_KEYS) -
     return source
 
 
-@printable_errors()
 def source_splits(kind: str, path: str | None, keys: Keys = NO_KEYS) -> list[str]:
     """The splits that this source has, in the order train, val, test, unlabeled; for local kinds those in ``path``."""
     how, place, _ = _resolve(kind, path, keys)

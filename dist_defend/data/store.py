@@ -36,7 +36,6 @@ from dist_defend.data.writing import (
 )
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
-from dist_defend.screen import printable_errors
 
 _ORDER_STREAM = 0x0DE5  # keeps the order of the rows apart from the epochs' orders
 _CHUNK = 64  # images decoded at once where each is resized
@@ -137,7 +136,6 @@ class PreparedDataset:
         check_hashes(self.path, self.manifest)
 
 
-@printable_errors()
 def open_dataset(path: str | Path, resize: int | None = None) -> PreparedDataset:
     """Open a folder that `dist-defend data prepare` wrote, images resized to a square of ``resize`` pixels if wanted.
 
@@ -184,7 +182,6 @@ def write_dataset(source: Source, out: str | Path, *, name: str, split: str, **o
     return write_splits({split: source}, {split: Path(out)}, name=name, options=WriteOptions(**options))[0]
 
 
-@printable_errors()
 def write_splits(
     sources: Mapping[str, Source], places: Mapping[str, Path], *, name: str, options: WriteOptions
 ) -> list[PreparedDataset]:

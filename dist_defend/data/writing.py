@@ -1,6 +1,7 @@
 """Bring a source's images into shape, and write them through FFCV or as one array."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from dist_defend.data.ffcv_presence import quiet_ffcv
 from dist_defend.data.prefetch import prefetch
 from dist_defend.data.sources import Source
 from dist_defend.errors import UserError
+from dist_defend.terminal import unguarded
 
 _READERS = 4  # threads that decode and resize ahead of the writer
 MOST_BROKEN = 1000  # images that cannot be read, after which nobody wants to see more
@@ -75,7 +77,8 @@ class PreparedImages:
     def __iter__(self) -> Iterator[np.ndarray]:
         broken: list[BrokenImage] = []
         with contextlib.closing(prefetch(self._read, range(len(self)), _READERS)) as images:
-            for image in tqdm(images, total=len(self), unit="image", leave=False, disable=None):
+            bar = {"unit": "image", "leave": False, "disable": None, "file": unguarded(sys.stderr)}
+            for image in tqdm(images, total=len(self), **bar):
                 if isinstance(image, BrokenImage):
                     broken.append(image)
                     if len(broken) > self._most_broken:

@@ -49,6 +49,8 @@ class UpdateConfig:
         for key in ("batch_size", "epochs", "accumulation"):
             if getattr(self, key) < 1:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"key 'max_grad_norm' is {self.max_grad_norm}; it must be positive, or null for none")
 
 
 @dataclass

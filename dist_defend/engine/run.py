@@ -20,6 +20,7 @@ from dist_defend.files import sweep_temporary, write_atomic
 from dist_defend.lock import FolderLock
 from dist_defend.screen import printable
 from dist_defend.strict_json import read_json
+from dist_defend.terminal import LineFormatter
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,11 @@ class RunFolder:
             raise UserError(f"{path} holds no keys and values: {remedy}")
         return content
 
+    def check_free(self) -> None:
+        """UserError while another process writes there; nothing is taken or written."""
+        if self.is_main:
+            self._lock.check()
+
     def open(self, resolved: dict[str, Any], text: str) -> None:
         """Create the folder and lock it, write down the configuration (as data and as YAML ``text``), start log.txt.
 
@@ -98,7 +104,7 @@ class RunFolder:
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
         handler = logging.FileHandler(self.path / "log.txt")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
         logging.getLogger("dist_defend").addHandler(handler)
 
     def open_metrics(self, size: int) -> None:

@@ -21,6 +21,7 @@ from dist_defend.engine.identity import Identity
 from dist_defend.engine.resume import Position, Saved, check_position, restore
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import NonFiniteError, Step, plain_weights
+from dist_defend.terminal import release_log, unguarded
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Trainer:
         """
         with signals.noted():
             self.run.open_metrics(self.resume(stages))
+            release_log()  # no bad input can end the run any more
             for number in range(self.position.stage, len(stages)):
                 self._fit_stage(stages, number)
             if signals.pending() is not None:  # since the last stage was saved
@@ -109,6 +111,7 @@ class Trainer:
             total=total,
             initial=at.epoch * stage.loader.num_batches + at.batch,
             desc=stage.name,
+            file=unguarded(sys.stderr),
             disable=not (self.ranks.is_main and sys.stderr.isatty()),
         )
         is_over = at.epoch >= stage.epochs

@@ -55,6 +55,9 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        for key in ("lambda1", "lambda2"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if self.shadow_normalization not in ("match_encoder", *NORMALIZATIONS):
             known = ", ".join(("match_encoder", *NORMALIZATIONS))
             raise ValueError(f"key 'shadow_normalization' is {self.shadow_normalization!r}; it must be one of {known}")

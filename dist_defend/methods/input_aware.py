@@ -67,6 +67,9 @@ class Config:
     evaluate_every: int = 10  # epochs; and after the last
 
     def __post_init__(self) -> None:
+        for key in ("lambda_div", "lambda_norm", "density", "target_class"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         for key in ("batch_size", "mask_epochs", "epochs", "evaluate_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")

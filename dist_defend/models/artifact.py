@@ -3,21 +3,30 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
+from dist_defend.files import open_regular, write_atomic
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.screen import printable
+from dist_defend.strict_json import build, read_json
 
 FORMAT = 1
 KINDS = ("simclr", "encoder", "classifier")
+MOST_PIXELS = 4096  # of an image's side
+MOST_OUTPUTS = 1 << 17  # classes, or features
+GUESSABLE = ("normalization", "image_size", "arch")
+_MOST_DEPTH = 30  # of what a card keeps beside
+_MOST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,31 @@ class ModelCard:
         for key in ("classes", "guessed"):  # JSON knows lists only
             if isinstance(getattr(self, key), list):
                 object.__setattr__(self, key, tuple(getattr(self, key)))
+        ranges = {"image_size": MOST_PIXELS, "resize": MOST_PIXELS, "feature_dim": MOST_OUTPUTS}
+        for key, most in {**ranges, "num_classes": MOST_OUTPUTS}.items():
+            value = getattr(self, key)
+            if value is not None and not 1 <= value <= most:
+                raise ValueError(f"key '{key}' is {value}; it must be in 1 to {most}")
+        if self.kind not in KINDS:
+            raise ValueError(f"key 'kind' is {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.classes is not None and self.num_classes not in (None, len(self.classes)):
+            raise ValueError(f"key 'classes' has {len(self.classes)} names, but num_classes is {self.num_classes}")
+        if unknown := set(self.guessed) - set(GUESSABLE):
+            raise ValueError(f"key 'guessed' names {sorted(unknown)}; it may name {', '.join(GUESSABLE)}")
+        if self.parent_sha256 is not None and not re.fullmatch("[0-9a-f]{0,64}", self.parent_sha256):
+            raise ValueError("key 'parent_sha256' is no sha256 in hex")
+        _check_counts(self.counts or {})
+
+
+def _check_counts(counts: dict[str, Any]) -> None:
+    for when, found in counts.items():
+        if when not in ("before", "after") or not isinstance(found, dict):
+            raise ValueError(f"key 'counts' has {when!r}; it may have the counts before and after")
+        for name, count in found.items():
+            numbers = [count.get("correct"), count.get("n")] if isinstance(count, dict) and len(count) == 2 else []
+            whole = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
+            if len(whole) != 2 or not 0 <= whole[0] <= whole[1]:
+                raise ValueError(f"key 'counts.{when}.{name}' is no {{correct, n}} with 0 <= correct <= n")
 
 
 def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCard) -> str:
@@ -103,23 +137,57 @@ def load_artifact(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR 
     card, sha256 = _read_card(folder / "model.json")
     path = folder / "model.safetensors"
     state = _read_weights(path, sha256) if has_weights else None
-    model: SimCLR | Classifier
-    if card.kind == "classifier":
-        assert card.num_classes is not None  # _read_card has seen to it
-        model = build_classifier(card.arch, card.num_classes, card.normalization, card.image_size, card.resize)
-    else:
-        has_projector = card.kind == "simclr"
-        model = build_simclr(card.arch, card.normalization, card.image_size, has_projector, card.resize)
+    if state is not None:
+        _check_fit(card, state, path)
+    model = _built(card, folder)
     if state is not None:
         load_strict(model, state, path)
     return model, card
 
 
+def _build(card: ModelCard) -> SimCLR | Classifier:
+    if card.kind == "classifier":
+        assert card.num_classes is not None  # _read_card has seen to it
+        return build_classifier(card.arch, card.num_classes, card.normalization, card.image_size, card.resize)
+    has_projector = card.kind == "simclr"
+    return build_simclr(card.arch, card.normalization, card.image_size, has_projector, card.resize)
+
+
+def _built(card: ModelCard, folder: Path) -> SimCLR | Classifier:
+    """The model that the card describes. UserError for one that cannot be: sizes that its architecture has not."""
+    try:
+        return _build(card)
+    except UserError as error:
+        raise UserError(f"{folder / 'model.json'}: {error}") from error
+    except Exception as error:  # of timm, torchvision, open_clip: assertions and arithmetic of any kind
+        told = printable(" ".join(f"{type(error).__name__}: {error}".split()), 200)
+        size = card.resize or card.image_size
+        raise UserError(
+            f"{folder / 'model.json'}: no {card.arch} for images of {size} px can be built ({told}): restore it"
+        ) from error
+
+
+def _check_fit(card: ModelCard, state: dict[str, Tensor], path: Path) -> None:
+    """UserError for weights that do not fit the card's model, found without allocating it.
+
+    A card of a few bytes can ask for a million classes, or name the largest network that there is.
+    """
+    try:
+        with torch.device("meta"):
+            own = _build(card).state_dict()
+    except Exception:  # some networks read their own tensors while they are built: the real one is compared
+        return
+    check_fit(own, state, path)
+
+
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
-        weights = path.read_bytes()
+        with open_regular(path) as file:
+            weights = file.read()
     except FileNotFoundError:
         raise _missing(path) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it") from error
     if looks_pickled(weights):
         raise UserError(f"{path} is a pickle, not safetensors, and is not read: convert it with `dist-defend import`")
     found = hashlib.sha256(weights).hexdigest()
@@ -127,27 +195,37 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise UserError(f"{path} was altered: sha256 {found[:12]} is not model.json's {sha256[:12]}: restore both")
     try:
         return safetensors.torch.load(weights)
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file ({error}): restore it") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        told = printable(error, 200)
+        raise UserError(f"{path} is not a safetensors file ({told}): restore it") from error
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     """Load a state dict that must fit exactly. UserError with the first offending keys and their counts."""
-    own = model.state_dict()
-    wrong_shape = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
+    check_fit(model.state_dict(), state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path) -> None:
+    """UserError unless names, shapes and kinds of numbers are those of a model's ``own`` state dict."""
+    both = [key for key in own if key in state]
     problems = {
         "missing": [key for key in own if key not in state],
         "unexpected": sorted(key for key in state if key not in own),
-        "misshapen": wrong_shape,
+        "misshapen": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in both
+            if state[key].shape != own[key].shape
+        ],
+        "of another type": [
+            f"{key} {state[key].dtype} instead of {own[key].dtype}"
+            for key in both
+            if state[key].is_floating_point() != own[key].is_floating_point() or state[key].is_complex()
+        ],
     }
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in problems.items() if keys)
         raise UserError(f"{path} does not fit the model: {told}: use the architecture (arch) it was made with")
-    model.load_state_dict(state)
 
 
 def looks_pickled(head: bytes) -> bool:
@@ -156,7 +234,7 @@ def looks_pickled(head: bytes) -> bool:
 
 
 def _first(keys: list[str], most: int = 3) -> str:
-    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+    return ", ".join(printable(key, 120) for key in keys[:most]) + (", ..." if len(keys) > most else "")
 
 
 def _missing(path: Path) -> UserError:
@@ -165,20 +243,23 @@ def _missing(path: Path) -> UserError:
 
 def _read_card(path: Path) -> tuple[ModelCard, str]:
     try:
-        text = json.loads(path.read_text())
+        text = read_json(path, "restore it", most_bytes=_MOST_BYTES)
     except FileNotFoundError:
         raise _missing(path) from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it") from error
     if not isinstance(text, dict) or text.pop("format", None) != FORMAT:
         raise UserError(f"{path} is not a model card of format {FORMAT}: it was written by another program or version")
     sha256 = text.pop("sha256", "")
     told_backdoored = text.pop("BACKDOORED", False)
-    try:
-        card = ModelCard(**text)
-    except TypeError as error:
-        raise UserError(f"{path} is not a model card ({error}): restore it") from error
-    is_counted = isinstance(card.num_classes, int) == (card.kind == "classifier")
-    if told_backdoored is not card.backdoored or card.kind not in KINDS or not is_counted:
+    is_counted = isinstance(text.get("num_classes"), int) == (text.get("kind") == "classifier")
+    if told_backdoored is not text.get("backdoored", False) or text.get("kind") not in KINDS or not is_counted:
         raise UserError(f"{path} contradicts itself (keys BACKDOORED, backdoored, kind, num_classes): restore it")
-    return card, sha256
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise UserError(f"{path}: key 'sha256' is no sha256 in hex (64 digits): restore it")
+    if not _is_shallow(text, _MOST_DEPTH):
+        raise UserError(f"{path} is nested deeper than {_MOST_DEPTH} levels, which no model card is: restore it")
+    return build(ModelCard, text, path, "restore it; a later version may have written it"), sha256
+
+
+def _is_shallow(content: Any, depth: int) -> bool:
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return depth > 0 and all(_is_shallow(item, depth - 1) for item in inner)

@@ -20,13 +20,16 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the three files and print the summary. UserError without a finished run or a folder to write to."""
+    """Write the three files and print the summary; 1 if a damaged run folder was left out, and told.
+
+    UserError without a finished run that can be read, or without a folder to write to.
+    """
     from dist_defend.report import html, runs, tables
 
-    found, unfinished = runs.find_runs(args.runs)
+    found, unfinished, damaged = runs.find_runs(args.runs)
     folder = Path(args.out or os.path.commonpath([Path(path).resolve() for path in args.runs]))
     lines = tables.summarise(found)
-    alarms, notices = tables.alarms(lines), tables.notices(found, unfinished, lines)
+    alarms, notices = tables.alarms(lines), tables.notices(found, unfinished, damaged, lines)
     page = html.render(found, lines, alarms, notices, args.embedding)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,4 +45,4 @@ def main(args: argparse.Namespace) -> int:
     for text in [*alarms, *notices]:
         print(f"\nnote: {text}")
     print(f"\nreport: {folder / 'report.html'}")
-    return 0
+    return 1 if damaged else 0

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dist_defend.evaluate import Count
+from dist_defend.screen import printable
 
 INK = "#010203"  # stands for the page's text colour until the SVG is inlined
 PALETTE = ["#4477aa", "#ee8866", "#228833", "#aa3377", "#bbbb44", "#66ccee"]  # after Paul Tol's colour-blind safe sets
@@ -77,7 +78,7 @@ def curves(rows: Sequence[dict[str, Any]], name: str) -> list[Panel]:
         for (key, (x, y)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
             is_main = key == "loss" or len(series) == 1
             marker = "" if len(x) > 20 else "."
-            axes.plot(x, y, color=colour, linewidth=1.4 if is_main else 0.8, label=key, marker=marker)
+            axes.plot(x, y, color=colour, linewidth=1.4 if is_main else 0.8, label=_plain(key), marker=marker)
         axes.set_xlabel("step")
         figure.legend(loc="outside upper left", ncols=3)
         title = stage if is_training else f"{stage}, evaluated"
@@ -105,9 +106,16 @@ def sweep(rows: Sequence[dict[str, Any]], name: str) -> Panel:
         for place in {row[axis] for row in stops if row.get(key)}:
             axes.axvline(place, color=INK, linewidth=0.8, linestyle=style)
     axes.set(xlabel="threshold" if by_threshold else "pruned neurons", ylabel="%", ylim=(-3, 103))
-    figure.legend(loc="outside upper left", ncols=3)
+    if axes.has_data():
+        figure.legend(loc="outside upper left", ncols=3)
     title = ", ".join(f"{row['pruned']} pruned" for row in rows if row.get("chosen"))
     return Panel(title, _inline(figure, f"{name}/sweep", f"ACC and ASR of {name} at each stop of the pruning"))
+
+
+def _plain(name: str) -> str:
+    """A name from a file as the text of a figure: no formula, and not hidden for its underscore."""
+    told = printable(name, 60).replace("$", r"\$")
+    return f" {told}" if told.startswith("_") else told
 
 
 def _scalars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -1,156 +1,236 @@
-"""Run folders as the report reads them."""
+"""Run folders as the report reads them: regular files of the folder only, each by its schema."""
 
-import json
+import io
 import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+import safetensors.numpy
+from PIL import Image
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
+from dist_defend.results import read_metrics, read_result, read_stops
+from dist_defend.screen import printable
+from dist_defend.strict_json import parse_json
+from dist_defend.strict_yaml import parse_yaml
+
+_AGAIN = "run it again"
+_WITHOUT = "delete it to report without it"
+_MEBIBYTES = {"features.safetensors": 512, "examples.safetensors": 64, "generated.png": 32, "metrics.jsonl": 64}
+_MOST_TENSORS = 1000
+_MOST_POINTS, _MOST_DIMENSIONS = 5000, 1 << 16  # of features
+_MOST_SIDE = 4096  # pixels of a picture
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run. Whatever it did not leave behind is empty."""
+    """A finished run. Whatever it did not leave behind is empty. Reading raises UserError for a damaged file."""
 
     path: Path
     label: str  # its name, or its path where another run has the same name
-    result: dict[str, Any] = field(repr=False)
+    result: dict[str, Any] = field(repr=False)  # see results.read_result
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Counts by model, task and seed, see evaluate.backdoor_counts; empty for a run that counts nothing."""
-        return list(self.result.get("rows", []))
+        return list(self.result["rows"])
 
     def before(self, metric: str) -> float:
         """Percent that the model scored before this run, a defence, changed it; nan where it does not say."""
-        value = self.result.get("metrics", {}).get(f"{metric}_before")
-        return math.nan if value is None else float(value)
+        return float(self.result["metrics"].get(f"{metric}_before", math.nan))
 
     @cached_property
     def sweep(self) -> list[dict[str, Any]]:
-        """The stops of a pruning sweep. UserError for a damaged sweep.json.
-
-        Each has "threshold" (or null), "pruned", "chosen" and "oracle" (bool), and those of "acc", "asr" and
-        "acc_defence" that were counted.
-        """
-        path = self.path / "sweep.json"
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-            for row in rows:
-                int(row["pruned"]), float(row["threshold"] or 0)
-                for key in row.keys() & {"acc", "asr", "acc_defence"}:
-                    int(row[key]["correct"]), int(row[key]["n"])
-            return rows
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: damaged ({type(error).__name__}: {error}); delete it to report without it"
-            ) from error
+        """The stops of a pruning sweep, see results.read_stops."""
+        content = self._read("sweep.json")
+        return [] if content is None else read_stops(content, self._damaged("sweep.json"), _WITHOUT)
 
     @cached_property
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
-        """Lines of metrics.jsonl, and how many could not be read (a killed run tears its last one)."""
-        path = self.path / "metrics.jsonl"
-        rows, torn = [], 0
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-                rows.append({**row, "step": int(row["step"]), "stage": str(row["stage"])})
-            except (ValueError, KeyError, TypeError):
-                torn += 1
-        return rows, torn
+        """Lines of metrics.jsonl, and how many could not be read, see results.read_metrics."""
+        content = self._read("metrics.jsonl")
+        return ([], 0) if content is None else read_metrics(content, self._damaged("metrics.jsonl"), _WITHOUT)
 
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
         """kind/task/clean and kind/task/triggered (M, D) float32, kind/task/labels (M,)."""
-        return _tensors(self.path / "features.safetensors")
+        found = self._tensors("features.safetensors", _is_features)
+        for key in [key for key in found if key.endswith("/clean")]:
+            start = key.removesuffix("clean")
+            others = found.get(f"{start}triggered"), found.get(f"{start}labels")
+            fit = [
+                other is None or other.shape[:ndim] == found[key].shape[:ndim]
+                for other, ndim in zip(others, (2, 1), strict=True)
+            ]
+            if not all(fit):
+                raise UserError(f"{self._damaged('features.safetensors')} has tensors of several lengths: {_WITHOUT}")
+        return found
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
         """task/clean and task/triggered (8, H, W, 3) uint8."""
-        return _tensors(self.path / "examples.safetensors")
+        found = self._tensors("examples.safetensors", _is_pictures)
+        for key in [key for key in found if key.endswith("/clean")]:
+            triggered = found.get(f"{key.removesuffix('clean')}triggered")
+            if triggered is not None and triggered.shape != found[key].shape:
+                raise UserError(f"{self._damaged('examples.safetensors')} has pictures of several sizes: {_WITHOUT}")
+        return found
 
     @cached_property
     def generated(self) -> bytes:
         """A grid of images that a generator made, PNG."""
-        path = self.path / "generated.png"
-        return path.read_bytes() if path.exists() else b""
+        content = self._read("generated.png")
+        if content is None:
+            return b""
+        try:
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                size = image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self._damaged('generated.png')} is no PNG: {_WITHOUT}") from error
+        if max(size) > _MOST_SIDE:
+            raise UserError(f"{self._damaged('generated.png')} has {size[0]}x{size[1]} pixels: {_WITHOUT}")
+        return content
 
     @cached_property
     def config_text(self) -> str:
         """The resolved configuration as it stands in the run folder."""
-        path = self.path / "config.yaml"
-        return path.read_text(encoding="utf-8") if path.exists() else ""
+        content = self._read("config.yaml")
+        try:
+            return "" if content is None else printable(content.decode("utf-8"), keep="\n\t")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self._damaged('config.yaml')} is no text file: {_AGAIN}") from error
+
+    @cached_property
+    def targets(self) -> dict[str, int]:
+        """task -> the class that the attacker wants, from the run's configuration."""
+        config = parse_yaml(self.config_text, str(self.path / "config.yaml"))
+        config = config if isinstance(config, dict) else {}
+        options = config.get("probe") or config.get("zeroshot")
+        tasks = options.get("tasks") if isinstance(options, dict) else None
+        found = {}
+        for name, task in tasks.items() if isinstance(tasks, dict) else ():
+            target = task.get("target_class") if isinstance(task, dict) else None
+            if isinstance(target, int) and not isinstance(target, bool):
+                found[str(name)] = target
+        return found
+
+    @cached_property
+    def started(self) -> str:
+        """When, from env.json; empty where it does not say."""
+        content = self._read("env.json")
+        environment = None if content is None else parse_json(content, self._damaged("env.json"), _WITHOUT)
+        return printable(environment.get("time", "")) if isinstance(environment, dict) else ""
 
     def target_class(self, task: str) -> int | None:
-        """The class the attacker wants, from the run's configuration."""
-        config = yaml.safe_load(self.config_text) or {}
-        options = config.get("probe") or config.get("zeroshot") or {}
-        return options.get("tasks", {}).get(task, {}).get("target_class")
+        """The class the attacker wants."""
+        return self.targets.get(task)
 
     def target_name(self, task: str) -> str:
         """That class' name, or an empty string."""
         return str(self.result.get("targets", {}).get(task, ""))
 
+    def read_all(self) -> None:
+        """Read every file now. UserError for the first that is damaged."""
+        for name in ("sweep", "metrics", "features", "examples", "generated", "config_text", "targets", "started"):
+            getattr(self, name)
 
-def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """Finished runs among these folders and below them, oldest first, and the names of unfinished ones.
+    def _read(self, name: str) -> bytes | None:
+        return read_inside(self.path / name, _MEBIBYTES.get(name, 4) << 20)
 
-    Raises UserError for a folder that does not exist, a damaged result.json, or when no run is finished.
+    def _damaged(self, name: str) -> str:
+        return f"{self.path / name}: damaged: it"
+
+    def _tensors(self, name: str, fits: Callable[[str, np.ndarray], bool]) -> dict[str, np.ndarray]:
+        content = self._read(name)
+        if content is None:
+            return {}
+        try:
+            found = safetensors.numpy.load(content)
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            told = printable(error, 100)
+            raise UserError(f"{self._damaged(name)} is no safetensors file ({told}): {_WITHOUT}") from error
+        wrong = next((key for key, tensor in found.items() if not fits(key, tensor)), None)
+        if wrong is not None or len(found) > _MOST_TENSORS:
+            told = f"{len(found)} tensors" if wrong is None else f"another tensor as '{printable(wrong, 80)}'"
+            raise UserError(f"{self._damaged(name)} holds {told}: {_WITHOUT}")
+        return found
+
+
+def read_inside(path: Path, most_bytes: int) -> bytes | None:
+    """The bytes of a regular file, None if it is not there. UserError for a link that leads out of the file's folder.
+
+    A page that embeds what a run folder holds would otherwise show any file that its reader may read.
+    """
+    try:
+        content = read_regular(path, most_bytes)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); delete it, or name other folders") from error
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
+        raise UserError(f"{path} is a link out of its folder, which is not followed: put the file itself there")
+    return content
+
+
+def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[str]]:
+    """Finished runs among these folders and below them, oldest first; unfinished ones' names; why others are left out.
+
+    Raises UserError for a folder that does not exist, when no run is finished, or when each of them is damaged.
     """
     results: dict[Path, tuple[Path, dict[str, Any]]] = {}
-    unfinished = set()
+    unfinished, damaged = set(), []
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; name run folders or a folder that holds some")
         for file in sorted(path.rglob("result.json")):
-            results[file.parent.resolve()] = file.parent, _read_result(file)
+            try:
+                results[file.parent.resolve()] = file.parent, _read_result(file)
+            except UserError as error:
+                damaged.append(str(error))
         started = {file.parent for file in path.rglob("config.yaml")}
         unfinished |= {str(folder) for folder in started if not (folder / "result.json").exists()}
-    if not results:
-        raise UserError(f"{', '.join(map(str, paths))}: no finished run (a folder with result.json) here or below")
-    names = {folder: str(result.get("name", folder.name)) for folder, result in results.values()}
+    names = {folder: str(result.get("name", printable(folder.name))) for folder, result in results.values()}
     times = Counter(names.values())
-    labels = {folder: name if times[name] == 1 else str(folder) for folder, name in names.items()}
-    runs = [Run(folder, labels[folder], result) for folder, result in results.values()]
-    return sorted(runs, key=_age), sorted(unfinished)
-
-
-def _age(run: Run) -> tuple[str, str]:
-    try:
-        return str(json.loads((run.path / "env.json").read_text())["time"]), run.label
-    except (OSError, ValueError, KeyError, TypeError):
-        return "", run.label
+    runs = []
+    for folder, result in results.values():
+        name = names[folder]
+        runs.append(Run(folder, name if times[name] == 1 else printable(folder), result))
+        try:
+            runs[-1].read_all()
+        except UserError as error:
+            runs.pop()
+            damaged.append(str(error))
+    damaged = list(dict.fromkeys(damaged))
+    if damaged and not runs:
+        more = f" (and {len(damaged) - 1} more like it)" if len(damaged) > 1 else ""
+        raise UserError(damaged[0] + more)
+    if not runs:
+        raise UserError(f"{', '.join(map(str, paths))}: no finished run (a folder with result.json) here or below")
+    return sorted(runs, key=lambda run: (run.started, run.label)), sorted(unfinished), damaged
 
 
 def _read_result(file: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        for row in result.get("rows", []):
-            for key in ("acc", "asr", "asr_all", "ra"):
-                int(row[key]["correct"]), int(row[key]["n"])
-            str(row["kind"]), str(row["task"]), int(row["seed"])
-        for metric in ("acc", "asr"):
-            float(result.get("metrics", {}).get(f"{metric}_before") or 0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: not a result of dist-defend ({type(error).__name__}: {error}); run it again"
-        ) from error
-    return result
+    read_inside(file, 64 << 20)  # no link and no pipe
+    return read_result(file, _AGAIN)
 
 
-def _tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}); delete it to report without it") from error
+def _is_features(key: str, tensor: np.ndarray) -> bool:
+    if len(tensor) > _MOST_POINTS if tensor.ndim else True:
+        return False
+    if key.endswith("/labels"):
+        return tensor.ndim == 1 and tensor.dtype.kind in "iu"
+    is_flat = tensor.ndim == 2 and 2 <= tensor.shape[1] <= _MOST_DIMENSIONS and tensor.dtype.kind == "f"
+    return is_flat and bool((np.abs(tensor) <= 1e30).all())
+
+
+def _is_pictures(key: str, tensor: np.ndarray) -> bool:
+    is_rgb = tensor.ndim == 4 and tensor.shape[3] == 3 and tensor.dtype == np.uint8
+    return is_rgb and min(tensor.shape) > 0 and max(tensor.shape) <= _MOST_SIDE

@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_defend.evaluate import Count, rating
 from dist_defend.report.runs import Run
+from dist_defend.screen import cell, markdown
 
 METRICS = {"acc": "ACC", "asr": "ASR", "asr_all": "ASR-all", "ra": "RA"}
 RATINGS = {"der": "DER"}  # shown where a run tells what was before
@@ -109,7 +110,7 @@ def alarms(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def notices(runs: Sequence[Run], unfinished: Sequence[str], lines: Sequence[Line]) -> list[str]:
+def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[str], lines: Sequence[Line]) -> list[str]:
     """What the report leaves out."""
     told = (
         []
@@ -117,6 +118,7 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], lines: Sequence[Line
         else ["no probe, classifier or defence among these, so no table of rates; run one and report it too"]
     )
     told += [f"{folder} is unfinished and left out" for folder in unfinished]
+    told += [f"left out: {error}" for error in damaged]
     torn = [(run.label, run.metrics[1]) for run in runs]
     return told + [f"{label}: {count} unreadable line(s) of metrics.jsonl left out" for label, count in torn if count]
 
@@ -131,7 +133,7 @@ def to_csv(runs: Iterable[Run]) -> str:
             percents = [*(_percent(row, name) for name in METRICS), _der(run, row)]
             rates = ["" if math.isnan(percent) else f"{percent:.4f}" for percent in percents]
             sizes = [row["acc"]["n"], row["asr"]["n"]]
-            writer.writerow([run.label, row["kind"], row["task"], row["seed"], *rates, *sizes])
+            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes])
     return out.getvalue()
 
 
@@ -186,7 +188,7 @@ def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Ru
     """The page for people who read Markdown: notices, summary, definitions, provenance."""
     out = ["# Backdoor report", ""]
     for notice in notices:
-        out += [f"> {notice}", ""]
+        out += [f"> {markdown(notice)}", ""]
     if lines:
         out += [*_markdown_table(cells(lines)), "", *([spread(lines), ""] if spread(lines) else [])]
         out += [*(f"- **{name}**: {text}." for name, text in definitions(lines).items()), ""]
@@ -231,5 +233,5 @@ def _provenance(run: Run) -> list[str]:
 
 
 def _markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in table]
+    head, *body = ["| " + " | ".join(map(markdown, row)) + " |" for row in table]
     return [head, "|" + "---|" * len(table[0]), *body]

@@ -106,12 +106,11 @@ def cancel(args: argparse.Namespace) -> int:
 
 
 def collect(args: argparse.Namespace) -> int:
-    """One table of everything that is done."""
+    """One table of everything that is done; 1 if some results are damaged."""
     from dist_defend.sweep import collect as collecting
 
     sweep = load_sweep(args.sweep)
-    collecting.write(sweep, collecting.table(sweep))
-    return 0
+    return 1 if collecting.write(sweep, collecting.table(sweep)) else 0
 
 
 def report(args: argparse.Namespace) -> int:
@@ -121,6 +120,6 @@ def report(args: argparse.Namespace) -> int:
 
     sweep = load_sweep(args.sweep)
     table = collecting.table(sweep)
-    collecting.write(sweep, table)
+    damaged = collecting.write(sweep, table)
     reporting.write(sweep, table)
-    return 0
+    return 1 if damaged else 0

@@ -4,20 +4,20 @@ A row is what one run counted for one kind of model, task and seed; a run that c
 without rates; a point without a result has one whose ``state`` says so. Query it with anything that reads Parquet.
 """
 
-import json
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, rating
+from dist_defend.results import COUNTS as RATES
+from dist_defend.results import read_result
+from dist_defend.screen import cell
 from dist_defend.sweep.grid import Point, Sweep
 
 ORACLE = " (oracle)"  # ends the kind of a model that was chosen by its rates on the test set
-RATES = ("acc", "asr", "asr_all", "ra")
 _COSTS = (
     "wall_seconds",
     "device_seconds",
@@ -30,30 +30,43 @@ _COSTS = (
 
 
 def table(sweep: Sweep) -> pd.DataFrame:
-    """One row per point, kind, task and seed; rates in percent. UserError for a damaged result.json.
+    """One row per point, kind, task and seed; rates in percent. UserError where every result.json is damaged.
 
-    Columns: key, stage, name, parent, state (done or missing), method, one per axis (``stage.key``), kind, task, seed,
-    chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean, n_triggered, and what
-    the run cost.
+    Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
+    task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
+    n_triggered, and what the run cost; ``reason`` where something is damaged.
     """
     rows = pd.DataFrame([row for point in sweep.points for row in _rows(sweep, point)])
+    damaged = rows[rows["state"] == "damaged"]
+    if len(damaged) and not (rows["state"] == "done").any():
+        raise UserError(damaged["reason"].iloc[0])
     for axis in dict.fromkeys(axis for point in sweep.points for axis in point.labels):
         if rows[axis].map(type).nunique() > 1:  # a Parquet column has one type
             rows[axis] = rows[axis].map(lambda label: label if _is_nothing(label) else str(label))
     return rows
 
 
-def write(sweep: Sweep, rows: pd.DataFrame) -> None:
-    """results.parquet and results.csv in the sweep's folder; prints how many points they hold and names the others."""
+def write(sweep: Sweep, rows: pd.DataFrame) -> int:
+    """results.parquet and results.csv in the sweep's folder; prints how many points they hold and names the others.
+
+    Returns the number of points whose results are damaged and left out.
+    """
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    for name, save in (("results.parquet", rows.to_parquet), ("results.csv", rows.to_csv)):
+    for name, save in (("results.parquet", rows.to_parquet), ("results.csv", spreadsheet(rows).to_csv)):
         aside = sweep.folder / f".{name}"
         save(aside, index=False)
         aside.replace(sweep.folder / name)
-    missing = rows[rows["state"] == "missing"]
-    print(f"{len(sweep.points) - len(missing)} of {len(sweep.points)} points -> {sweep.folder / 'results.parquet'}")
-    for row in missing.to_dict("records"):
-        print(f"missing {row['stage']} {row['key']} ({row['name']})")
+    lacking = rows[rows["state"] != "done"]
+    print(f"{len(sweep.points) - len(lacking)} of {len(sweep.points)} points -> {sweep.folder / 'results.parquet'}")
+    for row in lacking.to_dict("records"):
+        reason = f": {row['reason']}" if row["state"] == "damaged" else ""
+        print(f"{row['state']} {row['stage']} {row['key']} ({row['name']}){reason}")
+    return int((rows["state"] == "damaged").sum())
+
+
+def spreadsheet(rows: pd.DataFrame) -> pd.DataFrame:
+    """The table with no text that a spreadsheet would take for a formula, in cells or headings."""
+    return rows.map(cell).rename(columns=cell)
 
 
 def _rows(sweep: Sweep, point: Point) -> Iterator[dict[str, Any]]:
@@ -69,30 +82,22 @@ def _rows(sweep: Sweep, point: Point) -> Iterator[dict[str, Any]]:
     if not sweep.is_done(point):
         yield {**head, "state": "missing"}
         return
-    file = sweep.run_folder(point) / "result.json"
-    result = _read(file)
-    costs = {key: result.get(key) for key in _COSTS}
-    before = {f"{name}_before": result.get("metrics", {}).get(f"{name}_before") for name in ("acc", "asr")}
-    for row in result.get("rows") or [{}]:
-        yield {**head, "state": "done", **_rated(file, row, before), **before, **costs}
-
-
-def _read(file: Path) -> dict[str, Any]:
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        return {**result, "metrics": dict(result.get("metrics", {})), "rows": list(result.get("rows", []))}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: not a result of dist-defend ({error}); delete it and resubmit") from error
+        result = read_result(sweep.run_folder(point) / "result.json", "delete it and resubmit")
+    except UserError as error:
+        yield {**head, "state": "damaged", "reason": str(error)}
+        return
+    costs = {key: result.get(key) for key in _COSTS}
+    before = {f"{name}_before": result["metrics"].get(f"{name}_before") for name in ("acc", "asr")}
+    for row in result["rows"] or [{}]:
+        yield {**head, "state": "done", **_rated(row, before), **before, **costs}
 
 
-def _rated(file: Path, row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+def _rated(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     if not row:
         return {}
-    try:
-        counts = {name: Count(row[name]["correct"], row[name]["n"]) for name in RATES}
-        kind, task, seed = str(row["kind"]), str(row["task"]), int(row["seed"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: a row without {error}; delete it and resubmit") from error
+    counts = {name: Count(**row[name]) for name in RATES}
+    kind = row["kind"]
     rates = {name: None if math.isnan(count.percent) else count.percent for name, count in counts.items()}
     drops = [
         before[f"{name}_before"] - rates[name] if _are(before[f"{name}_before"], rates[name]) else math.nan
@@ -102,8 +107,8 @@ def _rated(file: Path, row: dict[str, Any], before: dict[str, Any]) -> dict[str,
     return {
         "kind": kind.removesuffix(ORACLE),
         "chosen_by": "oracle" if kind.endswith(ORACLE) else "defender",
-        "task": task,
-        "seed": seed,
+        "task": row["task"],
+        "seed": row["seed"],
         **rates,
         "der": None if math.isnan(der) else der,
         "n_clean": counts["acc"].n,

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_defend.config import Experiment, build_section, load_experiment, read_yaml
+from dist_defend.config import Experiment, build_section, check_folder, load_experiment
 from dist_defend.errors import UserError
+from dist_defend.strict_yaml import read_yaml
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.([\w.]+)\}")
 _KEY_LENGTH = 12  # hex digits
@@ -53,6 +54,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         if self.throttle is not None and self.throttle < 1:
             raise ValueError(f"key 'throttle' is {self.throttle}; it must be at least 1")
+        check_folder("output", self.output)
         if self.restarts < 0:
             raise ValueError(f"key 'restarts' is {self.restarts}; it must not be negative")
         if not self.stages:
@@ -127,15 +129,15 @@ def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> di
 
     def text(value: Any, own: Any) -> Any:
         if isinstance(value, list):
-            return [text(*pair) for pair in zip(value, own, strict=True)]
+            return [text(*pair) for pair in zip(value, own, strict=True)] if isinstance(own, list) else value
         return own if isinstance(value, float | int) and not isinstance(value, bool) else value
 
     def section(raw: Any, own: Any) -> Any:
         if not isinstance(raw, dict) or not isinstance(raw.get("slurm"), dict):
             return raw
-        return raw | {
-            "slurm": {key: text(value, own["slurm"].get(str(key), value)) for key, value in raw["slurm"].items()}
-        }
+        beside = own.get("slurm") if isinstance(own, dict) else None
+        beside = beside if isinstance(beside, dict) else {}  # a key that is a number has another text: 0x1
+        return raw | {"slurm": {key: text(value, beside.get(str(key), value)) for key, value in raw["slurm"].items()}}
 
     whole: dict[str, Any] = section(typed, written)
     if isinstance(stages := whole.get("stages"), dict):
@@ -288,7 +290,8 @@ def _check_keys_differ(path: Path, points: list[Point]) -> None:
 def _label(value: Any) -> Any:
     """What stands for an axis' value: itself, or the name of a section that has one, or its JSON."""
     if isinstance(value, dict):
-        return value.get("name", json.dumps(value, sort_keys=True))
+        name = value.get("name")
+        return name if isinstance(name, str) else json.dumps(value, sort_keys=True)
     return json.dumps(value) if isinstance(value, list) else value
 
 

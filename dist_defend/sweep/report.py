@@ -6,8 +6,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dist_defend import screen
 from dist_defend.files import write_atomic
-from dist_defend.sweep.collect import RATES
+from dist_defend.sweep.collect import RATES, spreadsheet
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
@@ -24,20 +25,22 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     Every combination of the sweep's axes but the seeds is a line for each stage, kind of model and task.
     """
     board = leaderboard(sweep, rows)
-    missing = rows[rows["state"] == "missing"]
+    lacking = rows[rows["state"] != "done"]
     lines = [
-        f"# {sweep.path.stem}",
+        f"# {screen.markdown(sweep.path.stem)}",
         "",
         markdown(board),
         "",
         _NOTE,
         "",
-        f"Missing: {len(missing)} of {len(sweep.points)} points",
+        f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
-    lines[-1] += "\n" if len(missing) else ""
-    lines += [f"- {row['stage']} `{row['key']}` {row['name']}" for row in missing.to_dict("records")]
+    lines[-1] += "\n" if len(lacking) else ""
+    for row in lacking.to_dict("records"):
+        reason = f": {screen.markdown(row['reason'])}" if row["state"] == "damaged" else ""
+        lines.append(f"- {row['stage']} `{row['key']}` {screen.markdown(row['name'])}{reason}")
     write_atomic(sweep.folder / "leaderboard.md", "\n".join(lines) + "\n")
-    board.to_csv(sweep.folder / "leaderboard.csv", index=False)
+    spreadsheet(board).to_csv(sweep.folder / "leaderboard.csv", index=False)
     plot(board).savefig(sweep.folder / "tradeoff.svg", metadata={"Date": None})
     print("\n".join(lines[2:]))
     print(f"\n{sweep.folder / 'leaderboard.md'}, leaderboard.csv, tradeoff.svg")
@@ -84,18 +87,20 @@ def markdown(board: pd.DataFrame) -> str:
         cells += [_score(line, rate, "defender") for rate in ("acc", "asr", "ra", "der")] + [str(line["n_defender"])]
         cells += [_score(line, rate, "oracle") for rate in ("acc", "asr")] * has_oracle
         table.append([*cells, f"{line['device_seconds']:.0f}"])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    return "\n".join(f"| {' | '.join(map(screen.markdown, cells))} |" for cells in table)
 
 
 def plot(board: pd.DataFrame) -> Figure:
     """ASR across, ACC up: a defence wants to be in the upper left corner. A colour per kind, hollow for an oracle."""
     figure = Figure(figsize=(6, 4.5), layout="constrained")
     axes = figure.subplots()
-    for number, (kind, group) in enumerate(board.groupby("kind", sort=False) if len(board) else ()):
+    for number, (name, group) in enumerate(board.groupby("kind", sort=False) if len(board) else ()):
+        kind = screen.printable(name, 60).replace("$", r"\$")  # no formula
+        kind = f" {kind}" if kind.startswith("_") else kind  # which matplotlib hides
         for chooser, marker in zip(CHOOSERS, ("o", "D"), strict=True):
             own = group[group[f"n_{chooser}"] > 0]
             if len(own):
-                label = str(kind) if chooser == "defender" else f"{kind} (oracle)"
+                label = kind if chooser == "defender" else f"{kind} (oracle)"
                 values = [own[f"{rate}_{chooser}{part}"] for rate in ("asr", "acc") for part in ("", "_std")]
                 axes.errorbar(
                     values[0], values[2], values[3].fillna(0), values[1].fillna(0), fmt=marker, color=f"C{number}",

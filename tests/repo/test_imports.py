@@ -9,12 +9,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
-    {"errors", "screen", "files", "lock", "strict_json", "batch", "tv_compat", "ops"},
+    {"errors", "screen", "files", "lock", "strict_json", "strict_yaml", "terminal", "batch", "tv_compat", "ops"},
     {"attacks", "models", "data"},
     {"engine", "evaluate"},
     {"trial"},
     {"methods"},
-    {"config", "experiment"},
+    {"config", "experiment", "results"},
     {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
     {"cli", "__main__"},
 ]

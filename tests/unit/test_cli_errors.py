@@ -169,7 +169,8 @@ def test_a_run_is_refused(
     content = yaml.safe_load(config.read_text())
     content |= change(content[method], tmp_path) or {}
     config.write_text(yaml.safe_dump(content))
-    assert told in refused(["run", str(config)], capsys)
+    for dry in ([], ["--dry-run"]):  # which refuses whatever a run refuses
+        assert told in refused(["run", str(config), *dry], capsys)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "executed").exists()
 

@@ -130,7 +130,7 @@ def test_what_it_writes(places: tuple[str, str], tmp_path: Path, capsys: pytest.
     assert err.count(guesses) == 1 and sum(note.startswith(guesses) for note in result["notes"]) == 1
     with Image.open(folder / "trigger.png") as picture:  # 8 lines of an image, the same triggered, the difference
         assert picture.size == (190 + 3 * 76, 8 * 76 + 4)
-    (run,), unfinished = find_runs([tmp_path / "runs"])
+    (run,), unfinished, _ = find_runs([tmp_path / "runs"])
     assert run.rows == result["rows"] and not unfinished
     clean, stamped = run.examples["noise/clean"], run.examples["noise/triggered"]
     assert (stamped[:, 9:15, 9:15] == 255).all() and np.array_equal(stamped[:, :9], clean[:, :9])

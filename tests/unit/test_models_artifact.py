@@ -3,10 +3,12 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pickle
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dist_defend.errors import UserError
@@ -125,7 +127,7 @@ def test_missing_and_broken_files_are_user_errors(folder: Path, tmp_path: Path) 
         ("{", "cannot be read"),
         ("[]", "is not a model card of format 1"),
         (card.replace('"format": 1', '"format": 2'), "is not a model card of format 1"),
-        (card.replace('"arch"', '"architecture"'), "is not a model card .*architecture"),
+        (card.replace('"arch"', '"architecture"'), "is not what it should be .*architecture"),
         (card.replace("small_cifar", "small_cifr"), "did you mean 'small_cifar'"),
     ):
         (folder / "model.json").write_text(text)
@@ -153,3 +155,85 @@ def test_a_failed_write_leaves_the_old_model(folder: Path, monkeypatch: pytest.M
         save_artifact(folder, build_simclr("small_cifar"), CARD)
     after = load_artifact(folder)[0].state_dict()
     assert all(after[key].equal(before[key]) for key in before)
+
+
+COUNT = {"correct": 1, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"image_size": 0}, "key 'image_size' is 0; it must be in 1 to 4096"),
+        ({"image_size": 10**6}, "key 'image_size' is 1000000"),
+        ({"image_size": "32"}, "image_size"),
+        ({"image_size": True}, "true and false are no numbers"),
+        ({"image_size": 32.0}, "image_size"),
+        ({"resize": -1}, "key 'resize' is -1"),
+        ({"feature_dim": 0}, "key 'feature_dim' is 0"),
+        ({"arch": None}, "arch"),
+        ({"backdoored": 0}, "contradicts itself"),
+        ({"kind": ["simclr"]}, "contradicts itself"),
+        ({"kind": "encodr"}, "contradicts itself"),
+        ({"provenance": []}, "provenance"),
+        ({"classes": "abc"}, "a text stands where a list belongs"),
+        ({"guessed": ["colour"]}, "key 'guessed' names \\['colour'\\]"),
+        ({"parent_sha256": "../x"}, "key 'parent_sha256' is no sha256"),
+        ({"sha256": "AB"}, "key 'sha256' is no sha256 in hex"),
+        ({"sha256": None}, "key 'sha256' is no sha256 in hex"),
+        ({"counts": {"before": {"acc": {"correct": 3, "n": 2}}}}, "key 'counts.before.acc' is no"),
+        ({"counts": {"after": {"acc": {"correct": True, "n": 2}}}}, "key 'counts.after.acc' is no"),
+        ({"counts": {"later": {"acc": COUNT}}}, "key 'counts' has 'later'"),
+        ({"unheard": 1}, "unheard.*a later version may have written it"),
+        (
+            {"provenance": {"a": [[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]}},
+            "nested deeper than 30",
+        ),
+    ],
+)
+def test_a_card_that_cannot_be_true_is_one_line(folder: Path, changes: dict[str, object], told: str) -> None:
+    rewrite_card(folder, **changes)
+    with pytest.raises(UserError, match=told) as error:
+        load_artifact(folder)
+    assert "model.json" in str(error.value) and str(error.value).isprintable()
+
+
+def test_a_key_that_comes_twice_is_refused(folder: Path) -> None:
+    card = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(card.replace('"arch"', '"backdoored": false, "arch"', 1))
+    with pytest.raises(UserError, match="key 'backdoored' comes twice"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_classes": 131_072}, r"does not fit the model: 2 misshapen"),
+        ({"arch": "timm:vit_giant_patch14_224", "image_size": 224}, "does not fit the model"),
+        ({"arch": "timm:vit_tiny_patch16_224", "image_size": 3}, "does not fit the model|can be built"),
+        ({"classes": ["a"]}, "key 'classes' has 1 names, but num_classes is 7"),
+    ],
+)
+def test_a_network_larger_than_its_weights_is_refused_before_it_is_allocated(
+    tmp_path: Path, changes: dict[str, object], told: str
+) -> None:
+    card = ModelCard("classifier", "small_resnet", "none", 32, num_classes=7)
+    save_artifact(tmp_path, build_classifier("small_resnet", 7), card)
+    rewrite_card(tmp_path, **changes)
+    with pytest.raises(UserError, match=told):
+        load_artifact(tmp_path)
+
+
+def test_numbers_of_another_kind_and_pipes_are_refused(folder: Path) -> None:
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(key for key, value in state.items() if value.is_floating_point())
+    state[name] = state[name].to(torch.int64)
+    weights = safetensors.torch.save(state)
+    (folder / "model.safetensors").write_bytes(weights)
+    rewrite_card(folder, sha256=hashlib.sha256(weights).hexdigest())
+    with pytest.raises(UserError, match=r"1 of another type \(.* torch.int64 instead of torch.float32\)"):
+        load_artifact(folder)
+    for file in ("model.safetensors", "model.json"):
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+        with pytest.raises(UserError, match=rf"{file} is not a regular file"):
+            load_artifact(folder)

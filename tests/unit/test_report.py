@@ -79,7 +79,7 @@ class Links(HTMLParser):
 
 
 def test_percentages_mean_and_spread(tmp_path: Path) -> None:
-    found, _ = runs.find_runs([write_run(tmp_path / "probe", ROWS)])
+    found, *_ = runs.find_runs([write_run(tmp_path / "probe", ROWS)])
     lines = tables.summarise(found)
     assert [line.kind for line in lines] == ["clean", "backdoored", "purified"]
     clean, backdoored, purified = lines
@@ -104,7 +104,7 @@ def test_csv(tmp_path: Path) -> None:
 
 def test_nothing_to_count_is_left_blank(tmp_path: Path) -> None:
     empty = row("clean", 1, 50, 0, 50, 0) | {"asr": {"correct": 0, "n": 0}, "ra": {"correct": 0, "n": 0}}
-    found, _ = runs.find_runs([write_run(tmp_path / "probe", [empty])])
+    found, *_ = runs.find_runs([write_run(tmp_path / "probe", [empty])])
     assert tables.to_csv(found).splitlines()[1] == "probe,clean,digits,1,100.0000,,100.0000,,,50,0"
     assert str(tables.summarise(found)[0].scores["asr"]) == "–"
 
@@ -184,9 +184,9 @@ def test_accuracy_at_chance_is_called_broken(tmp_path: Path, correct: int, is_br
 def test_two_probe_runs_are_told_apart(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name / "probe", [row("clean", 1, 45, 1, 11, 35)])
-    found, _ = runs.find_runs([tmp_path])
+    found, *_ = runs.find_runs([tmp_path])
     assert [line.run for line in tables.summarise(found)] == [str(tmp_path / "a/probe"), str(tmp_path / "b/probe")]
-    again, _ = runs.find_runs([tmp_path / "a", tmp_path / "a/probe", tmp_path / "b"])
+    again, *_ = runs.find_runs([tmp_path / "a", tmp_path / "a/probe", tmp_path / "b"])
     assert len(again) == 2
     assert tables.cells(tables.summarise(found))[0][1] == "run"
     main(["report", str(tmp_path)])
@@ -211,7 +211,7 @@ def write_defence(parent: Path) -> Path:
 
 
 def test_a_defence_is_rated_against_what_was_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found, _ = runs.find_runs([write_defence(tmp_path)])
+    found, *_ = runs.find_runs([write_defence(tmp_path)])
     lines = tables.summarise(found)
     assert [(line.run, line.kind) for line in lines] == [
         ("backdoored", "backdoored"), ("rnp", "rnp"), ("rnp", "rnp (oracle)")
@@ -259,9 +259,14 @@ def test_the_sweep_is_drawn_with_its_choice(tmp_path: Path) -> None:
 def test_a_damaged_sweep_is_one_line(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_defence(tmp_path)
     (tmp_path / "rnp/sweep.json").write_text(content)
-    assert main(["report", str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path / "rnp")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "sweep.json: damaged" in line
+    assert main(["report", str(tmp_path)]) == 1  # the other run is reported
+    out, err = capsys.readouterr()
+    assert err == "" and "note: left out: " in out and "sweep.json: damaged" in out
+    page = (tmp_path / "report.md").read_text()
+    assert "| digits | backdoored |" in page and "sweep.json: damaged" in page and "| rnp |" not in page
 
 
 def test_runs_are_listed_in_the_order_they_started(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,44 @@ def test_a_sweep_without_results_reports_too(sweep: Sweep, capsys: pytest.Captur
     assert "No point has counted anything yet" in told and "Missing: 6 of 6 points" in told
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"rows": [{"kind": "x"}]}', '{"rows": 3}'])
-def test_a_damaged_result_is_named(sweep: Sweep, content: str) -> None:
-    file = sweep.run_folder(sweep.points[0]) / "result.json"
-    file.write_text(content)
+WRONG = ["{", "[]", '{"rows": [{"kind": "x"}]}', '{"rows": 3}', '{"wall_seconds": -1}', '{"seed": 1, "seed": 2}']
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_a_damaged_result_among_good_ones_is_named_and_left_out(
+    sweep: Sweep, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep.run_folder(sweep.points[0]) / "result.json").write_text(content)
+    rows = collect.table(sweep)
+    assert rows["state"].tolist().count("damaged") == 1 and rows["kind"].notna().sum() == 6
+    assert collect.write(sweep, rows) == 1
+    told = capsys.readouterr().out
+    assert "4 of 6 points" in told
+    assert re.search(r"damaged attack attack0 .*result\.json: .*delete it and resubmit", told)
+    report.write(sweep, rows)
+    assert "result.json: " in (sweep.folder / "leaderboard.md").read_text()
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_damaged_results_alone_are_an_error(sweep: Sweep, content: str) -> None:
+    for file in sweep.folder.glob("points/*/result.json"):
+        file.write_text(content)
     with pytest.raises(UserError, match=r"result\.json: .*delete it and resubmit"):
         collect.table(sweep)
+
+
+def test_names_from_results_do_nothing_in_markdown_csv_and_plot(sweep: Sweep) -> None:
+    name = '=HYPERLINK("http://x")|<img src=x>$\\frac$'
+    file = sweep.run_folder(sweep.points[0]) / "result.json"
+    content = json.loads(file.read_text())
+    content["rows"][0] |= {"kind": name, "task": "-1+2"}
+    file.write_text(json.dumps(content))
+    rows = collect.table(sweep)
+    collect.write(sweep, rows)
+    report.write(sweep, rows)
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "<img" not in text and "http://" not in text and "\\|" in text
+    for table in ("results.csv", "leaderboard.csv"):
+        found = pd.read_csv(sweep.folder / table, dtype=str)
+        assert "'" + name in found["kind"].tolist() and "'-1+2" in found["task"].tolist()
+    assert pd.read_parquet(sweep.folder / "results.parquet")["kind"].tolist()[0] == name

@@ -50,6 +50,11 @@ class Config:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        for key in ("contrastive_weight", "clone_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        if min(self.attention_weights, default=0) < 0:
+            raise ValueError(f"key 'attention_weights' is {list(self.attention_weights)}; none may be negative")
         if len(self.attention_weights) != 4:
             raise ValueError(
                 f"key 'attention_weights' has {len(self.attention_weights)} values; it needs 4, one per stage"

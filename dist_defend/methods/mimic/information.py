@@ -50,6 +50,9 @@ class InformationConfig:
         for key in ("batch_size", "hidden", "max_inputs", "lr"):
             if not getattr(self, key) > 0:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+        for key in ("weight_decay", "scale"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if not 1 <= self.last_epochs <= self.epochs:
             raise ValueError(
                 f"key 'last_epochs' is {self.last_epochs}; it must be between 1 and 'epochs' = {self.epochs}"

@@ -51,6 +51,8 @@ class Config:
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:
+        if min(self.schedule, default=1) < 1:
+            raise ValueError(f"key 'schedule' is {list(self.schedule)}; epochs are counted from 1")
         takes_part = self.data.fraction < 1 or self.data.max_samples is not None
         choices = [("ratio", self.ratio is not None), ("index", self.index is not None), ("data", takes_part)]
         chosen = [name for name, is_chosen in choices if is_chosen]

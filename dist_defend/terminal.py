@@ -1,0 +1,111 @@
+"""What the commands write on a terminal: text from files acts on none, no terminal is too poor, errors come first.
+
+``guarded`` stands around a whole command. What means to move the cursor or to colour writes to ``unguarded(stream)``.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from dist_defend.screen import printable
+
+_LOGGER = "dist_defend"
+
+
+class Guarded:
+    r"""A text stream that escapes all that does not print, but ``\n`` and ``\t``, and what its encoding lacks."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Returns the length of ``text``, as any stream."""
+        shown = printable(text, keep="\n\t")
+        encoding = self.stream.encoding or "utf-8"
+        self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Each by ``write``."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def unguarded(stream: Any) -> Any:
+    """The stream below the guard, if there is one: for progress bars and colours, with text of our own."""
+    return stream.stream if isinstance(stream, Guarded) else stream
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Standard output and error are guarded meanwhile."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Guarded(unguarded(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class LineFormatter(logging.Formatter):
+    """Each record is one printable line; a traceback keeps its lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """What ``format`` begins with."""
+        return printable(super().formatMessage(record))
+
+
+class HeldLog(logging.StreamHandler[Any]):
+    """Log lines on standard error that wait until it is known that the input is not refused.
+
+    An error on bad input is one line, so what was told before it, which the error makes pointless, is dropped.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+        self.setFormatter(LineFormatter("%(message)s"))
+        self.held: list[logging.LogRecord] | None = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record, or keep it."""
+        if self.held is None:
+            super().emit(record)
+        else:
+            self.held.append(record)
+
+    def let_go(self) -> None:
+        """Write what was held, and from now on all at once."""
+        held, self.held = self.held or [], None
+        for record in held:
+            super().emit(record)
+
+
+def hold_log(level: int = logging.WARNING) -> None:
+    """The project's log goes to standard error, held; it replaces an earlier command's, whose stream may be closed."""
+    logger = logging.getLogger(_LOGGER)
+    end_log()
+    logger.setLevel(level)
+    logger.addHandler(HeldLog())
+
+
+def release_log() -> None:
+    """The input is not refused any more: log lines are written from now on."""
+    for handler in _held():
+        handler.let_go()
+
+
+def end_log() -> None:
+    """No log on standard error any more; what was held is dropped."""
+    logger = logging.getLogger(_LOGGER)
+    for handler in _held():
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+def _held() -> list[HeldLog]:
+    return [handler for handler in logging.getLogger(_LOGGER).handlers if isinstance(handler, HeldLog)]

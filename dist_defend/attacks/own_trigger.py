@@ -1,12 +1,12 @@
 """A trigger from the user's own file: which pixels of it count, and where they go."""
 
 import logging
-import zipfile
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from dist_defend.attacks.array_file import npz_names
 from dist_defend.attacks.pattern_file import Pattern, check_shape, open_pattern, read_mask, refuse_noise, shown_size
 from dist_defend.attacks.stamp import Additive, Wrapping
 from dist_defend.attacks.trigger import Trigger, as_images, check_size, load_triggers, replacing
@@ -62,6 +62,8 @@ class FromFile:
         """UserError for a file that is missing, damaged or pickled, does not fit, or changes no pixel or all."""
         if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
             return self._published(image_size)
+        if self.size is not None and self.size > image_size:
+            raise UserError(f"trigger {self.file}: key 'size' is {self.size}, but the images are {image_size} px")
         pattern, mask = self._read()
         place = self._place(pattern, image_size)
         levels, mask = (_on_canvas(part, place, image_size) for part in (pattern.levels, mask))
@@ -78,8 +80,8 @@ class FromFile:
         size = pattern.size if self.size is None else _scaled(pattern.size, self.size)
         if not self._has_place and self.mask is None:
             refuse_noise(pattern, f"save it as PNG, {'give a mask, ' * (self.how == 'replace')}or {_PLACE}")
-            if self.how == "replace" and pattern.alpha is None:
-                pattern = replace(pattern, alpha=np.asarray(pattern.levels.any(2), np.float64))
+            if self.how == "replace" and pattern.opacity is None:
+                pattern = replace(pattern, opacity=255 * pattern.levels.any(2).astype(np.uint8))
         mask = np.ones(size) if self.mask is None else read_mask(self.mask, pattern.size, "its pattern is", size)
         pattern = pattern.resized(*size)
         if pattern.alpha is not None:
@@ -163,7 +165,6 @@ def _on_canvas(part: np.ndarray, place: tuple[int, int], image_size: int) -> np.
 def _has_keep_mask(path: str) -> bool:
     """Whether the file is an npz in BadEncoder's layout."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {"t.npy", "tm.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+        return {"t", "tm"} <= set(npz_names(path))
+    except Exception:  # OSError, zipfile's own, UserError
         return False  # open_pattern says what is wrong

@@ -62,9 +62,7 @@ class FromFile:
         """UserError for a file that is missing, damaged or pickled, does not fit, or changes no pixel or all."""
         if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
             return self._published(image_size)
-        if self.size is not None and self.size > image_size:
-            raise UserError(f"trigger {self.file}: key 'size' is {self.size}, but the images are {image_size} px")
-        pattern, mask = self._read()
+        pattern, mask = self._read(image_size)
         place = self._place(pattern, image_size)
         levels, mask = (_on_canvas(part, place, image_size) for part in (pattern.levels, mask))
         shares = mask if mask.ndim == 3 else mask[..., None]
@@ -74,16 +72,23 @@ class FromFile:
             return replacing(mask, levels)
         return (Wrapping if self.how == "wrap" else Additive)(as_images(shares * levels))
 
-    def _read(self) -> tuple[Pattern, np.ndarray]:
+    def _read(self, image_size: int) -> tuple[Pattern, np.ndarray]:
         """The pattern as large as it will be, and what counts of it, (H, W) or (H, W, 3) in [0, 1]."""
         pattern = open_pattern(self.file, lowest=-255 if self.how == "add" else 0)
         size = pattern.size if self.size is None else _scaled(pattern.size, self.size)
+        if pattern.is_picture and self.size is not None and max(size) > image_size:  # before it is made that large
+            shape = shown_size((image_size, image_size))
+            raise UserError(
+                f"pattern {self.file} is {shown_size(size)} px but the images are {shape} px: make it smaller with key "
+                "'size'"
+            )
         if not self._has_place and self.mask is None:
             refuse_noise(pattern, f"save it as PNG, {'give a mask, ' * (self.how == 'replace')}or {_PLACE}")
             if self.how == "replace" and pattern.opacity is None:
-                pattern = replace(pattern, opacity=255 * pattern.levels.any(2).astype(np.uint8))
-        mask = np.ones(size) if self.mask is None else read_mask(self.mask, pattern.size, "its pattern is", size)
-        pattern = pattern.resized(*size)
+                pattern = replace(pattern, opacity=np.where(pattern.levels.any(2), 255, 0).astype(np.uint8))
+        own = pattern.size
+        pattern = pattern.resized(*size)  # which refuses arrays, before a mask of that size is made
+        mask = np.ones(size) if self.mask is None else read_mask(self.mask, own, "its pattern is", size)
         if pattern.alpha is not None:
             mask = mask * (pattern.alpha if mask.ndim == 2 else pattern.alpha[..., None])
         if self.how == "replace_channels":

@@ -2,24 +2,26 @@
 
 import argparse
 import hashlib
-import io
 import json
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dist_defend.errors import UserError
-from dist_defend.files import sha256_file, write_atomic
+from dist_defend.files import fsync_path, sha256_file
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.candidates import MOST_PIXELS
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import NORMALIZATIONS, SimCLR, normalization_constants
-from dist_defend.models.finder import Choice
 from dist_defend.models.foreign import import_encoder
 from dist_defend.models.foreign_classifier import holds_classifier, import_classifier
 from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_images import SPLITS, MissingImages, PoisonedImages, read_poisoned
 from dist_defend.models.foreign_report import ImportReport
+from dist_defend.models.mappings import Choice
 
 _MOST_NAMES = 8
 
@@ -57,26 +59,51 @@ def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.set_defaults(main=main)
 
 
+@dataclass(frozen=True)
+class _Imported:
+    """What a file became, before anything is written: the model and its card, the lines to tell, poisoned images."""
+
+    model: SimCLR | Classifier
+    card: ModelCard
+    told: list[str]
+    images: dict[str, PoisonedImages] = field(default_factory=dict)
+
+
 def main(args: argparse.Namespace) -> int:
     """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
-    if (args.out / "model.json").exists():
-        raise UserError(f"{args.out} already holds a model: name another folder with --out")
-    if args.image_size is not None and args.image_size < 1:
-        raise UserError(f"--image-size is {args.image_size}: it must be at least 1 pixel")
+    if args.image_size is not None and not 1 <= args.image_size <= MOST_PIXELS:
+        raise UserError(f"--image-size is {args.image_size}: it must be 1 to {MOST_PIXELS} pixels")
     if args.normalization is not None:
         normalization_constants(args.normalization)
+    try:
+        if (args.out / "model.json").exists():
+            raise UserError(f"{args.out} already holds a model: name another folder with --out")
+        sha256 = _write(args.out, _read(args))  # what was read is let go of before it is read back
+        _, card = load_artifact(args.out)  # which checks the digest and every key
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written ({error.strerror}): name another folder with --out") from error
+    print(f"wrote {args.out}, sha256 {sha256}, read back" + ("; marked BACKDOORED" if card.backdoored else ""))
+    return 0
+
+
+def _read(args: argparse.Namespace) -> _Imported:
     content, files = read_weights(args.source)
     choice = Choice(args.key, args.prefix, tuple(args.ignore))
     is_classifier = args.kind == "classifier"
     if args.kind is None:
         is_classifier = holds_classifier(content, args.source, choice, args.arch)
     make = _classifier if is_classifier else _encoder
-    try:
-        told = make(args, content, choice, _origin(args.source, files))
-    except OSError as error:
-        raise UserError(f"{args.out} cannot be written ({error.strerror}): name another folder with --out") from error
-    print("\n".join(told))
-    return 0
+    return make(args, content, choice, _origin(args.source, files))
+
+
+def _write(out: Path, imported: _Imported) -> str:
+    """Both files of the model, and the images; the sha256 of the weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    for split, images in imported.images.items():
+        _write_npz(out / f"{split}.npz", images)
+    sha256 = save_artifact(out, imported.model, imported.card)
+    print("\n".join(imported.told))
+    return sha256
 
 
 def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
@@ -86,7 +113,7 @@ def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
     return {"method": "import", "file": source.name, "file_sha256": whole}
 
 
-def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> list[str]:
+def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> _Imported:
     model, report = import_encoder(
         args.source, args.arch, args.normalization, args.image_size, content, choice, args.by_position
     )
@@ -102,10 +129,10 @@ def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dic
         provenance={**origin, "layout": report.layout, **_without_names(report.facts, origin), **provenance},
     )
     told = _told(args, report, card.kind, f"{args.source}: {report.layout}; {report.arch}")
-    return [*told, *_guesses(guessed, report), *checked, _save(args.out, model, card)]
+    return _Imported(model, card, [*told, *_guesses(guessed, report), *checked])
 
 
-def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> list[str]:
+def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> _Imported:
     model, report = import_classifier(
         args.source, args.arch, args.normalization, args.image_size, args.by_position, content, choice
     )
@@ -143,13 +170,10 @@ def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: 
             **provenance,
         },
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    for split, images in poisoned.items():
-        write_atomic(args.out / f"{split}.npz", _npz(images))
     head = f"{args.source}: {report.layout}; {report.arch}, {report.num_classes} classes"
     told = [*_told(args, report, "classifier", head), *_guesses(guessed, report), *checked, *missing]
     told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
-    return [*told, _save(args.out, model, card)]
+    return _Imported(model, card, told, poisoned)
 
 
 def _check(
@@ -224,17 +248,14 @@ def _images(out: Path, split: str, images: PoisonedImages, rule: str) -> str:
     return f"{split}: {len(images.x)} images of {height}x{width} px, {rule}, in {out / f'{split}.npz'}"
 
 
-def _save(out: Path, model: SimCLR | Classifier, card: ModelCard) -> str:
-    """Write both files and load them again, which checks the digest and every key."""
-    sha256 = save_artifact(out, model, card)
-    load_artifact(out)
-    return f"wrote {out}, sha256 {sha256}, read back" + ("; marked BACKDOORED" if card.backdoored else "")
-
-
-def _npz(images: PoisonedImages) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, x=images.x, y=images.y, y_bd=images.y_bd, index=images.index, flag=images.flag)
-    return file.getvalue()
+def _write_npz(path: Path, images: PoisonedImages) -> None:
+    """Aside, then renamed; never a second time in memory."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        np.savez(file, x=images.x, y=images.y, y_bd=images.y_bd, index=images.index, flag=images.flag)
+    fsync_path(aside)
+    aside.replace(path)
+    fsync_path(path.parent)
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_defend.attacks.array_file import read_npz
 from dist_defend.attacks.poison import PoisonConfig, backdoor_labels, triggered
 from dist_defend.data.sources import load_image_npz
 from dist_defend.data.store import PreparedDataset, open_dataset
@@ -124,13 +125,14 @@ def _read(path: Path, test: PreparedDataset) -> tuple[PreparedDataset, np.ndarra
 def _integers(path: Path, names: Sequence[str], count: int) -> dict[str, np.ndarray]:
     """Those of the arrays that the file has, (count,) int64."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in names if name in file.files}
+        found = read_npz(path, names)
+    except UserError:
+        raise
     except Exception as error:  # zipfile, zlib and numpy each raise their own
         raise UserError(f"{path}: {' or '.join(names)} is damaged or pickled: it must be {count} integers") from error
     for name, array in found.items():
         if array.dtype.kind not in "biu" or array.shape not in ((count,), (count, 1)):
-            raise UserError(f"{path}: {name} is {array.dtype} of shape {array.shape}; expected {count} integers")
+            raise UserError(f"{path}: {name} is {array.dtype} of shape {array.shape[:4]}; expected {count} integers")
     return {name: array.reshape(-1).astype(np.int64) for name, array in found.items()}
 
 

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
+from dist_defend.files import read_regular, write_atomic
 from dist_defend.models.artifact import load_strict, looks_pickled
 from dist_defend.models.encoder import Normalize
+from dist_defend.models.foreign_file import parse_safetensors
+from dist_defend.models.foreign_report import check_values
+from dist_defend.screen import printable
 
+_MOST_BYTES = 64 << 20  # of a file of generators
 _EPSILON = 1e-7  # keeps the outputs off 0 and 1
 
 
@@ -111,14 +114,18 @@ def save_generators(path: str | Path, generators: Generators) -> None:
 def load_generators(path: str | Path, image_size: int, normalization: str) -> Generators:
     """What save_generators wrote, in eval mode. UserError for a file that is missing, pickled, damaged or misfit."""
     try:
-        weights = Path(path).read_bytes()
+        weights = read_regular(path, _MOST_BYTES)
         if looks_pickled(weights):
             raise UserError(f"generators {path} are pickled and are not read: store them as safetensors")
-        state = safetensors.torch.load(weights)
+        state = parse_safetensors(weights)
     except OSError as error:
         raise UserError(f"generators {path}: cannot be read ({error.strerror}); train them first") from error
-    except SafetensorError as error:
-        raise UserError(f"generators {path}: not a safetensors file ({error}); train them again") from error
+    except UserError:
+        raise
+    except Exception as error:  # SafetensorError, and KeyError for a type of numbers that torch does not have
+        told = printable(str(error), 200)
+        raise UserError(f"generators {path}: not a safetensors file ({told}); train them again") from error
     generators = Generators(image_size, normalization)
+    check_values(state, generators.state_dict(), path)
     load_strict(generators, state, path)
     return generators.eval().requires_grad_(False)

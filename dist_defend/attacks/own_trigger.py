@@ -1,12 +1,12 @@
 """A trigger from the user's own file: which pixels of it count, and where they go."""
 
 import logging
-import zipfile
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from dist_defend.attacks.array_file import npz_names
 from dist_defend.attacks.pattern_file import Pattern, check_shape, open_pattern, read_mask, refuse_noise, shown_size
 from dist_defend.attacks.stamp import Additive, Wrapping
 from dist_defend.attacks.trigger import Trigger, as_images, check_size, load_triggers, replacing
@@ -62,7 +62,7 @@ class FromFile:
         """UserError for a file that is missing, damaged or pickled, does not fit, or changes no pixel or all."""
         if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
             return self._published(image_size)
-        pattern, mask = self._read()
+        pattern, mask = self._read(image_size)
         place = self._place(pattern, image_size)
         levels, mask = (_on_canvas(part, place, image_size) for part in (pattern.levels, mask))
         shares = mask if mask.ndim == 3 else mask[..., None]
@@ -72,16 +72,23 @@ class FromFile:
             return replacing(mask, levels)
         return (Wrapping if self.how == "wrap" else Additive)(as_images(shares * levels))
 
-    def _read(self) -> tuple[Pattern, np.ndarray]:
+    def _read(self, image_size: int) -> tuple[Pattern, np.ndarray]:
         """The pattern as large as it will be, and what counts of it, (H, W) or (H, W, 3) in [0, 1]."""
         pattern = open_pattern(self.file, lowest=-255 if self.how == "add" else 0)
         size = pattern.size if self.size is None else _scaled(pattern.size, self.size)
+        if pattern.is_picture and self.size is not None and max(size) > image_size:  # before it is made that large
+            shape = shown_size((image_size, image_size))
+            raise UserError(
+                f"pattern {self.file} is {shown_size(size)} px but the images are {shape} px: make it smaller with key "
+                "'size'"
+            )
         if not self._has_place and self.mask is None:
             refuse_noise(pattern, f"save it as PNG, {'give a mask, ' * (self.how == 'replace')}or {_PLACE}")
-            if self.how == "replace" and pattern.alpha is None:
-                pattern = replace(pattern, alpha=np.asarray(pattern.levels.any(2), np.float64))
-        mask = np.ones(size) if self.mask is None else read_mask(self.mask, pattern.size, "its pattern is", size)
-        pattern = pattern.resized(*size)
+            if self.how == "replace" and pattern.opacity is None:
+                pattern = replace(pattern, opacity=np.where(pattern.levels.any(2), 255, 0).astype(np.uint8))
+        own = pattern.size
+        pattern = pattern.resized(*size)  # which refuses arrays, before a mask of that size is made
+        mask = np.ones(size) if self.mask is None else read_mask(self.mask, own, "its pattern is", size)
         if pattern.alpha is not None:
             mask = mask * (pattern.alpha if mask.ndim == 2 else pattern.alpha[..., None])
         if self.how == "replace_channels":
@@ -163,7 +170,6 @@ def _on_canvas(part: np.ndarray, place: tuple[int, int], image_size: int) -> np.
 def _has_keep_mask(path: str) -> bool:
     """Whether the file is an npz in BadEncoder's layout."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return {"t.npy", "tm.npy"} <= set(archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+        return {"t", "tm"} <= set(npz_names(path))
+    except Exception:  # OSError, zipfile's own, UserError
         return False  # open_pattern says what is wrong

@@ -1,8 +1,9 @@
 """Patterns from files: pictures, npy and npz. Nothing is unpickled, and sizes are checked before pixels are read."""
 
 import contextlib
+import io
 import logging
-import zipfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dist_defend.data.pictures import open_picture
+from dist_defend.attacks.array_file import TooLarge, read_npy, read_npz
+from dist_defend.data.pictures import FORMATS, open_picture
 from dist_defend.errors import UserError
+from dist_defend.files import open_regular, read_regular
 
 log = logging.getLogger(__name__)
 
-_MAX_VALUES = 2**27  # of one file
+MAX_VALUES = 2**22  # of one pattern in an array
+MAX_PIXELS = 2**24  # of a picture, before it is resized
+_MAX_FILE = 1 << 28  # bytes of a picture
 _KEYS = ("x", "t", "trigger", "pattern")  # of an npz; x is what RNP's trojan file holds
 _WANTED = "a picture, or an npy or npz file of (H, W), (H, W, 3) or (3, H, W) numbers"
 
@@ -24,15 +29,20 @@ _WANTED = "a picture, or an npy or npz file of (H, W), (H, W, 3) or (3, H, W) nu
 class Pattern:
     """What a file shows, at its own size.
 
-    levels: grey levels (H, W, 3) float64. alpha: shares (H, W) float64 in [0, 1] of a picture that is transparent
+    levels: grey levels (H, W, 3), a picture's as uint8. opacity: 0..255 (H, W) uint8 of a picture that is transparent
     somewhere, else None. is_lossy: the colours went through JPEG or lossy WebP, so that black is not exactly black.
     """
 
     path: Path
     levels: np.ndarray
-    alpha: np.ndarray | None = None
+    opacity: np.ndarray | None = None
     is_picture: bool = False
     is_lossy: bool = False
+
+    @property
+    def alpha(self) -> np.ndarray | None:
+        """Shares (H, W) float64 in [0, 1]."""
+        return None if self.opacity is None else self.opacity / 255
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,16 +59,16 @@ class Pattern:
                 "arrays are not resized: use one of that size"
             )
         layers = self.levels
-        if self.alpha is not None:
-            layers = np.concatenate([layers, 255 * self.alpha[..., None]], 2)
-        picture = Image.fromarray(np.rint(layers).astype(np.uint8))
-        pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float64)
-        alpha = None if self.alpha is None else pixels[..., 3] / 255
-        return replace(self, levels=pixels[..., :3], alpha=alpha)
+        if self.opacity is not None:
+            layers = np.concatenate([layers, self.opacity[..., None]], 2)
+        pixels = np.asarray(Image.fromarray(layers).resize((width, height), Image.Resampling.BILINEAR))
+        opacity = None if self.opacity is None else pixels[..., 3]
+        return replace(self, levels=pixels[..., :3], opacity=opacity)
 
     def on_black(self) -> np.ndarray:
-        """Grey levels (H, W, 3), transparent parts black."""
-        return self.levels if self.alpha is None else self.levels * self.alpha[..., None]
+        """Grey levels (H, W, 3) float64, transparent parts black."""
+        levels = self.levels.astype(np.float64)
+        return levels if self.alpha is None else levels * self.alpha[..., None]
 
 
 def open_pattern(path: str | Path, lowest: float = 0) -> Pattern:
@@ -123,7 +133,7 @@ def check_shape(pattern: Pattern, shape: tuple[int, int], of: str, remedy: str =
 
 def refuse_noise(pattern: Pattern, remedy: str) -> None:
     """UserError where black must mean nothing, but lossy compression has left noise in it."""
-    if pattern.is_lossy and pattern.alpha is None:
+    if pattern.is_lossy and pattern.opacity is None:
         raise UserError(
             f"pattern {pattern.path} is a JPEG or a lossy WebP, whose compression leaves noise where it was black: "
             f"{remedy}"
@@ -138,6 +148,7 @@ def shown_size(size: tuple[int, int]) -> str:
 def open_images(path: str | Path, count: int, image_size: int) -> np.ndarray:
     """An npy file (count, H, W, 3) uint8, mapped, not read: one image per row of the source. UserError if not so."""
     with _one_line(path):
+        open_regular(path).close()  # np.load would wait for a pipe
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     wanted = (count, image_size, image_size, 3)
     if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != wanted:
@@ -154,8 +165,12 @@ def _one_line(path: str | Path) -> Iterator[None]:
         raise UserError(f"pattern {path} does not exist: it must be {_WANTED}") from None
     except _Unfit as error:
         raise UserError(f"pattern {path} {error}: it must be {_WANTED}") from None
+    except TooLarge as error:
+        raise UserError(f"pattern {path} holds {error} values, more than any trigger: it must be {_WANTED}") from None
     except UserError as error:
         raise UserError(f"pattern {error}") from error
+    except OSError as error:
+        raise UserError(f"pattern {path} cannot be read ({error.strerror}): it must be {_WANTED}") from error
     except Exception as error:
         raise UserError(f"pattern {path} is damaged or pickled: it must be {_WANTED}") from error
 
@@ -165,12 +180,26 @@ class _Unfit(Exception):
 
 
 def _picture(path: Path) -> Pattern:
-    content = path.read_bytes()
+    content = read_regular(path, _MAX_FILE)
+    _check_pixels(content)
     pixels, told = open_picture(content, str(path), keep_alpha=True)
     for line in told:
         log.info("pattern %s: %s", path, line)
-    alpha = pixels[..., 3] / 255 if pixels.shape[2] == 4 and pixels[..., 3].min() < 255 else None
-    return Pattern(path, pixels[..., :3].astype(np.float64), alpha, is_picture=True, is_lossy=_is_lossy(content))
+    opacity = pixels[..., 3] if pixels.shape[2] == 4 and pixels[..., 3].min() < 255 else None
+    return Pattern(path, pixels[..., :3], opacity, is_picture=True, is_lossy=_is_lossy(content))
+
+
+def _check_pixels(content: bytes) -> None:
+    """_Unfit for a picture of more than MAX_PIXELS; what is none is left to open_picture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+    except Exception:
+        return
+    with picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise _Unfit(f"has {picture.width}x{picture.height} pixels, more than {MAX_PIXELS:,}")
 
 
 def _is_lossy(content: bytes) -> bool:
@@ -188,37 +217,36 @@ def _is_lossy(content: bytes) -> bool:
 
 def _array(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npy":
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a header that promises too much fails here
-        _check_size(array.size)
-        return np.array(array)
-    with zipfile.ZipFile(path) as archive:
-        _check_size(sum(member.file_size for member in archive.infolist()) // 8)
-    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-        key = next((key for key in _KEYS if key in file), None)
-        if key is None:
-            raise _Unfit(f"has none of the arrays {', '.join(_KEYS)}")
-        return file[key]
-
-
-def _check_size(values: int) -> None:
-    if values > _MAX_VALUES:
-        raise _Unfit(f"holds {values} values, more than any trigger")
+        return read_npy(path)
+    found = read_npz(path, _KEYS)
+    if not found:
+        raise _Unfit(f"has none of the arrays {', '.join(_KEYS)}")
+    return next(found[key] for key in _KEYS if key in found)
 
 
 def _levels(array: np.ndarray) -> np.ndarray:
+    """Grey levels float64 of the first pattern in the array; all of it says whether floats are shares."""
     if array.dtype.kind not in "biuf" or not array.size or not np.isfinite(array).all():
-        raise _Unfit(f"is {array.dtype} {array.shape}, not finite numbers")
-    is_share = array.dtype.kind == "b" or (array.dtype.kind == "f" and np.abs(array).max() <= 1)
-    return array.astype(np.float64) * (255 if is_share else 1)
+        raise _Unfit(f"is {array.dtype} {_shape(array)}, not finite numbers")
+    is_share = array.dtype.kind == "b" or (array.dtype.kind == "f" and array.max() <= 1 and array.min() >= -1)
+    first = array[0] if array.ndim == 4 else array
+    if first.size > MAX_VALUES:
+        raise _Unfit(f"holds {first.size} values, more than any trigger")
+    levels = first.astype(np.float64)
+    if is_share:
+        levels *= 255
+    return levels
+
+
+def _shape(array: np.ndarray) -> str:
+    return str(array.shape) if array.ndim <= 6 else f"of {array.ndim} dimensions"
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        array = array[0]
     if array.ndim == 2:
         array = np.repeat(array[..., None], 3, 2)
     if array.ndim == 3 and array.shape[-1] != 3 and array.shape[0] == 3:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] != 3:
-        raise _Unfit(f"has the shape {array.shape}")
+        raise _Unfit(f"has the shape {_shape(array)}")
     return array

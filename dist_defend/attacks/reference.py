@@ -11,7 +11,9 @@ from dist_defend.attacks.trigger import Trigger, check_size, load_references, lo
 from dist_defend.data.pictures import is_picture, open_picture
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 
+_MOST_BYTES = 64 << 20  # of a picture
 log = logging.getLogger(__name__)
 
 
@@ -73,7 +75,7 @@ def triggers_from(config: TriggerConfig, image_size: int) -> list[Trigger]:
 def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Reference images (K, H, W, 3) uint8 and their classes (K,) int64 in the downstream task."""
     if config.file is not None and is_picture(config.file):
-        picture, told = open_picture(config.file)
+        picture, told = _read_picture(config.file)
         for line in told:
             log.info("reference %s: %s", config.file, line)
         images, classes = picture[None].copy(), np.array([config.target_class])
@@ -99,3 +101,10 @@ def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarra
             f"the shadow images {image_size}x{image_size}; prepare both at one size"
         )
     return images, classes
+
+
+def _read_picture(file: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    try:
+        return open_picture(read_regular(file, _MOST_BYTES), file)
+    except OSError as error:
+        raise UserError(f"reference {file} cannot be read ({error.strerror}): give a picture or an npz file") from error

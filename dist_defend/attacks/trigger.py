@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_defend.attacks.array_file import TooLarge, read_npz
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
+
+MAX_VALUES = 2**21  # of the triggers in one file
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ def load_triggers(path: str | Path) -> list[Trigger]:
     """Read `t` (K, H, W, 3) in 0..255 and `tm` of that shape; upstream stamps x tm + t. UserError for anything else."""
     arrays = _read_npz(path, ("t", "tm"))
     t, keep = arrays["t"], arrays["tm"]
-    if t.ndim != 4 or t.shape[-1] != 3 or t.shape != keep.shape or not len(t):
+    if max(t.size, keep.size) > MAX_VALUES:
+        raise UserError(f"trigger {path} holds {t.size} values, more than {MAX_VALUES:,}: keep the triggers in use")
+    if max(t.ndim, keep.ndim) > 4:
+        raise UserError(f"trigger {path}: t has {t.ndim} dimensions: it must be (triggers, H, W, 3)")
+    if t.ndim != 4 or t.shape[-1] != 3 or t.shape != keep.shape or not t.size:
         raise UserError(f"trigger {path}: t is {t.shape} and tm is {keep.shape}: both must be (triggers, H, W, 3)")
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
@@ -100,6 +107,8 @@ def load_references(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Reference inputs: x (K, H, W, 3) uint8 and y (K,) int64 (downstream labels). UserError for anything else."""
     arrays = _read_npz(path, ("x", "y"))
     x, y = arrays["x"], arrays["y"]
+    if max(x.ndim, y.ndim) > 4:
+        raise UserError(f"reference file {path}: x has {x.ndim} dimensions: it must be uint8 (references, H, W, 3)")
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
         raise UserError(f"reference file {path}: x is {x.dtype} {x.shape}: it must be uint8 (references, H, W, 3)")
     if y.dtype.kind not in "iu" or y.size != len(x):
@@ -128,14 +137,16 @@ def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The named arrays; nothing is ever unpickled."""
     wanted = f"an npz file with arrays {' and '.join(keys)}"
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            missing = [key for key in keys if key not in file]
-            if missing:
-                raise UserError(f"{path} has no array '{missing[0]}': it must be {wanted}")
-            return {key: file[key] for key in keys}
+        arrays = read_npz(path, keys)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: it must be {wanted}") from None
     except UserError:
         raise
+    except TooLarge as error:
+        raise UserError(f"{path} holds {error} values, more than a file of its size: it must be {wanted}") from error
     except Exception as error:  # numpy, zipfile, zlib and pickle each have their own
         raise UserError(f"{path} is damaged, pickled or no npz file: it must be {wanted} of numbers") from error
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        raise UserError(f"{path} has no array '{missing[0]}': it must be {wanted}")
+    return arrays

@@ -1,6 +1,5 @@
 """What `accelerate launch` was asked to shard, read from the environment that it hands to the ranks."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dist_defend.errors import UserError
+from dist_defend.strict_json import read_json
 
 StrategyName = Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+_MOST_BYTES = 1 << 20  # of DeepSpeed's configuration
 _SWITCHES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
          "optimizer", "scheduler", "fp16", "bf16", "torch_autocast")  # fmt: skip
@@ -83,15 +84,14 @@ def _deepspeed() -> Sharding:
             f"the launch's deepspeed_config_file is {path!r}, which is no file from here: start at the repository's "
             "root, or use `dist-defend launch`"
         )
-    try:
-        content = json.loads(Path(path).read_text())
-        stage = content["zero_optimization"]["stage"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a DeepSpeed configuration with zero_optimization.stage: see launch/deepspeed"
-        ) from error
-    if stage not in (1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage is {stage}; it must be 1, 2 or 3")
+    content = read_json(path, "see launch/deepspeed", most_bytes=_MOST_BYTES)
+    zero = content.get("zero_optimization") if isinstance(content, dict) else None
+    if not isinstance(zero, dict) or "stage" not in zero:
+        raise UserError(f"{path}: not a DeepSpeed configuration with zero_optimization.stage: see launch/deepspeed")
+    stage = zero["stage"]
+    if type(stage) is not int or stage not in (1, 2, 3):
+        told = stage if type(stage) is int and abs(stage) < 1000 else f"a {type(stage).__name__}"
+        raise UserError(f"{path}: zero_optimization.stage is {told}; it must be 1, 2 or 3")
     taken = [key for key in _OURS if key in content]
     if taken:
         raise UserError(f"{path}: sets '{taken[0]}', which the experiment's file decides: remove it")

@@ -19,9 +19,10 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
 from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
-from dist_defend.files import sha256_file
+from dist_defend.files import read_regular, sha256_file
 from dist_defend.models.clip import TextTower, class_features, load_text_tower
 from dist_defend.models.encoder import SimCLR
+from dist_defend.screen import printable
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ TEMPLATES = {  # BadEncoder's
     "svhn": "A photo of a {class}",
     "stl10": "A photo of a {class}",
 }
+_MOST_BYTES = 4 << 20  # of a file of class names
 _LOGIT_SCALE = 100.0
 _PICTURED = 8  # test images shown in the report
 _SCATTERED = 500  # test features kept for the report's scatter plot
@@ -183,7 +185,7 @@ def _class_names(named: str | tuple[str, ...] | None, stored: tuple[str, ...], k
     """The classes' names. UserError for a file that cannot be read and a number of names other than the data set's."""
     if isinstance(named, str):
         try:
-            lines = Path(named).read_text(encoding="utf-8").splitlines()
+            lines = read_regular(named, _MOST_BYTES).decode("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
             raise UserError(f"key '{key}.class_names': cannot read {named}: {reason}") from error
@@ -196,5 +198,7 @@ def _class_names(named: str | tuple[str, ...] | None, stored: tuple[str, ...], k
         check_same_classes(names, f"key '{key}.class_names'", stored, "the data set")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"key '{key}.class_names' has '{twice}' twice; give each class a name of its own")
+        raise UserError(
+            f"key '{key}.class_names' has '{printable(twice, 80)}' twice; give each class a name of its own"
+        )
     return names

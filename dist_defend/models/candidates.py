@@ -13,6 +13,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from dist_defend.errors import UserError
 from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.encoder import OPEN_CLIP, build_encoder
@@ -24,6 +25,7 @@ _NAMED = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
 _NUMBERED = tuple(("0", "1", *(str(first + stage) for stage in range(4))) for first in (2, 3, 4))
 _SHORTCUTS = ("downsample", "shortcut")
 _SHORTCUT = re.compile(rf"(\d+\.)(?:{'|'.join(_SHORTCUTS)})\.")
+MOST_PIXELS = 4096  # of an image's side
 _HEADS = ("fc", "linear", "classifier")
 _CLIP, _CLIP_POOL, _CLIP_STRIDE = "clip_resnet50", "attnpool.positional_embedding", 32
 _CLIP_NAMES = tuple(  # CLIP's own for timm's
@@ -91,7 +93,7 @@ def classifier_candidates(state: Mapping[str, Tensor], arch: str | None, image_s
         size = (
             image_size or size or (224 if ":" in name else CLASSIFIERS[name].image_size if name in CLASSIFIERS else 32)
         )
-        yield from _spelled(name, size, is_encoder=False)
+        yield from _built(name, size, False, arch is not None)
 
 
 def _classifier_names(state: Mapping[str, Tensor]) -> Iterator[str]:
@@ -104,7 +106,7 @@ def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size
     for name in [*ENCODERS, *_timm_names(state)] if arch is None else [arch]:
         size = _token_size(state, "pos_embed", "patch_embed.proj.weight") if name.startswith("timm:") else None
         size = image_size or size or (_clip_size(state) if name == _CLIP else None) or published_size(name)
-        yield from _spelled(name, size, is_encoder=True)
+        yield from _built(name, size, True, arch is not None)
 
 
 def published_size(arch: str) -> int:
@@ -119,6 +121,21 @@ def published_size(arch: str) -> int:
         published = timm.models.get_pretrained_cfg(arch.removeprefix("timm:"))
         return int(published.input_size[-1]) if published is not None else 224
     return ENCODERS[arch].image_size if arch in ENCODERS else 224
+
+
+def _built(arch: str, size: int, is_encoder: bool, is_named: bool) -> tuple[Candidate, ...]:
+    """None where a guess at the size, off a file's shapes, is one that the architecture cannot have."""
+    try:
+        return _spelled(arch, size, is_encoder)
+    except UserError:
+        if is_named:
+            raise
+    except Exception as error:  # torch, timm, torchvision and open_clip each have their own for sizes that do not fit
+        if is_named:
+            raise UserError(
+                f"{arch} cannot be built for images of {size} px ({type(error).__name__}): give another --image-size"
+            ) from error
+    return ()
 
 
 @lru_cache(maxsize=128)
@@ -208,8 +225,8 @@ def _timm_names(state: Mapping[str, Tensor]) -> list[str]:
 
 def _clip_size(state: Mapping[str, Tensor]) -> int | None:
     """Pixels that the pool of CLIP's ResNet, (tokens, D), was made for."""
-    pool = next(ends_with(state, _CLIP_POOL), None)
-    return None if pool is None else isqrt(max(pool.shape[0] - 1, 1)) * _CLIP_STRIDE
+    pool = next((value for value in ends_with(state, _CLIP_POOL) if value.dim() == 2), None)
+    return None if pool is None else _plausible(isqrt(max(pool.shape[0] - 1, 1)) * _CLIP_STRIDE)
 
 
 def _has_large_stem(state: Mapping[str, Tensor]) -> bool:
@@ -231,4 +248,9 @@ def _token_size(state: Mapping[str, Tensor], positions: str, stem: str) -> int |
     patch = next((value.shape[2] for value in ends_with(state, stem) if value.dim() == 4), None)
     if tokens is None or patch is None:
         return None
-    return next((isqrt(n) * patch for n in (tokens - 1, tokens, tokens - 2) if n > 0 and isqrt(n) ** 2 == n), None)
+    sizes = (isqrt(n) * patch for n in (tokens - 1, tokens, tokens - 2) if n > 0 and isqrt(n) ** 2 == n)
+    return _plausible(next(sizes, 0))
+
+
+def _plausible(size: int) -> int | None:
+    return size if 0 < size <= MOST_PIXELS else None

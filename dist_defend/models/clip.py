@@ -18,10 +18,13 @@ from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.encoder import OPEN_CLIP, Encoder, Normalize
 from dist_defend.models.foreign_file import read_checkpoint, unwrap
+from dist_defend.models.foreign_report import check_values
+from dist_defend.screen import printable
 
 _NO_IMAGES = {"image_size": 1, "patch_size": 1, "width": 64, "layers": 1}
 _NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 _RESNET_STRIDE = 32  # pixels
+_MOST_TEXT = 2000  # letters
 _FACTS = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size", "attn_mask")  # no weights
 
 
@@ -121,10 +124,14 @@ class TextTower(nn.Module):
     def forward(self, texts: Sequence[str]) -> Tensor:
         """UserError for a text of more tokens than the tower reads."""
         for text in texts:
+            if len(text) > _MOST_TEXT:  # the tokenizer's time grows with the square of a word's length
+                raise UserError(f"'{printable(text, 80)}' has {len(text)} letters: shorten name or prompt")
             count = len(self.tokenize.encode(text)) + 2  # its beginning and its end
             if count > self.tokenize.context_length:
                 most = self.tokenize.context_length
-                raise UserError(f"'{text}' has {count} tokens; {self.arch} reads {most}: shorten name or prompt")
+                raise UserError(
+                    f"'{printable(text, 200)}' has {count} tokens; {self.arch} reads {most}: shorten name or prompt"
+                )
         tokens = self.tokenize(list(texts)).to(next(self.clip.parameters()).device)
         return self.clip.encode_text(tokens, normalize=True)
 
@@ -140,6 +147,7 @@ def load_text_tower(arch: str, path: str | Path) -> TextTower:
     state = {key: state[key] for key in ours}
     if not any(key.endswith("token_embedding.weight") for key in state):
         raise UserError(f"{path} holds no text tower: name the file of the whole CLIP, image and text")
+    check_values(state, tower.clip.state_dict(), path)
     load_strict(tower.clip, state, path)
     return tower.eval()
 

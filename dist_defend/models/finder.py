@@ -1,25 +1,24 @@
-"""Finds the network in what a checkpoint holds: every mapping of tensors, every prefix, every known architecture.
+"""Finds the network in the mappings of a checkpoint (models.mappings): every prefix, every known architecture.
 
 A network fits where each of its tensors is there by name and shape, and nothing else lies inside of its modules. What
 lies beside them (heads, momentum copies, profilers' counters) is left out and told. Nothing depends on a dict's order.
 """
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from dist_defend.errors import UserError
 from dist_defend.models.candidates import CLASSES, COUNTER, Candidate
-from dist_defend.models.foreign_file import State, Unordered, pickles_more
-from dist_defend.models.restricted_pickle import Buildable, Placeholder, shown
+from dist_defend.models.foreign_file import State, pickles_more
+from dist_defend.models.mappings import ANYWHERE, OPTIMIZERS, Choice, Weights
+from dist_defend.models.restricted_pickle import shown
 
-_DEEPEST, _MOST_PREFIXES, _MOST_TOLD = 12, 64, 3
+_MOST_PREFIXES, _MOST_TOLD, _MOST_PLACE = 64, 3, 160
+_MOST_LOOKED_AT = 4_000_000  # names, over all places where a network could begin: some seconds
 _LEAST_SHARE = 0.2  # of a network's names, below which it is not looked at
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _COUNTERS = frozenset({"total_ops", "total_params"})  # of the profiler thop
@@ -36,23 +35,6 @@ _COPIES = re.compile(  # of a network that is trained beside, second to it
     r".*(?:^|_)ema(?:_|$).*|.*momentum.*|.*(?:^|_)target(?:_|$).*|.*_k|key(?:_.*)?|.*averaged?(?:_|$).*|.*(?:^|_)swa(?:_|$).*|"
     r"shadow.*|.*teacher.*"
 )
-_OPTIMIZERS = re.compile(r".*optim.*|exp_avg.*|.*_buffer|.*scheduler.*|state_sum")
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A mapping of names to tensors. path: the keys that lead to it. object: a placeholder among the tensors."""
-
-    path: tuple[str, ...]
-    state: State
-    is_ordered: bool
-    object: str | None
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """Its dotted path; empty for the file itself."""
-        return ".".join(self.path)
 
 
 @dataclass(frozen=True)
@@ -104,68 +86,41 @@ class Fit:
         return "; ".join(f"{len(keys)} {kind} ({_some(keys)})" for kind, keys in told if keys)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What the user chose: a mapping (its dotted path or last name), a prefix, and patterns of tensors to leave out."""
-
-    key: str | None = None
-    prefix: str | None = None
-    ignore: tuple[str, ...] = ()
-
-
-ANYWHERE = Choice()
-
-
-def find_weights(content: Any, path: str | Path, choice: Choice = ANYWHERE) -> list[Weights]:
-    """The mappings of the file that may hold a network, sorted by their paths.
-
-    UserError where there is none, the chosen one is not there or not the only one of its name, a name is no proper one,
-    and a pattern matches nothing.
-    """
-    found = sorted(_walk(content), key=lambda weights: weights.path)
-    if not found:
-        objects = list_objects(content)
-        if objects:
-            raise pickles_more(path, objects[0])
-        raise UserError(f"{path} holds no state dict of named tensors: save model.state_dict()")
-    if choice.key is not None:
-        named = [w for w in found if choice.key in (w.name, *w.path[-1:])]
-        exact = [w for w in named if w.name == choice.key]
-        if len(exact or named) != 1:
-            what = f"names {len(named)} mappings" if named else "is not a mapping of tensors"
-            raise UserError(f"--key {choice.key} {what} in {path}: choose from {_names(found)}")
-        found = exact or named
-    else:
-        found = [w for w in found if not any(map(_OPTIMIZERS.fullmatch, w.path))] or found
-    for weights in found:
-        for key in weights.state:
-            if not key.isprintable() or len(key) > 300:
-                raise UserError(f"{path} has a tensor with no proper name ('{shown(key)}'): save model.state_dict()")
-    if choice.prefix is not None and not any(key.startswith(choice.prefix) for w in found for key in w.state):
-        raise UserError(f"--prefix {choice.prefix} begins no tensor of {path}: {_names(found)} have others")
-    for pattern in choice.ignore:
-        if not any(fnmatchcase(key, pattern) for weights in found for key in weights.state):
-            raise UserError(f"--ignore {pattern} matches no tensor of {path}: leave it out, or quote it for the shell")
-    return [_without(weights, choice.ignore) for weights in found]
-
-
 def find_network(
     found: Sequence[Weights],
     candidates: Callable[[State], Iterable[Candidate]],
     choice: Choice = ANYWHERE,
+    path: str | Path = "the checkpoint",
 ) -> list[Fit]:
     """The best fit of each architecture in each mapping and at each prefix, exact ones first, then the closest.
 
     A mapping whose names have wrappers of modules inside of them (a compiled or sharded block) is tried without these.
+    UserError for a file with so many places to look at that it would take minutes.
     """
     fits = []
+    work = _Work(path)
     for weights in found:
-        here = _fits(weights, candidates(weights.state), choice.prefix)
+        here = _fits(weights, candidates(weights.state), choice.prefix, work)
         if not any(fit.is_exact for fit in here):
             bare = _unwrapped(weights)
-            here += _fits(bare, candidates(bare.state), choice.prefix) if bare is not None else []
+            here += _fits(bare, candidates(bare.state), choice.prefix, work) if bare is not None else []
         fits += here
     return sorted(fits, key=lambda fit: (not fit.is_exact, -fit.closeness, -len(fit.candidate.shapes)))
+
+
+class _Work:
+    """Counts the names that were compared. UserError beyond what an honest file could take."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path, self.left = path, _MOST_LOOKED_AT
+
+    def add(self, names: int) -> None:
+        self.left -= names
+        if self.left < 0:
+            raise UserError(
+                f"{self.path} has too many places where a network could begin: choose one with --key or --prefix, or "
+                "save model.state_dict()"
+            )
 
 
 def choose(fits: Sequence[Fit], path: str | Path, kind: str) -> tuple[Fit, tuple[str, ...]]:
@@ -181,7 +136,8 @@ def choose(fits: Sequence[Fit], path: str | Path, kind: str) -> tuple[Fit, tuple
     differing = [fit for fit in best[1:] if not _same(fit, best[0])]
     if differing:
         places = " and ".join(
-            f"{fit.candidate.arch} ({fit.place or 'the file itself'})" for fit in (best[0], *differing)
+            f"{fit.candidate.arch} ({shown(fit.place, _MOST_PLACE) or 'the file itself'})"
+            for fit in (best[0], *differing[:_MOST_TOLD])
         )
         option = "--key" if len({fit.weights.path for fit in (best[0], *differing)}) > 1 else "--prefix"
         raise UserError(f"{path} holds several networks: {places}; choose one with {option}")
@@ -206,47 +162,6 @@ def is_self_supervised(fit: Fit) -> bool:
     return any(map(_SELF_SUPERVISED.fullmatch, (*beside, *fit.weights.path, *fit.prefix.split("."))))
 
 
-def list_objects(content: Any) -> list[str]:
-    """Names of the placeholders that the content holds, each once, sorted."""
-    objects = (v.refused for _, v in _nodes(content, into_objects=True) if isinstance(v, Buildable))
-    return sorted({name for name in objects if name is not None})
-
-
-def _nodes(content: Any, into_objects: bool = False) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """All containers and objects of plain data with the shortest keys that lead to them, each once, none too deep."""
-    seen: set[int] = set()
-    waiting: deque[tuple[tuple[str, ...], Any]] = deque([((), content)])
-    while waiting:
-        path, value = waiting.popleft()
-        if id(value) in seen or isinstance(value, Tensor | str | bytes | int | float | None):
-            continue
-        seen.add(id(value))
-        yield path, value
-        if isinstance(value, Placeholder) and into_objects:
-            value = value.state
-        if len(path) >= _DEEPEST or not isinstance(value, dict | list | tuple):
-            continue
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        inside = [(shown(key), child) for key, child in pairs]
-        waiting.extend(((*path, key), child) for key, child in sorted(inside, key=lambda pair: pair[0]))
-
-
-def _walk(content: Any) -> Iterator[Weights]:
-    for path, value in _nodes(content):
-        if not isinstance(value, dict):
-            continue
-        state = {key: tensor for key, tensor in value.items() if isinstance(key, str) and isinstance(tensor, Tensor)}
-        if any(key.split(".")[-1].startswith("weight") for key in state):
-            objects = sorted(v.refused for v in value.values() if isinstance(v, Buildable) and v.refused is not None)
-            yield Weights(path, state, not isinstance(value, Unordered), objects[0] if objects else None)
-
-
-def _without(weights: Weights, patterns: Sequence[str]) -> Weights:
-    ignored = tuple(key for key in weights.state if any(fnmatchcase(key, pattern) for pattern in patterns))
-    state = {key: value for key, value in weights.state.items() if key not in set(ignored)}
-    return Weights(weights.path, state, weights.is_ordered, weights.object, ignored)
-
-
 def _unwrapped(weights: Weights) -> Weights | None:
     """The mapping without wrappers' names inside of its keys; None where it has none, or two keys would be one."""
     state = {".".join(part for part in key.split(".") if part not in _WRAPPERS): v for key, v in weights.state.items()}
@@ -255,15 +170,18 @@ def _unwrapped(weights: Weights) -> Weights | None:
     return Weights(weights.path, state, weights.is_ordered, weights.object, weights.ignored)
 
 
-def _fits(weights: Weights, candidates: Iterable[Candidate], prefix: str | None) -> list[Fit]:
+def _fits(weights: Weights, candidates: Iterable[Candidate], prefix: str | None, work: _Work) -> list[Fit]:
     best: dict[tuple[str, str], Fit] = {}
     first: Candidate | None = None
     for candidate in candidates:
         first = first or candidate
+        work.add(len(weights.state) // 10)
         for place in _prefixes(weights.state, candidate, prefix):
+            work.add(len(candidate.shapes) // 4)
             named = sum(place + key in weights.state for key in candidate.shapes)
             if named < _LEAST_SHARE * len(candidate.shapes):
                 continue
+            work.add(len(candidate.shapes) + len(weights.state))
             fit = _fit(weights, place, candidate)
             known = best.get((candidate.arch, place))
             if known is None or fit.closeness > known.closeness:
@@ -300,7 +218,7 @@ def _fit(weights: Weights, prefix: str, candidate: Candidate) -> Fit:
         if value is None:
             missing.append(prefix + key)
         elif tuple(value.shape) != expected:
-            misshapen.append(f"{prefix}{key} {tuple(value.shape)} instead of {expected}")
+            misshapen.append(f"{prefix}{key} {told_shape(value)} instead of {expected}")
     parts = {key.split(".")[0] for key in candidate.ours}
     taken = {prefix + key for key in candidate.ours}
     beside: list[str] = []
@@ -331,7 +249,7 @@ def _classes(value: Tensor | None, shape: tuple[int, ...]) -> int:
 
 def _rank(fit: Fit, fits: Sequence[Fit], kind: str) -> int:
     parts = [*fit.weights.path, *filter(None, fit.prefix.split("."))]
-    if any(map(_OPTIMIZERS.fullmatch, parts)):
+    if any(map(OPTIMIZERS.fullmatch, parts)):
         return 3
     has_teacher = kind == "encoder" and any("teacher" in f"{f.weights.name}.{f.prefix}" for f in fits)
     if has_teacher and any("student" in part for part in parts):
@@ -341,16 +259,17 @@ def _rank(fit: Fit, fits: Sequence[Fit], kind: str) -> int:
     return 2 if any(map(_COPIES.fullmatch, parts)) else 0
 
 
+def told_shape(value: Tensor) -> str:
+    """The sizes, of the first dimensions where there are many."""
+    return str(tuple(value.shape)) if value.dim() <= 6 else f"({', '.join(map(str, value.shape[:6]))}, ...)"
+
+
 def _same(one: Fit, other: Fit) -> bool:
     """Whether two fits give the same network: one set of tensors under two names."""
     if one.candidate.arch != other.candidate.arch:
         return False
     ours, theirs = one.tensors(), other.tensors()
     return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
-
-
-def _names(found: Sequence[Weights]) -> str:
-    return ", ".join(weights.name or "(the file itself)" for weights in found[:8]) + (", ..." if len(found) > 8 else "")
 
 
 def _some(keys: Sequence[str]) -> str:
@@ -367,7 +286,7 @@ def unknown(path: str | Path, found: Sequence[Weights], fits: Sequence[Fit], arc
             return pickles_more(path, weights.object)
     if arch is not None and fits:
         nearest = fits[0]
-        place = f" ({nearest.place})" if nearest.place else ""
+        place = f" ({shown(nearest.place, _MOST_PLACE)})" if nearest.place else ""
         return UserError(
             f"{path} does not fit the model {arch}{place}: {nearest.misfit()}: use the architecture (arch) it was made "
             "with; --key, --prefix and --ignore choose among its tensors"
@@ -377,13 +296,14 @@ def unknown(path: str | Path, found: Sequence[Weights], fits: Sequence[Fit], arc
         "name the network with --arch, where it lies with --key and --prefix, and what to leave out with --ignore; "
         "an architecture that docs/models.md does not list cannot be imported yet"
     )
-    where = f"in '{found[0].name}', " if found[0].path else ""
+    where = f"in '{shown(found[0].name, _MOST_PLACE)}', " if found[0].path else ""
     told: list[str] = []
     for fit in fits:
         if fit.closeness > 0.05 and len(told) < _MOST_TOLD and all(fit.candidate.arch not in one for one in told):
             count = f"{fit.num_agreeing} of {len(fit.candidate.shapes)} tensors agree by name and shape"
             told.append(
-                f"{fit.candidate.arch} ({count}, {len(fit.misshapen)} misshapen{', ' * bool(fit.place)}{fit.place})"
+                f"{fit.candidate.arch} ({count}, {len(fit.misshapen)} misshapen{', ' * bool(fit.place)}"
+                f"{shown(fit.place, _MOST_PLACE)})"
             )
     nearest_told = f"; nearest: {', '.join(told)}; the first has {fits[0].misfit()}" if told else ""
     return UserError(f"{path} has a layout that is not known ({where}keys {keys}, ...){nearest_told}: {remedy}")

@@ -9,26 +9,25 @@ told.
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import COUNTER, classifier_candidates, encoder_candidates
 from dist_defend.models.constants import encoder_constants
 from dist_defend.models.encoder import OPEN_CLIP, SimCLR, build_simclr
-from dist_defend.models.finder import (
-    ANYWHERE,
-    Choice,
-    Fit,
-    Weights,
-    choose,
-    find_network,
-    find_weights,
-    is_self_supervised,
-    list_objects,
-    unknown,
-)
+from dist_defend.models.finder import Fit, choose, find_network, is_self_supervised, unknown
 from dist_defend.models.foreign_file import State
 from dist_defend.models.foreign_folder import read_weights
-from dist_defend.models.foreign_report import ImportReport, check_values, match_by_position, plain_facts, with_counters
+from dist_defend.models.foreign_report import (
+    ImportReport,
+    check_memory,
+    check_values,
+    match_by_position,
+    plain_facts,
+    with_counters,
+)
+from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights, list_objects
 
 _NO_CLASSIFIER = "torchvision's networks are classifiers here: name timm's of that name, or leave out --kind encoder"
 
@@ -58,7 +57,7 @@ def import_encoder(
         whole = {key: value for weights in found for key, value in weights.state.items()}
         fit = match_by_position(found, encoder_candidates(whole, arch, image_size), choice.prefix, path, whole=False)
     else:
-        fits = find_network(found, lambda state: encoder_candidates(state, arch, image_size), choice)
+        fits = find_network(found, lambda state: encoder_candidates(state, arch, image_size), choice, path)
         exact = [fit for fit in fits if fit.is_exact]
         if not exact:
             if arch is None:
@@ -72,8 +71,9 @@ def import_encoder(
         fit.candidate.arch, fit.candidate.image_size, arch is not None, is_self_supervised(fit), is_badencoders
     ).told(normalization, image_size)
     projector = _projector(fit)
-    model = build_simclr(fit.candidate.arch, constants.normalization, constants.image_size, bool(projector))
     tensors = {**{f"f.f.{key}": value for key, value in fit.tensors().items()}, **projector}
+    check_memory(tensors, path)
+    model = build_simclr(fit.candidate.arch, constants.normalization, constants.image_size, bool(projector))
     state, filled = with_counters(tensors, model.state_dict())
     check_values(state, model.state_dict(), path)
     load_strict(model, state, path)
@@ -117,7 +117,7 @@ def _refuse_mocos_small_vit(fit: Fit, path: str | Path) -> None:
 
 def _refuse_classifier(found: list[Weights], path: str | Path, choice: Choice) -> None:
     """Say so where a network is known as a classifier alone."""
-    fits = find_network(found, lambda state: classifier_candidates(state, None, None), choice)
+    fits = find_network(found, lambda state: classifier_candidates(state, None, None), choice, path)
     if fits and fits[0].is_exact:
         arch = fits[0].candidate.arch
         raise UserError(f"{path} holds {arch}, which can be had as a classifier only: leave out --kind encoder")
@@ -142,7 +142,8 @@ def _projector(fit: Fit) -> State:
     root = _root(fit)
     if root == fit.prefix:
         return {}
-    model = build_simclr(fit.candidate.arch, "none", fit.candidate.image_size)
+    with torch.device("meta"):
+        model = build_simclr(fit.candidate.arch, "none", fit.candidate.image_size)
     own = {key: value for key, value in model.state_dict().items() if key.startswith("g.")}
     state = fit.weights.state
     theirs = {key.removeprefix(root): value for key, value in state.items() if key.startswith(f"{root}g.")}

@@ -13,38 +13,30 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
 from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 from dist_defend.models.artifact import load_strict
-from dist_defend.models.candidates import Candidate, classifier_candidates, encoder_candidates
+from dist_defend.models.candidates import MOST_PIXELS, Candidate, classifier_candidates, encoder_candidates
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.constants import backdoorbench_constants, classifier_constants
 from dist_defend.models.encoder import OPEN_CLIP
-from dist_defend.models.finder import (
-    ANYWHERE,
-    Choice,
-    Fit,
-    Weights,
-    choose,
-    find_network,
-    find_weights,
-    is_self_supervised,
-    list_objects,
-    unknown,
-)
+from dist_defend.models.finder import Fit, choose, find_network, is_self_supervised, unknown
 from dist_defend.models.foreign_file import State
 from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_report import (
     ImportReport,
+    check_memory,
     check_values,
     match_by_position,
     plain,
     plain_facts,
     with_counters,
 )
-from dist_defend.models.restricted_pickle import shown
+from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights, list_objects
+from dist_defend.models.restricted_pickle import shown, shown_list
 
 BACKDOORBENCH_ARCHS = {"preactresnet18": "preact_resnet18"}  # its other networks are torchvision's, by their names
 _FACTS: dict[str, type | tuple[type, ...]] = {
@@ -77,10 +69,10 @@ def holds_classifier(content: Any, path: str | Path = "", choice: Choice = ANYWH
         found = find_weights(content, path, choice)
     except UserError:
         return False  # and import_encoder says the same
-    exact = [fit for fit in find_network(found, _candidates(arch, None, None), choice) if fit.is_exact]
+    exact = [fit for fit in find_network(found, _candidates(arch, None, None), choice, path) if fit.is_exact]
     if exact:
         return not any(is_self_supervised(fit) or _is_badencoders(fit, content) for fit in exact)
-    if any(f.is_exact for f in find_network(found, lambda state: encoder_candidates(state, arch, None), choice)):
+    if any(f.is_exact for f in find_network(found, lambda state: encoder_candidates(state, arch, None), choice, path)):
         return False
     names = [key for weights in found for key, value in weights.state.items() if value.dim() == 2]
     is_encoder = any(name.startswith(("visual.", "f.f.", "f.0.", "attnpool.")) for w in found for name in w.state)
@@ -114,7 +106,7 @@ def import_classifier(
         candidates = classifier_candidates(whole, arch, _network_size(arch, image_size))
         fit = match_by_position(found, candidates, choice.prefix, path, whole=True)
     else:
-        fits = _find(found, arch, image_size, choice, None if arch else named)
+        fits = _find(found, arch, image_size, choice, None if arch else named, path)
         exact = [fit for fit in fits if fit.is_exact]
         if not exact:
             raise _unknown(path, found, fits, arch, named)
@@ -123,7 +115,7 @@ def import_classifier(
     num_classes = facts.get("num_classes", fit.num_classes) if layout.startswith("BackdoorBench") else fit.num_classes
     if num_classes != fit.num_classes or num_classes < 1:
         raise UserError(
-            f"{path} says num_classes {num_classes}, but its last layer has {fit.num_classes}: ask for another"
+            f"{path} says num_classes {shown(num_classes)}, but its last layer has {fit.num_classes}: ask for another"
         )
     if layout.startswith("BackdoorBench"):
         constants = backdoorbench_constants(facts, arch, num_classes, normalization, path)
@@ -134,8 +126,11 @@ def import_classifier(
     if constants.resize is None and arch.startswith("torchvision:vit") and constants.image_size != own:
         constants = replace(constants, resize=own)  # its shapes say its size, whatever the images' is
     inside = {} if constants.resize is None else {"resize": constants.resize}
-    model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, **inside)
     tensors = fit.tensors()
+    check_memory(tensors, path)
+    if (constants.resize or constants.image_size) != own:
+        _check_size(arch, num_classes, constants.resize or constants.image_size, tensors, path)
+    model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, **inside)
     state, filled = with_counters(tensors, model.net.state_dict())
     check_values(state, model.net.state_dict(), path)
     load_strict(model.net, state, path)
@@ -161,11 +156,30 @@ def import_classifier(
     return model, report
 
 
+def _check_size(arch: str, num_classes: int, size: int, tensors: State, path: str | Path) -> None:
+    """UserError for a network whose shapes follow the images' size, where that is another than the tensors'."""
+    try:
+        with torch.device("meta"):
+            net = build_classifier(arch, num_classes, "none", size).net
+    except UserError:
+        raise
+    except Exception as error:  # torchvision and timm each have their own for sizes that do not fit
+        raise UserError(f"{path}: {arch} cannot be built for images of {size} px: give --image-size") from error
+    own = net.state_dict()
+    if any(key not in own or own[key].shape != value.shape for key, value in tensors.items()):
+        load_strict(net, tensors, path)  # which says what differs
+
+
 def _find(
-    found: list[Weights], arch: str | None, image_size: int | None, choice: Choice, named: str | None = None
+    found: list[Weights],
+    arch: str | None,
+    image_size: int | None,
+    choice: Choice,
+    named: str | None,
+    path: str | Path,
 ) -> list[Fit]:
     """The fits, also those of a backbone with a linear layer beside it."""
-    fits = find_network(found, _candidates(arch, image_size, named), choice)
+    fits = find_network(found, _candidates(arch, image_size, named), choice, path)
     headed = [fit if fit.is_exact else _with_head_beside(fit) for fit in fits]
     return sorted(headed, key=lambda fit: (not fit.is_exact, -fit.closeness, -len(fit.candidate.shapes)))
 
@@ -212,7 +226,9 @@ def _with_head_beside(fit: Fit) -> Fit:
         for key in fit.beside
         if _NAMES_A_HEAD.fullmatch(key) and state[key].dim() == 2 and state[key].shape[1] == features
     ]
-    if len(found) != 1 or not isinstance(state.get(f"{found[0]}bias"), Tensor) or not bias:
+    if len(found) != 1 or not bias or f"{found[0]}bias" not in state:
+        return fit
+    if state[f"{found[0]}bias"].shape != state[f"{found[0]}weight"].shape[:1]:
         return fit
     # The candidate's names stand below the prefix, so the head's are given from the mapping's root.
     place = fit.prefix
@@ -274,12 +290,10 @@ def _facts(content: Any, path: str | Path, layout: str) -> dict[str, Any]:
             raise UserError(f"{path}: {key} is a {type(value).__name__}, which is no {key}: ask for another file")
         facts[key] = plain(value)
     if "img_size" in facts:
-        sizes = list(facts["img_size"])
-        if (
-            len(sizes) != 3
-            or not all(type(size) is int and 1 <= size <= 4096 for size in sizes)
-            or sizes[0] != sizes[1]
-        ):
-            raise UserError(f"{path}: img_size is {shown(sizes)}, not [H, H, channels] in pixels: ask for another file")
-        facts["img_size"] = sizes
+        sizes = facts["img_size"]
+        is_known = len(sizes) == 3 and all(type(size) is int and 1 <= size <= MOST_PIXELS for size in sizes)
+        if not is_known or sizes[0] != sizes[1]:
+            told = shown_list(sizes)
+            raise UserError(f"{path}: img_size is {told}, not [H, H, channels] in pixels: ask for another file")
+        facts["img_size"] = list(sizes)
     return {**facts, **{key: value for key, value in plain_facts(content).items() if key not in facts}}

@@ -5,25 +5,30 @@ Of a TorchScript archive, as OpenAI's CLIP comes in, the tensors are read and th
 """
 
 import io
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.models.pickled_data import ALLOWED, STORAGES
-from dist_defend.models.restricted_pickle import Buildable, Global, PickleReader, Placeholder, Refused, shown
+from dist_defend.files import open_regular
+from dist_defend.models.pickled_data import ALLOWED, STORAGES, as_list
+from dist_defend.models.restricted_pickle import Buildable, Global, PickleReader, Placeholder, Refused, TooMuch, shown
 from dist_defend.models.scripted import ScriptTable, module_state
 
 State = dict[str, Tensor]
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 and its _use_new_zipfile_serialization=False
 _LEGACY_PROTOCOL = 1001
+_MOST_OBJECTS = 96 << 20  # bytes of what a pickle makes, beside twice the file's
+_MOST_LISTED = 4 << 20  # bytes of an archive's list of entries, or of a safetensors header: some 40,000 tensors
+_MOST_PARTS = 8  # of what a pickle calls a storage
+_CHUNK = 1 << 20  # bytes
 
 
 class Unordered(dict[str, Tensor]):
@@ -44,19 +49,36 @@ def read_checkpoint(path: str | Path) -> Any:
             "folder that holds model.safetensors, pytorch_model.bin or the index of their shards"
         )
     try:
-        if path.suffix == ".safetensors":
-            return Unordered(sorted(safetensors.torch.load(path.read_bytes()).items()))
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if path.suffix == ".safetensors":
+                return Unordered(sorted(parse_safetensors(file.read()).items()))
             is_archive = file.read(4) == b"PK\x03\x04"
             file.seek(0)
-            content = _read_archive(file, path) if is_archive else _read_legacy(file, path.stat().st_size)
-        return _plain(content)
+            return _plain((_read_archive if is_archive else _read_legacy)(file, path, num_bytes))
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a file that can") from error
     except Refused as error:
         raise pickles_more(path, str(error)) from error
+    except TooMuch as error:
+        raise UserError(
+            f"{path} would build far more than a file of its size holds, and was not read: ask for a file of the state "
+            "dict alone, or for safetensors"
+        ) from error
     except Exception as error:  # zip, pickle, torch and safetensors each have their own for damaged files
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__}): fetch it again") from error
+
+
+def parse_safetensors(data: bytes) -> State:
+    """The tensors. SafetensorError, ValueError or KeyError for a damaged file, and for more tensors than a network's.
+
+    Each takes some twenty times its part of the header.
+    """
+    if int.from_bytes(data[:8], "little") > _MOST_LISTED:
+        raise ValueError("a header longer than any network's")
+    return safetensors.torch.load(data)
 
 
 def _plain(content: Any) -> Any:
@@ -73,7 +95,8 @@ def pickles_more(path: str | Path, name: str) -> UserError:
     )
 
 
-def _read_archive(file: IO[bytes], path: Path) -> Any:
+def _read_archive(file: IO[bytes], path: Path, num_bytes: int) -> Any:
+    check_listing(file, path)
     with zipfile.ZipFile(file) as archive:
         names = set(archive.namelist())
         (pickled,) = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -86,15 +109,49 @@ def _read_archive(file: IO[bytes], path: Path) -> Any:
         loaded: dict[str, bytearray] = {}
 
         def storage(dtype: torch.dtype, key: str, num_values: int) -> Tensor:
+            size = num_values * dtype.itemsize
             if key not in loaded:
-                loaded[key] = bytearray(archive.read(f"{root}data/{key}"))
-            if len(loaded[key]) != num_values * dtype.itemsize:
+                loaded[key] = _entry(archive, f"{root}data/{key}", size)
+            if len(loaded[key]) != size:
                 raise ValueError("storage of another size than the pickle says")
             return torch.frombuffer(loaded[key], dtype=dtype) if num_values else torch.empty(0, dtype=dtype)
 
-        reader = _reader(storage, ScriptTable() if is_script else ALLOWED)
+        reader = _reader(storage, num_bytes, ScriptTable() if is_script else ALLOWED)
         content = reader.read(io.BytesIO(archive.read(pickled)))
         return module_state(content) if is_script else content
+
+
+def _entry(archive: zipfile.ZipFile, name: str, size: int) -> bytearray:
+    """An entry's bytes; its checksum is looked at. ValueError before anything is read if its size is another."""
+    if archive.getinfo(name).file_size != size:
+        raise ValueError("storage of another size than the pickle says")
+    data = bytearray(size)
+    left = memoryview(data)
+    with archive.open(name) as stored:
+        while count := stored.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
+            left = left[count:]
+        if left or stored.read(1):
+            raise ValueError("storage cut short")
+    return data
+
+
+def check_listing(file: IO[bytes], path: str | Path) -> None:
+    """UserError for a zip archive whose list of entries is longer than any network's; zipfile reads it as a whole.
+
+    Its length stands in the archive's end, twice in that of a large one.
+    """
+    at = file.seek(0, os.SEEK_END)
+    file.seek(max(0, at - (1 << 16) - 100))  # the end, behind which a comment of 64 KiB may stand
+    tail = file.read()
+    lengths = [0]
+    for mark, form, offset in ((b"PK\x05\x06", "<I", 12), (b"PK\x06\x06", "<Q", 40)):
+        place = -1
+        while (place := tail.find(mark, place + 1)) >= 0:
+            if place + offset + 8 <= len(tail):
+                lengths += struct.unpack_from(form, tail, place + offset)
+    if max(lengths) > _MOST_LISTED:
+        raise UserError(f"{path} lists more entries than any such archive has, and was not read: fetch it again")
+    file.seek(0)
 
 
 def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
@@ -117,7 +174,7 @@ def _check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
         raise UserError(f"{path} has entries that overlap and was not read: save it again with torch.save")
 
 
-def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
+def _read_legacy(file: IO[bytes], path: Path, num_bytes: int) -> Any:
     """Three pickles as header, the content's, that of the storages' keys, then each storage's length and bytes."""
     storages: dict[str, Tensor] = {}
     promised = 0
@@ -133,38 +190,43 @@ def _read_legacy(file: IO[bytes], num_bytes: int) -> Any:
             raise ValueError("storage under two descriptions")
         return storages[key]
 
-    reader = _reader(storage)
+    reader = _reader(storage, num_bytes)
     header = [_plain(reader.read(file)) for _ in range(3)]
     if header[:2] != [_LEGACY_MAGIC, _LEGACY_PROTOCOL] or not header[2]["little_endian"]:
         raise ValueError("not written by torch.save on a little-endian machine")
     content = reader.read(file)
-    for key in reader.read(file):
-        values = storages.pop(key)
+    for key in as_list(reader.read(file)):
+        values = storages.pop(key if isinstance(key, str) else "")
         (num_values,) = struct.unpack("<q", file.read(8))
-        data = np.frombuffer(file.read(values.nbytes), np.uint8)
-        if num_values != len(values) or len(data) != values.nbytes:
+        left = values.view(torch.uint8).numpy().data
+        while count := file.readinto(left):  # type: ignore[attr-defined]
+            left = left[count:]
+        if num_values != len(values) or left:
             raise ValueError("storage cut short")
-        values.view(torch.uint8).numpy()[:] = data
     if storages:
         raise ValueError("storages missing")
     return content
 
 
 def _reader(
-    storage: Callable[[torch.dtype, str, int], Tensor], table: Mapping[str, Callable[..., Any] | None] = ALLOWED
+    storage: Callable[[torch.dtype, str, int], Tensor],
+    num_bytes: int,
+    table: Mapping[str, Callable[..., Any] | None] = ALLOWED,
 ) -> PickleReader:
     def find(reference: Any) -> Tensor | Placeholder:
+        if not isinstance(reference, tuple) or len(reference) > _MOST_PARTS:
+            raise ValueError("storage")
         if reference[0] == "module":  # a class with its source, in files from before torch 1.6
             return reference[1] if isinstance(reference[1], Placeholder) else Placeholder("a persistent 'module'")
         kind, stored, key, _, num_values, *view = reference
         dtype = STORAGES.get(stored.name) if isinstance(stored, Global) else None
         if kind != "storage" or dtype is None or any(part is not None for part in view):
             raise Refused(f"a persistent '{shown(stored.name if isinstance(stored, Global | Placeholder) else kind)}'")
-        if not isinstance(key, str) or type(num_values) is not int or num_values < 0:
+        if not isinstance(key, str) or type(num_values) is not int or not 0 <= num_values < 2**48:
             raise ValueError("storage")
         return storage(dtype, key, num_values)
 
-    return PickleReader(table, find)
+    return PickleReader(table, find, 2 * num_bytes + _MOST_OBJECTS)
 
 
 def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> tuple[State, list[str]]:

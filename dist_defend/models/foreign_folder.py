@@ -3,7 +3,6 @@
 Shards come with an index, {"weight_map": {tensor: file}}. Its files are looked up beside it, and nowhere else.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 from dist_defend.models.foreign_file import Unordered, pickles_more, read_checkpoint
 from dist_defend.models.restricted_pickle import Buildable, shown
+from dist_defend.strict_json import parse_json
 
 _INDEX = ".index.json"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r".+-(\d{5})-of-(\d{5})\.(safetensors|bin)")
-_MOST_BYTES = 1 << 26  # of an index
+_MOST_BYTES = 1 << 22  # of an index: some 40,000 tensors
 
 
 def read_weights(path: str | Path) -> tuple[Any, tuple[Path, ...]]:
@@ -27,7 +28,11 @@ def read_weights(path: str | Path) -> tuple[Any, tuple[Path, ...]]:
     that is missing or lacks a tensor, and a folder that holds no weights or is a model folder already.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{shown(path.name)} cannot be read ({error.strerror}): point at a checkpoint") from error
+    if is_folder:
         path = _in_folder(path)
     if path.name.endswith(_INDEX):
         return _read_shards(path)
@@ -48,7 +53,8 @@ def _in_folder(folder: Path) -> Path:
             return folder / name
         indices = sorted(folder.glob(f"*{Path(name).suffix}{_INDEX}"))
         if len(indices) > 1:
-            raise UserError(f"{folder} holds several indices ({', '.join(i.name for i in indices)}): point at one")
+            names = ", ".join(shown(index.name) for index in indices[:4])
+            raise UserError(f"{folder} holds several indices ({names}): point at one")
         if indices:
             return indices[0]
     return folder  # which read_checkpoint refuses
@@ -78,15 +84,13 @@ def _read_shards(index: Path) -> tuple[Unordered, tuple[Path, ...]]:
 def _shards_of(index: Path) -> dict[str, list[str]]:
     """The tensors in each file. UserError for an index of another form, or whose entries are no plain file names."""
     try:
-        if index.stat().st_size > _MOST_BYTES:
-            raise ValueError("size")
-        told = json.loads(index.read_bytes())["weight_map"]
-        if not isinstance(told, dict) or not told or not all(isinstance(name, str) for name in told.values()):
-            raise ValueError("weight_map")
+        data = read_regular(index, _MOST_BYTES)
     except OSError as error:
         raise UserError(f"{index} does not exist or cannot be read ({error.strerror}): point at another") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{index} is no index of shards ({type(error).__name__}): fetch it again") from error
+    content = parse_json(data, f"{index} is no index of shards: it", "fetch it again")
+    told = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(told, dict) or not told or not all(isinstance(name, str) for name in told.values()):
+        raise UserError(f"{index} is no index of shards (weight_map names a file for each tensor): fetch it again")
     files: dict[str, list[str]] = {}
     for key, name in told.items():
         if not re.fullmatch(r"[\w][\w.\-]*", name) or not name.endswith((".safetensors", ".bin")):

@@ -5,6 +5,7 @@ a PNG and both labels. Such a path was written on another machine: what follows 
 file, and nowhere else.
 """
 
+import io
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,12 +18,17 @@ import torch
 from PIL import Image
 
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 from dist_defend.models.pickled_data import PickledArray, PickledImage
-from dist_defend.models.restricted_pickle import shown
+from dist_defend.models.restricted_pickle import shown, shown_list
 
 SPLITS = ("bd_train", "bd_test")
 _FOLDER = re.compile(r"(bd|cross)_\w+")
 _MOST_BYTES = 1 << 33
+_MOST_PNG = 64 << 20  # bytes
+_MOST_PATH = 4096  # characters
+_MOST_PARTS = 16  # of a row's entry
+_SWELL, _FREE = 3, 128 << 20  # pixels may take so many times the stored bytes (grey becomes RGB), and so much beside
 
 
 class MissingImages(Exception):
@@ -69,7 +75,7 @@ def read_poisoned(
     try:
         stored = state["bd_data_container"]["data_dict"]
         order, flags = _vector(state["original_index_array"]), _vector(state["poison_indicator"])
-        if not isinstance(stored, dict) or (order < 0).any():
+        if not isinstance(stored, dict) or (order < 0).any() or len(np.unique(order)) != len(order):
             raise ValueError("rows")
         rows = [row for row in order.tolist() if row in stored]
         missing = sum(row not in stored for row in order[flags[order] != 0].tolist())
@@ -84,8 +90,14 @@ def _vector(values: Any) -> np.ndarray:
     """(N,) int64 of a list, a tensor or an array of numbers."""
     if isinstance(values, torch.Tensor):
         values = values.numpy()
-    array = np.asarray(values.value if isinstance(values, PickledArray) else values)
-    if array.ndim != 1 or array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+    elif isinstance(values, PickledArray):
+        values = values.value
+    elif not isinstance(values, list | tuple) or not all(type(value) in (int, float, bool) for value in values):
+        raise ValueError("vector")  # numpy would follow nested lists into all their branches
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "biuf" or (np.abs(array.astype(np.float64)) > 2**53).any():
+        raise ValueError("vector")
+    if not np.isfinite(array).all():
         raise ValueError("vector")
     return array.astype(np.int64)
 
@@ -94,6 +106,8 @@ class _Reader:
     def __init__(self, split: str, path: Path, img_size: Sequence[int], num_classes: int) -> None:
         self.split, self.path, self.num_classes = split, path, num_classes
         self.height, self.width = img_size[:2]
+        self.stored_bytes = 0  # of the images so far, one that several rows share counted once
+        self._seen: set[int | Path] = set()
 
     def error(self, what: str) -> UserError:
         return UserError(f"{self.path}: {self.split} {what}: ask for the whole folder of the attack, unchanged")
@@ -102,10 +116,13 @@ class _Reader:
         size = len(rows) * self.height * self.width * 3
         if size > _MOST_BYTES:
             raise self.error(f"would need {size / 2**30:.0f} GiB of memory, more than {_MOST_BYTES >> 30}")
-        x = np.empty((len(rows), self.height, self.width, 3), np.uint8)
+        x = np.empty((len(rows), self.height, self.width, 3), np.uint8)  # which takes memory as it is filled
         labels = np.empty((2, len(rows)), np.int64)
         for number, row in enumerate(rows):
-            x[number], labels[:, number] = self._entry(row, stored[row])
+            image, labels[:, number] = self._entry(row, stored[row])
+            if (number + 1) * image.nbytes > _SWELL * self.stored_bytes + _FREE:
+                raise self.error("has images that take far more memory than their bytes in the file")
+            x[number] = image
         index = np.array(rows, np.int64)
         return PoisonedImages(x, labels[1], labels[0], index, flags[index].astype(bool))
 
@@ -116,41 +133,57 @@ class _Reader:
         if isinstance(entry, dict):
             image, labels = self._file(row, entry.get("path")), entry.get("other_info")
         elif isinstance(entry, tuple | list) and entry and isinstance(entry[0], PickledImage):
-            image, labels = entry[0].value, entry[1:]
+            image, labels = entry[0].value, entry[1:_MOST_PARTS]
+            self._count(id(entry[0]), entry[0].stored)
         if not isinstance(labels, tuple | list) or len(labels) < 2:
             raise self.error(f"has no image with two labels for row {row}")
-        backdoor, true = (int(v) if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in labels[:2])
+        backdoor, true = (v.item() if isinstance(v, torch.Tensor) and v.numel() == 1 else v for v in labels[:2])
         if not all(type(label) is int and 0 <= label < self.num_classes for label in (backdoor, true)):
-            raise self.error(f"has labels {shown([backdoor, true])} for row {row} of {self.num_classes} classes")
+            raise self.error(f"has labels {shown_list([backdoor, true])} for row {row} of {self.num_classes} classes")
         if image is None or image.shape != (self.height, self.width, 3):
             raise self.error(f"has no image of {self.height}x{self.width} px for row {row}")
-        return image, (backdoor, true)
+        return image, (int(backdoor), int(true))
 
-    def _file(self, row: int, told: Any) -> np.ndarray:
-        parts = re.split(r"[\\/]+", told) if isinstance(told, str) else []
+    def _count(self, image: int | Path, num_bytes: int) -> None:
+        self.stored_bytes += 0 if image in self._seen else num_bytes
+        self._seen.add(image)
+
+    def _place(self, row: int, told: Any) -> Path:
+        """Where a PNG of another machine lies here. UserError or MissingImages; the file itself may be missing."""
+        parts = re.split(r"[\\/]+", told) if isinstance(told, str) and len(told) <= _MOST_PATH else []
         found = [number for number, part in enumerate(parts) if _FOLDER.fullmatch(part)]
-        if not found or ".." in parts or "\0" in told:
+        if not found or ".." in parts or not told.isprintable():
             raise self.error(f"names '{shown(told)}' for row {row}, which is not below a bd_*_dataset folder")
         folder = self.path.parent.resolve()
         home = folder / parts[found[-1]]
-        if not home.exists() and not home.is_symlink():
-            raise MissingImages(
-                f"{self.split}: NO IMAGES, as {home.name} is not beside {self.path.name}; the weights came in without: "
-                "fetch that folder and import again to have them"
-            )
-        place = folder.joinpath(*parts[found[-1] :]).resolve()
+        try:
+            if not home.exists() and not home.is_symlink():
+                raise MissingImages(
+                    f"{self.split}: NO IMAGES, as {home.name} is not beside {self.path.name}; the weights came in "
+                    "without: fetch that folder and import again to have them"
+                )
+            place = folder.joinpath(*parts[found[-1] :]).resolve()
+        except (OSError, RuntimeError) as error:  # a name that is too long, a circle of links
+            raise self.error(f"names '{shown(told)}' for row {row}, which cannot be looked for") from error
         if not place.is_relative_to(folder):
             raise self.error(f"names '{shown(told)}' for row {row}, which leads out of the file's folder")
-        if not place.is_file():
-            raise self.error(f"names '{shown(told)}' for row {row}, which is not beside the file")
+        return place
+
+    def _file(self, row: int, told: Any) -> np.ndarray:
+        place = self._place(row, told)
+        try:
+            data = read_regular(place, _MOST_PNG)
+            self._count(place, len(data))
+        except OSError as error:
+            raise self.error(f"names '{shown(told)}' for row {row}, which is not beside the file") from error
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                with Image.open(place, formats=("PNG",)) as image:
+                with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                     if image.size != (self.width, self.height):
                         raise self.error(f"has an image of {image.width}x{image.height} px for row {row}")
                     return np.asarray(image.convert("RGB"))
         except UserError:
             raise
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and its bomb warnings
-            raise self.error(f"has a damaged PNG for row {row} ({place.name})") from error
+            raise self.error(f"has a damaged PNG for row {row} ({shown(place.name)})") from error

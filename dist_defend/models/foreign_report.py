@@ -11,11 +11,15 @@ from torch import Tensor
 
 from dist_defend.errors import UserError
 from dist_defend.models.candidates import CLASSES, COUNTER, Candidate
-from dist_defend.models.finder import Fit, Weights
+from dist_defend.models.finder import Fit, told_shape
 from dist_defend.models.foreign_file import State
+from dist_defend.models.mappings import Weights
 from dist_defend.models.restricted_pickle import shown
 
 _MOST_FACTS, _MOST_TEXT = 40, 60
+_MOST_SHARED = 2**23  # values of a network that lie in memory which another of its tensors has
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ def plain_facts(content: Any, leave: Iterable[str] = ()) -> dict[str, Any]:
         if isinstance(value, Tensor) and value.numel() == 1 and "." not in key:
             value = value.item()
         is_short = isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
-        is_fact = is_short or (isinstance(value, int | float) and not isinstance(value, bool))
+        is_number = isinstance(value, float) or (type(value) is int and value.bit_length() < 64)
+        is_fact = is_short or is_number
         if is_fact and key.isprintable() and len(key) <= _MOST_TEXT and key not in leave and len(facts) < _MOST_FACTS:
             facts[key] = plain(value)
     return facts
@@ -63,7 +68,8 @@ def plain(value: Any) -> Any:
     """A number or a text as JSON takes it."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has none
-    return shown(value) if isinstance(value, str) else value
+    is_told = isinstance(value, str) or (isinstance(value, int) and value.bit_length() >= 64)
+    return shown(value) if is_told else value
 
 
 def with_counters(state: State, own: Mapping[str, Tensor]) -> tuple[State, tuple[str, ...]]:
@@ -72,12 +78,24 @@ def with_counters(state: State, own: Mapping[str, Tensor]) -> tuple[State, tuple
     return {**state, **{key: torch.tensor(0) for key in filled}}, filled
 
 
+def check_memory(state: State, path: str | Path) -> None:
+    """UserError for tensors that lie in each other's memory, so that a network of them is far larger than the file."""
+    storages = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() // v.itemsize for v in state.values()}
+    num_values = sum(value.numel() for value in state.values())
+    if num_values > sum(storages.values()) + _MOST_SHARED:
+        raise UserError(
+            f"{path} holds {num_values} values in the memory of {sum(storages.values())}, as no trained network does: "
+            "save model.state_dict()"
+        )
+
+
 def check_values(state: State, own: Mapping[str, Tensor], path: str | Path) -> None:
-    """UserError for whole numbers where others belong, and for values that are not finite."""
+    """UserError for types of numbers that do not fit, and for values that are not finite in the model's own type."""
     for key in own:
-        if key in state and state[key].is_floating_point() != own[key].is_floating_point():
+        kinds = _FLOATS if own[key].is_floating_point() else _WHOLE
+        if key in state and state[key].dtype not in kinds:
             raise UserError(f"{path}: {key} is of type {state[key].dtype}, not {own[key].dtype}: ask for another file")
-    broken = [key for key in own if key in state and not state[key].isfinite().all()]
+    broken = [key for key in own if key in state and not state[key].to(own[key].dtype).isfinite().all()]
     if broken:
         told = ", ".join(broken[:8]) + (", ..." if len(broken) > 8 else "")
         raise UserError(
@@ -97,7 +115,7 @@ def match_by_position(
     most = max(len(weights.state) for weights in found)
     largest = [weights for weights in found if len(weights.state) == most]
     if len(largest) > 1:
-        names = ", ".join(weights.name for weights in largest)
+        names = ", ".join(shown(weights.name) for weights in largest[:8])
         raise UserError(f"{path} holds several mappings of {most} tensors ({names}): choose one with --key")
     weights = largest[0]
     if not weights.is_ordered:
@@ -107,6 +125,8 @@ def match_by_position(
     theirs = {key: value for key, value in weights.state.items() if key.startswith(prefix or "")}
     has_counters = any(key.endswith(COUNTER) for key in theirs)
     pairings = [_pair(theirs, candidate, has_counters, whole) for candidate in candidates if _is_own(candidate)]
+    if not pairings:
+        raise UserError(f"{path} fits no network that is known: name one with --arch")
     best = min(pairings, key=lambda pairing: (pairing.problem is not None, -pairing.share))
     if best.problem is not None:
         raise UserError(f"{path} {best.problem}")
@@ -146,7 +166,8 @@ def _pair(theirs: State, candidate: Candidate, has_counters: bool, whole: bool) 
         if found == expected:
             agreeing += 1
         elif first is None:
-            first = f"does not fit by order: {key} and {name} are {found} and {expected}: name another --arch"
+            pair = f"{shown(key)} and {name} are {told_shape(theirs[key])} and {expected}"
+            first = f"does not fit by order: {pair}: name another --arch"
     if len(theirs) != len(own) if whole else len(theirs) < len(own):
         first = f"has {len(theirs)} tensors and the network {len(own)}, so none can be matched by order"
     pairs = dict(zip(theirs, own, strict=False))

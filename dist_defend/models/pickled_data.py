@@ -30,6 +30,9 @@ _STORED = {
 }
 STORAGES = {f"{package}.{name}Storage": t for package in ("torch", "torch.cuda") for name, t in _STORED.items()}
 _MAX_DIMENSIONS = 16
+_MOST_VALUES = 2**48  # along a dimension, or as a stride
+_MOST_STATE = 16  # parts of a state
+_MOST_KEY = 10_000  # characters of a text as a key
 _BANDS = {"L": 1, "RGB": 3}
 
 
@@ -43,10 +46,10 @@ class PickledDtype(Buildable):
 
     def build(self, state: Any) -> None:
         """numpy's state (version, byte order, ...); subtypes and fields are refused."""
-        _, order, *rest = state
-        if order not in ("<", "|", ">") or any(part is not None for part in rest[:3]):
+        _, order, *rest = _parts(state)
+        if not isinstance(order, str) or order not in ("<", "|", ">") or any(part is not None for part in rest[:3]):
             raise Refused("numpy values with fields")
-        self.value = self.value.newbyteorder(order)
+        self.value = self.value.newbyteorder(order)  # type: ignore[arg-type]
 
 
 class PickledArray(Buildable):
@@ -56,41 +59,51 @@ class PickledArray(Buildable):
 
     def build(self, state: Any) -> None:
         """numpy's state (version, shape, dtype, is Fortran, bytes)."""
-        _, shape, dtype, is_fortran, data = state
+        _, shape, dtype, is_fortran, data = _parts(state)
         if isinstance(dtype, Buildable) and dtype.refused is not None:
             raise Refused(dtype.refused)
         if not isinstance(dtype, PickledDtype) or not isinstance(data, bytes):
             raise Refused("a numpy array of Python objects")
         array = np.frombuffer(data, dtype.value).reshape(_sizes(shape), order="F" if is_fortran else "C")
-        self.value = array.astype(dtype.value.newbyteorder("="), copy=False)
+        native = dtype.value.newbyteorder("=")
+        self.copied = 0 if array.dtype == native else array.nbytes
+        self.value = array.astype(native, copy=False)
 
 
 class PickledImage(Buildable):
-    """A PIL image; value (H, W, 3) uint8 is empty until the state was read."""
+    """A PIL image; value (H, W, 3) uint8 is empty until the state was read. stored: bytes that it has in the file."""
 
     value = np.empty((0, 0, 3), np.uint8)
+    stored = 0
 
     def build(self, state: Any) -> None:
         """PIL's state [info, mode, (width, height), palette, bytes, ...]. Modes L and RGB; grey is repeated."""
-        _, mode, size, _, data, *_ = state
-        if mode not in _BANDS or not isinstance(data, bytes):
+        _, mode, size, _, data, *_ = _parts(state)
+        if not isinstance(mode, str) or mode not in _BANDS or not isinstance(data, bytes):
             raise Refused(f"a PIL image of mode {shown(mode)}")
         width, height = _sizes(size)
         pixels = np.frombuffer(data, np.uint8).reshape(height, width, _BANDS[mode])
-        self.value = np.broadcast_to(pixels, (height, width, 3))
+        self.value, self.stored = np.broadcast_to(pixels, (height, width, 3)), len(data)
+
+
+def _parts(state: Any) -> tuple[Any, ...] | list[Any]:
+    """A state of a few parts: one of a million, in the memo, would be copied at each use."""
+    if not isinstance(state, tuple | list) or len(state) > _MOST_STATE:
+        raise ValueError("state")
+    return state
 
 
 def _sizes(sizes: Any) -> tuple[int, ...]:
     if not isinstance(sizes, tuple | list) or len(sizes) > _MAX_DIMENSIONS:
         raise ValueError("sizes")
-    if not all(type(size) is int and size >= 0 for size in sizes):
+    if not all(type(size) is int and 0 <= size < _MOST_VALUES for size in sizes):
         raise ValueError("sizes")
     return tuple(sizes)
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
     """torch's view of a storage. The rest: whether it wants gradients, hooks (none can be made), metadata."""
-    if not isinstance(storage, Tensor) or type(offset) is not int or offset < 0:
+    if not isinstance(storage, Tensor) or type(offset) is not int or not 0 <= offset < _MOST_VALUES:
         raise ValueError("storage")
     size, stride = _sizes(size), _sizes(stride)
     if math.prod(size) > storage.numel():
@@ -106,8 +119,10 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 
 def _ordered_dict(items: Any = ()) -> Attributed:
     made = Attributed()
-    for key, value in items:
-        made[str(key)] = value
+    for pair in as_list(items):
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str | int):
+            raise Refused("an OrderedDict of no pairs")
+        made[pair[0][:_MOST_KEY] if isinstance(pair[0], str) else shown(pair[0])] = pair[1]
     return made
 
 
@@ -118,17 +133,20 @@ def _number(dtype: Any, data: Any) -> int | float | bool:
 
 
 def _bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+    if not isinstance(text, str) or not isinstance(encoding, str) or encoding not in ("latin1", "latin-1"):
         raise Refused(f"bytes in {shown(encoding)}")
     return text.encode("latin1")
 
 
-def _set(items: Any = ()) -> list[Any]:
+def as_list(items: Any = ()) -> list[Any]:
+    """A list as it is, a tuple as a list; nothing else, which could be a tensor or a text, is taken apart."""
+    if not isinstance(items, tuple | list):
+        raise Refused(f"a collection from a {type(items).__name__}")
     return items if isinstance(items, list) else list(items)
 
 
 def _device(kind: Any, index: Any = None) -> str:
-    return shown(f"{kind}:{index}")
+    return f"{shown(kind)}:{shown(index)}"
 
 
 def _counter(counts: Any = None) -> dict[Any, Any]:
@@ -162,7 +180,7 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
         for kind in ("dict", "list", "int", "float")
     },
     **{f"{builtins}.bytes": _bytes for builtins in ("builtins", "__builtin__")},
-    **{f"{builtins}.{kind}": _set for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+    **{f"{builtins}.{kind}": as_list for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
 }

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from dist_defend.errors import UserError
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.encoder import build_encoder
-from dist_defend.models.finder import Choice
 from dist_defend.models.foreign import import_encoder
 from dist_defend.models.foreign_classifier import holds_classifier, import_classifier
 from dist_defend.models.foreign_file import Unordered
 from dist_defend.models.foreign_folder import read_weights
+from dist_defend.models.mappings import Choice
 
 State = dict[str, Tensor]
 

@@ -18,9 +18,9 @@ from dist_defend.cli import main
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_classifier
 from dist_defend.models.classifier import build_classifier
-from dist_defend.models.finder import list_objects
 from dist_defend.models.foreign_classifier import import_classifier
 from dist_defend.models.foreign_file import read_checkpoint
+from dist_defend.models.mappings import list_objects
 
 CALLS: list[str] = []
 

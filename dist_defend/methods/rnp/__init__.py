@@ -7,6 +7,8 @@ thresholds are tried in one pass over the data.
 
 import copy
 import logging
+import re
+from array import array
 from dataclasses import replace
 
 import numpy as np
@@ -17,17 +19,20 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
+from dist_defend.files import read_regular
 from dist_defend.methods.rnp.masks import check_neurons, check_number, neuron_table, read_mask_values
 from dist_defend.methods.rnp.options import PRESETS, Config
 from dist_defend.methods.rnp.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.methods.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names
+from dist_defend.screen import printable
 from dist_defend.trial import Trial
 
 __all__ = ["PRESETS", "Config", "build"]
 log = logging.getLogger(__name__)
 
+_MOST_BYTES = 16 << 20  # of a file of row numbers
 _RATIO = 0.01  # of the training images, where nothing else says which ones the defender has
 
 
@@ -128,13 +133,14 @@ def _defence_data(config: Config, trial: Trial) -> tuple[PreparedDataset, np.nda
 
 def _read_index(path: str, count: int) -> np.ndarray:
     """Rows (M,) int64, ascending, of a text file of the source's row numbers, as BackdoorBench's log/index.txt is."""
+    numbers = array("q")
     try:
-        with open(path, encoding="utf-8") as file:
-            rows = np.unique(np.array([int(word) for word in file.read().split()], np.int64))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"key 'rnp.index': {path} is no text file of row numbers ({error}); write one a line"
-        ) from error
+        for word in re.finditer(rb"\S+", read_regular(path, _MOST_BYTES)):
+            numbers.append(int(word[0]))
+    except (OSError, ValueError, OverflowError) as error:
+        told = printable(str(error), 100)
+        raise UserError(f"key 'rnp.index': {path} is no text file of row numbers ({told}); write one a line") from error
+    rows = np.unique(np.frombuffer(numbers, np.int64)) if numbers else np.empty(0, np.int64)
     if not len(rows) or rows[0] < 0 or rows[-1] >= count:
         raise UserError(f"key 'rnp.index': {path} must name rows 0 to {count - 1} of the data, at least one")
     return rows

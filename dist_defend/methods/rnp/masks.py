@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
+from dist_defend.files import read_regular, write_atomic
+from dist_defend.screen import printable
 
+_MOST_BYTES = 4 << 20  # of a file: some 60,000 neurons, two thirds more than the largest network has
 _HEADER = "No \t Layer Name \t Neuron Idx \t Mask Score "
 
 
@@ -50,7 +52,7 @@ def write_mask_values(path: Path, neurons: Sequence[Neuron]) -> None:
 def read_mask_values(path: str | Path) -> list[Neuron]:
     """Read a mask_values.txt, whoever wrote it; its first line is skipped. UserError (file, line) if it is not one."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_regular(path, _MOST_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{path}: cannot read the masks: {reason}; name a mask_values.txt") from error
@@ -62,7 +64,7 @@ def read_mask_values(path: str | Path) -> list[Neuron]:
         except ValueError:
             raise UserError(f"{path}: line {number} is not 'number layer channel mask'; write the file again") from None
         if not 0 <= neurons[-1].mask <= 1:
-            raise UserError(f"{path}: line {number} has the mask {mask}; masks are in [0, 1]")
+            raise UserError(f"{path}: line {number} has the mask {printable(mask, 40)}; masks are in [0, 1]")
     return neurons
 
 
@@ -74,7 +76,7 @@ def check_neurons(neurons: Sequence[Neuron], net: nn.Module, names: Sequence[str
         odd = sorted(set(found) ^ set(wanted)) or sorted(found)
         raise UserError(
             f"{path}: {len(found)} masks do not fit the model's {len(wanted)} batch-norm channels (first at odds: "
-            f"{odd[0][0]} {odd[0][1]}); use the masks of this model"
+            f"{printable(odd[0][0], 80)} {printable(odd[0][1], 20)}); use the masks of this model"
         )
 
 

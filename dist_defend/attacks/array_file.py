@@ -1,0 +1,79 @@
+"""Numbers out of npy and npz files of others: a header is held against the bytes that are there before memory is taken.
+
+Nothing is unpickled. What goes wrong is raised as numpy, zipfile and zlib have it; the callers know what they wanted.
+"""
+
+import math
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from dist_defend.files import open_regular
+from dist_defend.models.foreign_file import check_listing
+
+_SWELL, _FREE = 2, 64 << 20  # an array may take so many times the file's bytes, and so many bytes beside
+_CHUNK = 1 << 20  # bytes
+
+
+class TooLarge(Exception):
+    """An array that takes far more memory than its file; the message says of how many values."""
+
+
+def read_npy(path: str | Path) -> np.ndarray:
+    """The numbers of an npy file. UserError for what is no regular file."""
+    with open_regular(path) as file:
+        return _read_array(file, os.fstat(file.fileno()).st_size)
+
+
+def npz_names(path: str | Path) -> list[str]:
+    """Names of the arrays of an npz file. UserError for what is no regular file."""
+    with open_regular(path) as file:
+        check_listing(file, path)
+        with zipfile.ZipFile(file) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def read_npz(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that an npz file has. UserError for what is no regular file; TooLarge."""
+    found: dict[str, np.ndarray] = {}
+    with open_regular(path) as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        check_listing(file, path)
+        with zipfile.ZipFile(file) as archive:
+            members = {entry.filename: entry for entry in archive.infolist()}
+            left = _SWELL * num_bytes + _FREE
+            for name in names:
+                member = members.get(f"{name}.npy")
+                if member is None:
+                    continue
+                left -= member.file_size
+                if left < 0:
+                    raise TooLarge(member.file_size // 8)
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise ValueError("a compression that numpy does not write")
+                with archive.open(member) as stored:
+                    found[name] = _read_array(stored, member.file_size)
+    return found
+
+
+def _read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
+    """The array of a file, or a member, of so many bytes."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, is_fortran, dtype = read(file)
+    if dtype.hasobject or dtype.itemsize == 0:
+        raise ValueError("an array of Python objects, or of nothing")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize > num_bytes:
+        raise ValueError("a header that promises more than there is")
+    array = np.empty(count, dtype)
+    left = array.view(np.uint8).data if count else memoryview(b"")
+    while size := file.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
+        left = left[size:]
+    if left:
+        raise ValueError("an array cut short")
+    return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)

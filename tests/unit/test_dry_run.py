@@ -58,7 +58,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_folder_in_use_is_refused_and_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = unfinished(tmp_path)
     code = (
-        "import sys; from pathlib import Path; from dist_defend.engine.lock import FolderLock; "
+        "import sys; from pathlib import Path; from dist_defend.lock import FolderLock; "
         f"lock = FolderLock(Path({str(tmp_path / 'run')!r})); lock.take(); print('taken', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
-    {"errors", "screen", "files", "strict_json", "batch", "tv_compat", "ops"},
+    {"errors", "screen", "files", "strict_json", "lifeline", "batch", "tv_compat", "ops"},
     {"attacks", "models", "data"},
     {"engine", "evaluate"},
     {"trial"},

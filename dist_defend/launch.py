@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from dist_defend.engine.sharding import STRATEGIES
 from dist_defend.errors import UserError
 
 FILES = Path(__file__).parents[1] / "launch"
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -112,17 +110,13 @@ def _watch(run: Callable[[], int]) -> int:
     with tempfile.TemporaryDirectory(prefix="launch-") as folder:
         answer = Path(folder) / "status"
         os.environ[lifeline.ANSWER] = str(answer)
-        handlers = {each: signal.signal(each, lambda number, _: received.append(number)) for each in FORWARDED}
         thread = threading.Thread(target=thread_main)
-        thread.start()
-        try:
+        with lifeline.handled(lambda number, _: received.append(number)):
+            thread.start()
             while thread.is_alive():
                 thread.join(0.1)
                 for child in psutil.Process().children() if received else ():
                     _forward(child, received, told)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         if isinstance(ended[0], BaseException):
             raise ended[0]
         status = int(answer.read_text()) if ended[0] == 0 and answer.exists() else ended[0]

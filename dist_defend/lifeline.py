@@ -3,16 +3,32 @@
 ``dist-defend launch`` and local sweeps start their processes with ``python -m dist_defend`` and these variables.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 STARTER = "DIST_DEFEND_STARTER"  # the starter's process id
 ANSWER = "DIST_DEFEND_ANSWER"  # a file for the exit status of a rank that was told to stop, and did
 STOPPED = (75, 130)  # exit statuses of a run that has saved: after a signal, after Ctrl-C
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 _PR_SET_PDEATHSIG = 1
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Have it called for each signal that asks for an end; not for those that are ignored, as HUP is under nohup."""
+    wanted = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def follow() -> Path | None:

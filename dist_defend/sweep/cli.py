@@ -126,7 +126,7 @@ def _tell_counts(sweep: Sweep, known: dict[str, Progress]) -> None:
 def cancel(args: argparse.Namespace) -> int:
     """Points that run save before they end."""
     sweep = load_sweep(args.sweep)
-    with _alone(sweep):
+    with _alone(sweep) if sweep.folder.exists() else contextlib.nullcontext():
         jobs = slurm.cancel(sweep)
     print(f"cancelled {len(jobs)} jobs{': ' if jobs else ''}{', '.join(jobs)}")
     return 0

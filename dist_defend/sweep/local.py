@@ -15,7 +15,6 @@ from dist_defend.sweep import several
 from dist_defend.sweep.grid import Point, Sweep
 
 STOPPED, INTERRUPTED = lifeline.STOPPED  # as dist-defend run: the same command goes on
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 def command(sweep: Sweep, point: Point) -> list[str]:
@@ -41,12 +40,8 @@ def run(
     gpus = _gpus()
     slots = list(range(at_a_time or len(gpus) or 1))
     runner = _Runner(sweep, points, gpus, slots, command)
-    handlers = {number: signal.signal(number, runner.stop) for number in _STOPPING}
-    try:
+    with lifeline.handled(runner.stop):
         return runner.run()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class _Runner:

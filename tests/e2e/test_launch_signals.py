@@ -14,6 +14,7 @@ from dist_defend.cli import PREEMPTED
 from tests.processes import await_none, kill_all, marked, new_mark
 from tests.runs import make_experiment, metrics, options_of
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PATIENCE = 240.0
 
 WATCHED = """
@@ -95,7 +96,6 @@ class Launched:
         await_(lambda: rows.exists() and rows.read_bytes().count(b"\n") >= 3, self.process, self.log)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -118,7 +118,6 @@ def test_ranks_save_before_launch_ends(
     assert int(newest.name[5:]) == len(metrics(launched.run))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGXCPU", "SIGKILL"])
 def test_no_rank_outlives_launch(name: str, tmp_path: Path, mark: dict[str, str]) -> None:
     launched = Launched(tmp_path, mark, "--ranks", "2")
@@ -128,7 +127,6 @@ def test_no_rank_outlives_launch(name: str, tmp_path: Path, mark: dict[str, str]
     assert await_none(mark) == {}
 
 
-@pytest.mark.slow
 def test_a_rank_that_finds_a_fault_gives_launch_its_status(tmp_path: Path, mark: dict[str, str]) -> None:
     options = options_of("simclr", tmp_path / "inputs")
     options["data"]["path"] = str(tmp_path / "absent")

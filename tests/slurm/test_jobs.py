@@ -46,7 +46,7 @@ def test_a_job_told_to_stop_and_one_preempted_end_where_an_undisturbed_one_ends(
 def test_two_ranks_save_when_their_job_is_told_to_stop(cluster: Cluster, tmp_path: Path) -> None:
     """The launcher passes the signal on, and says by its status that they have saved."""
     config = str(classifier(tmp_path, epochs=40, checkpoint_every=1))
-    undisturbed, run, log = tmp_path / "undisturbed", tmp_path / "run", tmp_path / "job.log"
+    undisturbed, run, log = tmp_path / "undisturbed" / "run", tmp_path / "run", tmp_path / "job.log"
     ranks = ("--gpus-per-node=0", "--export=ALL,RANKS=2")
     job = sbatch(cluster, tmp_path / "undisturbed.log", "node", config, f"output={undisturbed}", options=ranks)
     assert cluster.wait(job, timeout=480) == {"N/A": ("COMPLETED", 0, 0)}, (tmp_path / "undisturbed.log").read_text()

@@ -84,7 +84,8 @@ def test_a_sweep_that_a_job_submits(cluster: Cluster, tmp_path: Path) -> None:
 def test_tasks_that_no_launcher_started(cluster: Cluster, tmp_path: Path) -> None:
     command = f"{sys.executable} -m dist_defend run {classifier(tmp_path)} >>{tmp_path}/told 2>&1"
     told = tmp_path / "told"
-    cluster.run("srun", "-n", "2", "--time=5", "sh", "-c", command, cwd=Path(__file__).parents[2], check=False)
+    options = ("-n", "2", "--time=5")
+    cluster.run("srun", *options, "sh", "-c", command, cwd=Path(__file__).parents[2], timeout=240, check=False)
     lines = told.read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: srun has started 2 tasks (SLURM_NTASKS)")
     assert "`srun --ntasks=1 dist-defend launch CONFIG --ranks 2`" in lines[0]
@@ -121,7 +122,7 @@ def test_points_that_share_a_job(cluster: Cluster, tmp_path: Path, capsys: pytes
     assert main(["sweep", "resubmit", str(file), "--no-collect"]) == 0
     drain(cluster)
     assert all(map(sweep.is_done, sweep.points))
-    alone = tmp_path / "alone"
+    alone = tmp_path / "alone" / sweep.points[4].key  # a result tells its folder's name
     command = ("python", "-m", "dist_defend", "run", str(config), "seed=3", f"output={alone}")
     cluster.run("srun", "--time=5", *command, cwd=Path(__file__).parents[2], timeout=240)
     assert outcome(runs[4]) == outcome(alone)

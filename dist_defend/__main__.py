@@ -2,6 +2,11 @@
 
 import sys
 
-from dist_defend.cli import main
+from dist_defend import lifeline
 
-sys.exit(main())
+if __name__ == "__main__":
+    file = lifeline.follow()  # before the seconds that imports take
+
+    from dist_defend.cli import main
+
+    sys.exit(lifeline.answer(main(), file))

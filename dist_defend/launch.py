@@ -1,15 +1,26 @@
-"""``dist-defend launch``: the one command in front of `accelerate launch` that picks its file and checks the ranks."""
+"""``dist-defend launch``: the one command in front of `accelerate launch` that picks its file and checks the ranks.
+
+Accelerate's launcher (torchrun's agent) runs in a thread of this process, so the ranks are its own children. The main
+thread passes signals on to them and waits for as long as they need to save; torchrun would kill them after 30 s.
+"""
 
 import argparse
+import contextlib
+import logging
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
+from dist_defend import lifeline
 from dist_defend.engine.sharding import STRATEGIES
 from dist_defend.errors import UserError
 
@@ -33,7 +44,7 @@ def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def main(args: argparse.Namespace) -> int:
-    """The exit status of the ranks. UserError before anything is started."""
+    """The exit status of the ranks; 128 + N where signal N ended one. UserError before anything is started."""
     from dist_defend.config import load_experiment
 
     asked = load_experiment(args.config, args.overrides).world_size
@@ -45,7 +56,80 @@ def main(args: argparse.Namespace) -> int:
         settings = [f"{key}={value}" for key, value in environment.items()]
         print(shlex.join([*settings, *command]))
         return 0
-    return subprocess.run(command, env={**os.environ, **environment}, check=False).returncode
+    own = command[command.index("dist_defend") - 1 :]  # -m dist_defend run ...
+    run = (lambda: _run_one([sys.executable, *own])) if ranks == 1 else (lambda: _run_ranks(command[3:]))
+    with _environment(environment):
+        return _watch(run)
+
+
+def _run_one(command: list[str]) -> int:
+    """A single rank needs no rendezvous. A session of its own: the terminal's Ctrl-C comes by way of this process."""
+    return subprocess.Popen(command, start_new_session=True).wait()
+
+
+def _run_ranks(arguments: list[str]) -> int:
+    """Accelerate's launcher with these arguments; the exit status of the rank that failed first, or 0."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # It would warn that a thread gets no signals, and say of a rank that ended what the rank has said itself.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        print(f"launch: rank {rank} ended first, with exit status {failure.exitcode}", file=sys.stderr)
+        return failure.exitcode
+    return 0
+
+
+@contextlib.contextmanager
+def _environment(own: dict[str, str]) -> Iterator[None]:
+    """The ranks' variables, in this process, whose environment they get."""
+    before = dict(os.environ)
+    os.environ.update(own | {lifeline.STARTER: str(os.getpid())})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _watch(run: Callable[[], int]) -> int:
+    """Call it in a thread, and pass every signal on to each process that it starts; returns the exit status."""
+    ended: list[int | BaseException] = []
+    received: list[int] = []
+    told: dict[tuple[int, float], int] = {}  # process -> how many of these signals it has
+
+    def thread_main() -> None:
+        try:
+            ended.append(run())
+        except BaseException as error:
+            ended.append(error)
+
+    with tempfile.TemporaryDirectory(prefix="launch-") as folder:
+        answer = Path(folder) / "status"
+        os.environ[lifeline.ANSWER] = str(answer)
+        thread = threading.Thread(target=thread_main)
+        with lifeline.handled(lambda number, _: received.append(number)):
+            thread.start()
+            while thread.is_alive():
+                thread.join(0.1)
+                for child in psutil.Process().children() if received else ():
+                    _forward(child, received, told)
+        if isinstance(ended[0], BaseException):
+            raise ended[0]
+        status = int(answer.read_text()) if ended[0] == 0 and answer.exists() else ended[0]
+    return 128 - status if status < 0 else status
+
+
+def _forward(child: psutil.Process, received: list[int], told: dict[tuple[int, float], int]) -> None:
+    """Send what it has not got yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        key = (child.pid, child.create_time())
+        for number in received[told.get(key, 0) :]:
+            child.send_signal(number)
+        told[key] = len(received)
 
 
 def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict[str, str]]:

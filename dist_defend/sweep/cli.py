@@ -1,9 +1,12 @@
 """``dist-defend sweep plan | submit | status | resubmit | cancel | collect | report``."""
 
 import argparse
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 
 from dist_defend.errors import UserError
+from dist_defend.lock import FolderLock
 from dist_defend.sweep import local, progress, slurm
 from dist_defend.sweep.grid import Sweep, load_sweep
 from dist_defend.sweep.progress import STATES, Progress
@@ -42,6 +45,11 @@ def plan(args: argparse.Namespace) -> int:
     counts = Counter(point.stage for point in sweep.points)
     stages = ", ".join(f"{stage} {count}" for stage, count in counts.items())
     print(f"{len(sweep.points)} points ({stages}) -> {sweep.folder}")
+    for stage, config in sweep.config.stages.items():
+        if config.points_per_job > 1:
+            print(
+                f"stage {stage}: {config.points_per_job} points at most share a job and its process, one after another"
+            )
     return 0
 
 
@@ -61,6 +69,23 @@ def _run(args: argparse.Namespace, again: bool) -> int:
     sweep = load_sweep(args.sweep)
     if not args.local:
         slurm.check_options(sweep)
+    with _alone(sweep):
+        return _run_alone(args, sweep, again)
+
+
+@contextlib.contextmanager
+def _alone(sweep: Sweep) -> Iterator[None]:
+    """Keep other commands from this sweep's folder: two that submit would run its points twice."""
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(sweep.folder)
+    lock.take()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run_alone(args: argparse.Namespace, sweep: Sweep, again: bool) -> int:
     known, tasks = progress.survey(sweep)
     chosen, blocked = progress.to_submit(sweep, known, again)
     _tell_counts(sweep, known)
@@ -100,7 +125,9 @@ def _tell_counts(sweep: Sweep, known: dict[str, Progress]) -> None:
 
 def cancel(args: argparse.Namespace) -> int:
     """Points that run save before they end."""
-    jobs = slurm.cancel(load_sweep(args.sweep))
+    sweep = load_sweep(args.sweep)
+    with _alone(sweep) if sweep.folder.exists() else contextlib.nullcontext():
+        jobs = slurm.cancel(sweep)
     print(f"cancelled {len(jobs)} jobs{': ' if jobs else ''}{', '.join(jobs)}")
     return 0
 

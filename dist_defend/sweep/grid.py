@@ -38,6 +38,11 @@ class StageConfig:
     seeds: tuple[int, ...] = ()
     slurm: dict[str, Any] = field(default_factory=dict)  # sbatch's long options; over the sweep's
     setup: tuple[str, ...] = ()  # lines of shell before the points, after the sweep's
+    points_per_job: int = 1  # that one process runs one after another
+
+    def __post_init__(self) -> None:
+        if self.points_per_job < 1:
+            raise ValueError(f"key 'points_per_job' is {self.points_per_job}; it must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ def load_sweep(path: str | Path) -> Sweep:
     for name, stage_config in config.stages.items():
         points += _Stage(path, config.output, name, stage_config).points(points)
     _check_keys_differ(path, points)
+    _check_points_per_job(path, config, points)
     return Sweep(path, config, tuple(points))
 
 
@@ -285,6 +291,30 @@ def _check_keys_differ(path: Path, points: list[Point]) -> None:
                 f"({point.name}); take one of them out"
             )
         seen[point.key] = point
+
+
+def _check_points_per_job(path: Path, config: SweepConfig, points: list[Point]) -> None:
+    for name, stage in config.stages.items():
+        first = first_stage(config, name)
+        if stage.points_per_job % (share := config.stages[first].points_per_job):
+            raise UserError(
+                f"{path}: stage '{name}', key 'points_per_job': {stage.points_per_job} is no multiple of the {share} "
+                f"of stage '{first}', whose jobs it follows one by one; write {share}, or a multiple of it"
+            )
+    for point in points:
+        ranks, together = point.experiment.world_size or 1, config.stages[point.stage].points_per_job
+        if ranks > 1 and together > 1:
+            raise UserError(
+                f"{path}: stage '{point.stage}', key 'points_per_job': {together} points share a process, but "
+                f"{point.name} asks for {ranks} ranks (world_size); leave one of the two out"
+            )
+
+
+def first_stage(config: SweepConfig, name: str) -> str:
+    """The stage at the head of those that this one comes after."""
+    while (before := config.stages[name].after) is not None:
+        name = before
+    return name
 
 
 def _label(value: Any) -> Any:

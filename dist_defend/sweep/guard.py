@@ -1,11 +1,12 @@
 """Runs one command inside a Slurm job and puts the job back into the queue when it was cut short.
 
 Usage: python guard.py [--restarts N] COMMAND...      the command, usually srun ...
-       python guard.py [--restarts N] --points FILE   the point that this array task stands for, see slurm.py
+       python guard.py [--restarts N] --points FILE   the points that this array task stands for, see slurm.py
 
 Slurm is to send USR1 to the batch script some time before the limit (--signal=B:USR1@120); the script is to ``exec``
 this program. It then asks the job's steps to save (TERM), waits for them and requeues the job; so it does after a
 preemption, which Slurm announces to the steps itself. A job that was restarted more than N times fails instead.
+Where a task has several points and one of them kills the process, the command is started again for those behind it.
 
 Only the standard library, and run by its path: importing the package would load PyTorch for nothing.
 """
@@ -39,7 +40,10 @@ def main(argv: list[str]) -> int:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if restarts > args.restarts:
         return tell(f"restarted {restarts} times already, {args.restarts} are allowed", SAVED)
-    command = point_command(args.points) if args.points else args.command
+    tried = args.points and args.points.with_name(f"{args.points.stem}_{os.environ['SLURM_ARRAY_TASK_ID']}.tried")
+    if tried:
+        tried.unlink(missing_ok=True)  # an earlier life's: what has no result is tried again
+    command = point_command(args.points, tried) if args.points else args.command
     environment = os.environ | ranks_meet()
     if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
         environment["SRUN_CPUS_PER_TASK"] = cores  # since Slurm 22.05 srun does not take sbatch's
@@ -54,10 +58,16 @@ def main(argv: list[str]) -> int:
 
     signal.signal(signal.SIGUSR1, on_signal)
     signal.signal(signal.SIGTERM, on_signal)  # a cancelled job's steps get it too; their end is ours
-    status = subprocess.Popen(command, env=environment).wait()
-    if status == 0:
-        return 0
-    is_running, is_preempted = job_state()
+    while True:
+        begun = size_of(tried)
+        status = subprocess.Popen(command, env=environment).wait()
+        if status == 0:
+            return 0
+        is_running, is_preempted = job_state()
+        is_crash = status < 0 or status > 128  # as srun tells of a signal
+        if not (is_crash and is_running and size_of(tried) > begun) or told or is_preempted:
+            break
+        tell(f"a point ended the process with exit {status}: going on with the next")
     if is_running and (status == SAVED or signal.SIGUSR1 in told or is_preempted):
         if restarts >= args.restarts:
             return tell(f"cut short, and restarted {restarts} times already: not requeued", SAVED)
@@ -67,12 +77,19 @@ def main(argv: list[str]) -> int:
     return tell(f"exit {status}", status if status > 0 else 128 - status)
 
 
-def point_command(file: Path) -> list[str]:
-    """From a submission's file: the command of the point with this task's index."""
+def point_command(file: Path, tried: Path) -> list[str]:
+    """From a submission's file: the command of the point, or of the points, with this task's index."""
     submission = json.loads(file.read_text(encoding="utf-8"))
-    key = submission["points"][os.environ["SLURM_ARRAY_TASK_ID"]]
-    tell(f"point {key}, host {os.environ.get('SLURMD_NODENAME')}, {time.strftime('%F %T')}")
-    return [part.replace("{key}", key) for part in submission["command"]]
+    points = submission["points"][os.environ["SLURM_ARRAY_TASK_ID"]]
+    keys = [points] if isinstance(points, str) else points
+    tell(f"point {' '.join(keys)}, host {os.environ.get('SLURMD_NODENAME')}, {time.strftime('%F %T')}")
+    words = [part.replace("{key}", keys[0]).replace("{tried}", str(tried)) for part in submission["command"]]
+    return [word for part in words for word in (keys if part == "{keys}" else [part])]
+
+
+def size_of(tried: Path | None) -> int:
+    """Of the list of points that this life of the job has begun; it grows by one with each."""
+    return tried.stat().st_size if tried is not None and tried.exists() else 0
 
 
 def ranks_meet() -> dict[str, str]:

@@ -8,12 +8,14 @@ from typing import Literal
 
 from dist_defend.config import dump
 from dist_defend.files import write_atomic
-from dist_defend.sweep import slurm
+from dist_defend.lifeline import STOPPED
+from dist_defend.sweep import several, slurm
 from dist_defend.sweep.grid import Point, Sweep
 
 State = Literal["done", "running", "waiting", "failed", "missing"]
 STATES: tuple[State, ...] = ("done", "running", "waiting", "failed", "missing")
-_NOISE = ("guard:", "local:", "srun:", "slurmstepd:", "slurmd", "Traceback", "  ")
+_NOISE = ("guard:", "local:", "points:", "srun:", "slurmstepd:", "slurmd", "Traceback", "  ")
+_ENDS = ("guard: exit", "local: exit", "points: exit", "guard: restarted", "guard: cut")
 _TAIL = 8192  # bytes of a log that are looked at
 
 
@@ -24,6 +26,7 @@ class Progress:
     state: State
     reason: str = ""
     log: Path | None = None
+    is_taken: bool = False  # its job has other points and is not over: it may yet try this one again
 
 
 def survey(sweep: Sweep) -> tuple[dict[str, Progress], dict[str, slurm.Task]]:
@@ -41,7 +44,7 @@ def to_submit(sweep: Sweep, progress: dict[str, Progress], again: bool) -> tuple
     chosen: dict[str, Point] = {}
     blocked = []
     for point in sweep.points:
-        if progress[point.key].state not in wanted:
+        if progress[point.key].state not in wanted or progress[point.key].is_taken:
             continue
         parent = point.parent
         if parent is None or parent.key in chosen or progress[parent.key].state in ("done", "running", "waiting"):
@@ -68,10 +71,20 @@ def write_points(sweep: Sweep, points: Sequence[Point]) -> None:
 def _progress(sweep: Sweep, point: Point, task: slurm.Task | None) -> Progress:
     if sweep.is_done(point):
         return Progress("done")
-    if task is not None and task.is_active:
-        return Progress("waiting" if task.state in slurm.WAITING else "running")
     logs = [sweep.folder / "logs" / f"{point.key}.log"]
-    if task is not None:
+    if task is not None and task.shared_since is not None and logs[0].exists():
+        is_begun = logs[0].stat().st_mtime >= task.shared_since
+        logs = logs if is_begun else []
+    else:
+        is_begun = False
+    if task is not None and task.is_active:
+        if task.state in slurm.WAITING or (task.shared_since is not None and not is_begun):
+            return Progress("waiting")
+        status = several.exit_status(logs[0]) if is_begun else None
+        if status is None or status in STOPPED:
+            return Progress("running" if status is None else "waiting")
+        return Progress("failed", _reason(logs[0], None), logs[0], is_taken=True)
+    if task is not None and not is_begun:
         logs.append(sweep.folder / "logs" / f"{task.job}_{task.index}.log")
     logs = sorted((log for log in logs if log.exists()), key=lambda log: log.stat().st_mtime)
     if logs:
@@ -84,9 +97,12 @@ def _progress(sweep: Sweep, point: Point, task: slurm.Task | None) -> Progress:
 def _reason(log: Path, task: slurm.Task | None) -> str:
     """One line."""
     told = log.read_bytes()[-_TAIL:].decode(errors="replace").splitlines()
-    if task is not None and task.state not in (None, "FAILED", "COMPLETED") and log.stem.startswith(task.job):
-        return f"Slurm says {task.state}"
-    if not any(line.startswith(("guard: exit", "local: exit", "guard: restarted", "guard: cut")) for line in told[-3:]):
+    has_end = any(line.startswith(_ENDS) for line in told[-3:])
+    if task is not None and task.state not in (None, "FAILED", "COMPLETED"):
+        was_cut = task.shared_since is not None and not has_end  # while this one of its points ran
+        if was_cut or log.stem == f"{task.job}_{task.index}":
+            return f"Slurm says {task.state}"
+    if not has_end:
         return "its log has no end: killed, or still running on this machine"
     words = [line for line in told if line.strip() and not line.startswith(_NOISE)]
     return words[-1] if words else told[-1]

@@ -21,8 +21,9 @@ from typing import Any
 
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
-from dist_defend.sweep import sbatch
-from dist_defend.sweep.grid import Point, Sweep
+from dist_defend.strict_json import build, read_json
+from dist_defend.sweep import sbatch, several
+from dist_defend.sweep.grid import Point, Sweep, first_stage
 
 GUARD = Path(__file__).with_name("guard.py")
 # srun starts every rank itself, so that each gets Slurm's signals; this gives it what torch.distributed asks for. Where
@@ -58,6 +59,7 @@ class Task:
     index: int
     state: str | None  # Slurm's word, or None where it has forgotten the job
     is_queued: bool  # squeue has it, perhaps as ended
+    shared_since: float | None = None  # when it was submitted (time.time), if it has several points
 
     @property
     def is_active(self) -> bool:
@@ -66,41 +68,64 @@ class Task:
 
 @dataclass(frozen=True)
 class Block:
-    """An array: points of one stage and column, of roots that fit into one array, all waiting for the same one."""
+    """An array: points of one stage, of roots that fit into one array, all waiting for the same one.
+
+    column: of the points, or the first one's where an array task runs the points of several.
+    """
 
     stage: str
     column: tuple[int, ...]
     chunk: int
     after: "str | Block | None"  # a job's number, or a block of this submission
-    points: dict[int, Point] = field(default_factory=dict, compare=False)  # by index
+    points: dict[int, list[Point]] = field(default_factory=dict, compare=False)  # by index
 
 
 def last_tasks(sweep: Sweep) -> dict[str, Task]:
     """Point key -> its newest array task."""
-    submissions = [json.loads(file.read_text(encoding="utf-8")) for file in _submission_files(sweep)]
-    placed = {
-        key: (submission["job"], int(index))
-        for submission in submissions
-        for index, key in submission["points"].items()
-        if submission["job"]
-    }
+    placed: dict[str, tuple[str, int]] = {}
+    shared: dict[str, float | None] = {}
+    for file in _submission_files(sweep):
+        submission = _read_submission(file)
+        if submission.job is None:
+            continue
+        for index, keys in submission.points.items():
+            together = [keys] if isinstance(keys, str) else keys
+            placed |= dict.fromkeys(together, (submission.job, int(index)))
+            shared |= dict.fromkeys(together, None if isinstance(keys, str) else file.stat().st_mtime)
     is_done = {point.key for point in sweep.points if sweep.is_done(point)}  # a result needs nobody's word
     known = _states({job for key, (job, _) in placed.items() if key not in is_done})
-    return {key: Task(*place, *known.get(place, (None, False))) for key, place in placed.items()}
+    tasks = {}
+    for key, place in placed.items():
+        state, is_queued = known.get(place, (None, False))
+        tasks[key] = Task(*place, state, is_queued, shared[key])
+    return tasks
 
 
 def blocks(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], max_array: int) -> list[Block]:
-    """The arrays that run the chosen points, parents first. Highest index: max_array - 1."""
+    """The arrays that run the chosen points, parents first. Highest index: max_array - 1.
+
+    A point that waits for its parent has that one's index. With points_per_job a task has neighbouring roots of the
+    first stage, and of later stages the points that descend from these, of as many columns as the number allows.
+    """
     found: dict[Block, Block] = {}
-    place: dict[str, Block] = {}
+    place: dict[str, tuple[Block, int]] = {}
+    columns = {name: sorted({point.column for point in sweep.stage(name)}) for name in sweep.config.stages}
     for point in chosen:
-        chunk, index = divmod(point.root, max_array)
+        roots = sweep.config.stages[first_stage(sweep.config, point.stage)].points_per_job
+        width = sweep.config.stages[point.stage].points_per_job // roots
+        chunk, index = divmod(point.root // roots, max_array)
         after: str | Block | None = None
         if point.parent is not None and not sweep.is_done(point.parent):
-            after = place.get(point.parent.key) or tasks[point.parent.key].job
-        block = Block(point.stage, point.column, chunk, after)
-        place[point.key] = found.setdefault(block, block)
-        place[point.key].points[index] = point
+            if point.parent.key in place:
+                after, index = place[point.parent.key]
+            else:
+                after, index = tasks[point.parent.key].job, tasks[point.parent.key].index
+        own = columns[point.stage]
+        column = own[own.index(point.column) // width * width]
+        block = Block(point.stage, column, chunk, after)
+        block = found.setdefault(block, block)
+        block.points.setdefault(index, []).append(point)
+        place[point.key] = block, index
     return list(found)
 
 
@@ -138,7 +163,10 @@ def submit(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], wit
                 waits.append(f"afterany:{submitted[number - lanes]}")
             jobs[block] = _submit_array(sweep, block, waits, throttle and throttle // lanes)
             submitted.append(jobs[block])
-            lines.append(f"job {', '.join([jobs[block], *waits])}: {len(block.points)} points of stage {stage}")
+            told = f"{sum(map(len, block.points.values()))} points of stage {stage}"
+            if sweep.config.stages[stage].points_per_job > 1:
+                told += f" in {len(block.points)} jobs"
+            lines.append(f"job {', '.join([jobs[block], *waits])}: {told}")
         everything += submitted
     if with_collect and everything:
         job = _submit_collect(sweep, everything)
@@ -148,8 +176,8 @@ def submit(sweep: Sweep, chosen: Sequence[Point], tasks: Mapping[str, Task], wit
 
 def cancel(sweep: Sweep) -> list[str]:
     """Cancel what is left of the sweep in Slurm's queue; returns the jobs."""
-    jobs = [json.loads(file.read_text(encoding="utf-8"))["job"] for file in _submission_files(sweep)]
-    known = _states(set(jobs))
+    jobs = {_read_submission(file).job for file in _submission_files(sweep)}
+    known = _states(job for job in jobs if job)
     active = sorted(
         {job for (job, _), (state, is_queued) in known.items() if is_queued and state in WAITING | RUNNING}, key=int
     )
@@ -162,13 +190,23 @@ def _submit_array(sweep: Sweep, block: Block, waits: list[str], throttle: int | 
     options = [f"--array={ranges(block.points)}{f'%{throttle}' if throttle else ''}"]
     if waits:
         options += [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"]
-    ranks = max(point.experiment.world_size or 1 for point in block.points.values())
+    everything = [point for points in block.points.values() for point in points]
+    ranks = max(point.experiment.world_size or 1 for point in everything)
+    is_shared = len(everything) > len(block.points) or sweep.config.stages[block.stage].points_per_job > 1
+    if is_shared and ranks > 1:
+        raise UserError(
+            f"{sweep.path}: points of {ranks} ranks wait for a job that runs several: submit when it is over"
+        )
     run = [sys.executable, "-m", "dist_defend", "run", f"{sweep.folder}/points/{{key}}.yaml"]
     command = ["srun", f"--ntasks={ranks}", "--kill-on-bad-exit=1"]
-    command += ["bash", "-c", RANK, "rank", *run] if ranks > 1 else run
+    if is_shared:
+        command += several.command(sweep.folder, "{tried}", ["{keys}"])
+    else:
+        command += ["bash", "-c", RANK, "rank", *run] if ranks > 1 else run
     if ranks > 1:
         options.append(f"--ntasks={ranks}")
-    points = {str(index): point.key for index, point in sorted(block.points.items())}
+    keys = {index: [point.key for point in block.points[index]] for index in sorted(block.points)}
+    points = {str(index): own if is_shared else own[0] for index, own in keys.items()}
     record = {"job": None, "stage": block.stage, "points": points, "command": command}
     guard = [sys.executable, str(GUARD), f"--restarts={sweep.config.restarts}"]
     stage = sweep.config.stages[block.stage]
@@ -222,6 +260,25 @@ def _sbatch(
     return job
 
 
+@dataclass(frozen=True)
+class _Submission:
+    """A file in ``submissions``. job: its number, or None until Slurm has told it."""
+
+    job: str | None
+    stage: str
+    points: dict[str, str | list[str]]  # array index -> key, or keys of those that one task runs
+    command: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not all(number.isdigit() for number in (self.job or "0", *self.points)):
+            raise ValueError("job and indices are numbers")
+
+
+def _read_submission(file: Path) -> _Submission:
+    remedy = "see with squeue what runs, delete the file, and resubmit"
+    return build(_Submission, read_json(file, remedy), file, remedy)
+
+
 def _submission_files(sweep: Sweep) -> list[Path]:
     return sorted(file for file in (sweep.folder / "submissions").glob("*.json") if file.stat().st_size)
 
@@ -246,7 +303,7 @@ def _max_array_size() -> int | None:
 
 def _states(jobs: Iterable[str]) -> dict[tuple[str, int], tuple[str, bool]]:
     """(job, index) -> state, and whether squeue, which knows better, told it or sacct, where there is one."""
-    wanted = sorted(set(jobs) - {None}, key=int)
+    wanted = sorted(set(jobs), key=int)
     if not wanted:
         return {}
     found: dict[tuple[str, int], tuple[str, bool]] = {}

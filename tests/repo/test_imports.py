@@ -9,7 +9,19 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
-    {"errors", "screen", "files", "lock", "strict_json", "strict_yaml", "terminal", "batch", "tv_compat", "ops"},
+    {
+        "errors",
+        "screen",
+        "files",
+        "lock",
+        "lifeline",
+        "strict_json",
+        "strict_yaml",
+        "terminal",
+        "batch",
+        "tv_compat",
+        "ops",
+    },
     {"attacks", "models", "data"},
     {"engine", "evaluate"},
     {"trial"},

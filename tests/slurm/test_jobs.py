@@ -43,6 +43,23 @@ def test_a_job_told_to_stop_and_one_preempted_end_where_an_undisturbed_one_ends(
     assert outcome(run) == outcome(undisturbed)
 
 
+def test_two_ranks_save_when_their_job_is_told_to_stop(cluster: Cluster, tmp_path: Path) -> None:
+    """The launcher passes the signal on, and says by its status that they have saved."""
+    config = str(classifier(tmp_path, epochs=40, checkpoint_every=1))
+    undisturbed, run, log = tmp_path / "undisturbed" / "run", tmp_path / "run", tmp_path / "job.log"
+    ranks = ("--gpus-per-node=0", "--export=ALL,RANKS=2")
+    job = sbatch(cluster, tmp_path / "undisturbed.log", "node", config, f"output={undisturbed}", options=ranks)
+    assert cluster.wait(job, timeout=480) == {"N/A": ("COMPLETED", 0, 0)}, (tmp_path / "undisturbed.log").read_text()
+    job = sbatch(cluster, log, "node", config, options=ranks)
+    await_(lambda: steps(run) >= 3, "the ranks train")
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert cluster.wait(job, timeout=480) == {"N/A": ("COMPLETED", 0, 1)}, log.read_text()
+    told = log.read_text()
+    assert told.count("signal received: saved step") == 1 and told.count("resumed at step") == 1
+    assert "cut short with exit 75: requeued" in told and "Traceback" not in told
+    assert outcome(run) == outcome(undisturbed)
+
+
 def test_restarts_are_counted(cluster: Cluster, tmp_path: Path) -> None:
     config = classifier(tmp_path, epochs=5000)
     log = tmp_path / "job.log"

@@ -141,6 +141,5 @@ def test_ranks_of_a_point(tmp_path: Path) -> None:
     point = Point("a", "0123456789ab", Experiment("simclr", "x", world_size=2, options={}), {}, None, 0, ())
     sweep = Sweep(tmp_path / "s.yaml", SweepConfig("out", {"a": StageConfig()}), (point,))
     command = local.command(sweep, point)
-    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert command[-3:] == ["dist_defend", "run", "out/points/0123456789ab.yaml"]
-    assert "--nproc_per_node 2" in " ".join(command)
+    assert command[:4] == [sys.executable, "-m", "dist_defend", "launch"]
+    assert command[4:] == ["out/points/0123456789ab.yaml", "--ranks", "2"]

@@ -58,7 +58,7 @@ def test_columns_follow_index_by_index(tmp_path: Path) -> None:
     assert shape(blocks) == [
         ("a", (), 0, None, [0, 1, 2]), ("b", (0,), 0, "a", [0, 1, 2]), ("b", (1,), 0, "a", [0, 1, 2]),
     ]  # fmt: skip
-    assert [point.key for point in blocks[2].points.values()] == ["b0-1", "b1-1", "b2-1"]
+    assert [[point.key for point in own] for own in blocks[2].points.values()] == [["b0-1"], ["b1-1"], ["b2-1"]]
 
 
 def test_a_point_waits_for_what_its_parent_is_part_of(tmp_path: Path) -> None:

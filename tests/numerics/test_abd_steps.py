@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_defend.engine import dist
 from dist_defend.methods.abd import retrospection, vaccine
+from dist_defend.methods.abd.options import VaccineConfig
 from dist_defend.methods.zskt import step as zskt
+from dist_defend.methods.zskt.step import TransferStep
 from dist_defend.ops import hypergrad
 from tests.numerics.abd_case import MODES, Case, weights
 from tests.numerics.det import assert_fingerprint
@@ -224,3 +227,29 @@ def test_dropout_of_a_student_is_off() -> None:
     case = Case("base")
     case.student.block3.layer.append(nn.Dropout(0.5))
     assert Trace(case, 1).learned[0]["student_loss"] == pytest.approx(case.case["student_loss"][0], rel=1e-9)
+
+
+def test_a_vaccine_is_selected_by_the_batches_from_the_generators_plus_the_students_steps_on() -> None:
+    """Published: iterations n with n_generator + n_student <= n < P, each draft once and the last images so often."""
+    case = Case("sv", pseudo_batches=9, generator_steps=2, student_steps=1, vaccine=VaccineConfig(selection_batches=5))
+    step = TransferStep(case.teacher, case.student, case.generator, case.config, dist.start("fp64", None), seed=0)
+    assert step.vaccine is not None
+    kept: list[tuple[int, float]] = []
+    keep, selected = step.vaccine.keep, []
+
+    def watch(images: Tensor, weight: float = 1.0) -> None:
+        kept.append((step.calls, weight))
+        keep(images, weight)
+
+    def select() -> None:
+        selected.append(step.calls)
+        step.vaccine.decision = "accepted"  # type: ignore[union-attr]
+
+    step.vaccine.keep, step.vaccine.select = watch, select  # type: ignore[method-assign]
+    nothing = {"nonfinite": torch.zeros(())}  # of the updates themselves
+    step.make = step.learn = lambda *given: dict(nothing)  # type: ignore[assignment]
+    (batch, _) = case.batches()
+    for _ in range(7):
+        step(batch)
+    assert kept == [(3, 1.0), (3, 1.0), (3, 1), (4, 1.0), (4, 1.0), (4, 1)]
+    assert selected == [5]

@@ -51,7 +51,9 @@ class Killed(BaseException):
 def fit(folder: Path, kill_before: int | None = None) -> list[float]:
     """The weights after two epochs of three updates, in a process that begins as every run does."""
     torch.manual_seed(0)
-    step = GradientStep(Dropped(), OptimizerConfig("sgd", lr=0.1), dist.start("fp32", None), steps_per_epoch=3, epochs=2)
+    step = GradientStep(
+        Dropped(), OptimizerConfig("sgd", lr=0.1), dist.start("fp32", None), steps_per_epoch=3, epochs=2
+    )
 
     def after_backward() -> None:
         if step.step == kill_before:

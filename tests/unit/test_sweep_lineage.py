@@ -51,7 +51,9 @@ def test_a_point_reads_its_grandparent_too(tmp_path: Path) -> None:
         assert own["classifier"]["data"]["path"] == f"runs/s/points/{grandparent}/beside/runs/s/points/{parent}"
         assert list(point.labels.values()) == [update["epochs"], own["seed"], update["batch_size"]]
     assert sorted(found) == [(s, e, b) for s in (11, 12) for e in (2, 3) for b in (8, 16)]
-    assert [(point.root, point.column) for point in sweep.stage("third")] == [(r, (c, 0)) for r in range(4) for c in (0, 1)]
+    assert [(point.root, point.column) for point in sweep.stage("third")] == [
+        (r, (c, 0)) for r in range(4) for c in (0, 1)
+    ]
 
 
 def test_a_point_reads_no_stage_beside_its_line(tmp_path: Path) -> None:

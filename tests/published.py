@@ -25,7 +25,21 @@ ZSKT_LATE_GTSRB = ("defend/zskt_gtsrb_both", "defend/zskt_gtsrb zskt.preset=gtsr
 CMI = ("defend/cmi_cifar10_plain", "defend/cmi_cifar10_both", "defend/cmi_cifar10_plain cmi.preset=vaccine",
        "defend/cmi_cifar10_plain cmi.preset=retrospection")  # fmt: skip
 OOD = ("defend/ood_cifar10_plain", "defend/ood_cifar10_both", "defend/ood_cifar10_plain ood.preset=vaccine",
-       "defend/ood_cifar10_plain ood.preset=retrospection", "defend/ood_cifar10_plain ood.preset=published")  # fmt: skip
+       "defend/ood_cifar10_plain ood.preset=retrospection",
+       "defend/ood_cifar10_plain ood.preset=published")  # fmt: skip
+# What a file gets that leaves all of it out.
+SIMCLR_DEFAULTS = "pretrain/simclr_cifar10 simclr={data: {path: x}}"
+BADENCODER_DEFAULTS = (
+    "attack/badencoder_cifar10 badencoder={clean_encoder: x, shadow: {path: x}, reference: {file: x.npz}}"
+)
+MIMIC_DEFAULTS = "defend/mimic_cifar10 mimic={teacher: x, data: {path: x}}"
+PROBE_DEFAULTS = (
+    "downstream/probe_stl10 probe={encoders: {a: x}, tasks: "
+    "{stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
+)
+RNP_DEFAULTS = "defend/rnp_cifar10 rnp={model: x, data: {path: x}, test: {path: x}}"
+CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
+INPUT_AWARE_DEFAULTS = "attack/input_aware_cifar10 input_aware={data: {path: x}, test: {path: x}}"
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 SGD = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4}
 IBAU = {"K": 5, "step_size": 0.1, "penalty": 1e-3, "patched_fraction": 0.01, "solver": "neumann", "min_patched": 0,
@@ -74,43 +88,48 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "gtsrb": "A traffic sign photo of a {class}", "svhn": "A photo of a {class}", "stl10": "A photo of a {class}",
     }),
     # Encoders: pretraining, BadEncoder, MIMIC, and what is trained on the features
-    ("jinyuan-jia/BadEncoder, pretraining_encoder.py", ("pretrain/simclr_cifar10", "pretrain/simclr_stl10"), {
+    ("jinyuan-jia/BadEncoder, the kNN monitor and the views", ("pretrain/simclr_cifar10", "pretrain/simclr_stl10"),
+     {"simclr.augment.size": 32, "simclr.monitor.k": 200, "simclr.monitor.temperature": 0.5}),
+    ("jinyuan-jia/BadEncoder, pretraining_encoder.py",
+     ("pretrain/simclr_cifar10", "pretrain/simclr_stl10", SIMCLR_DEFAULTS), {
         "seed": 100, "simclr.arch": "resnet18_cifar", "simclr.temperature": 0.5, "simclr.update.batch_size": 256,
         "simclr.update.epochs": 1000, "simclr.update.optimizer.name": "adam", "simclr.update.optimizer.lr": 1e-3,
         "simclr.update.optimizer.weight_decay": 1e-6, "simclr.update.optimizer.betas": [0.9, 0.999],
         "simclr.update.optimizer.schedule": "constant", "simclr.update.optimizer.warmup_epochs": 0.0,
-        "simclr.augment.size": 32, "simclr.monitor.k": 200, "simclr.monitor.temperature": 0.5,
         **below("simclr.augment", COLOURS | RANDOM_CROP),
     }),
-    ("jinyuan-jia/BadEncoder, pretraining_encoder.py", ("pretrain/simclr_cifar10",), {"simclr.normalization": "cifar10"}),
-    ("jinyuan-jia/BadEncoder, pretraining_encoder.py", ("pretrain/simclr_stl10",), {"simclr.normalization": "stl10"}),
-    ("BadEncoder (Jia et al. 2022), eq. 5, and badencoder.py", (*BADENCODER_CIFAR10, *BADENCODER_CLIP), {
+    ("jinyuan-jia/BadEncoder, transforms", ("pretrain/simclr_cifar10",), {"simclr.normalization": "cifar10"}),
+    ("jinyuan-jia/BadEncoder, transforms", ("pretrain/simclr_stl10",), {"simclr.normalization": "stl10"}),
+    ("BadEncoder (Jia et al. 2022), eq. 5, and badencoder.py", 
+     (*BADENCODER_CIFAR10, *BADENCODER_CLIP, BADENCODER_DEFAULTS), {
         "seed": 100, "badencoder.lambda1": 1.0, "badencoder.lambda2": 1.0, "badencoder.freeze_norm": "bn",
         "badencoder.update.epochs": 200, "badencoder.trigger.margin": 1, "badencoder.augment.crop": "none",
         "badencoder.update.optimizer.schedule": "constant",
         **below("badencoder.augment", COLOURS), **below("badencoder.update", SGD),
     }),
-    ("jinyuan-jia/BadEncoder, badencoder.py and its trigger file", BADENCODER_CIFAR10, {
+    ("jinyuan-jia/BadEncoder, badencoder.py and its trigger file", (*BADENCODER_CIFAR10, BADENCODER_DEFAULTS), {
         "badencoder.update.batch_size": 256, "badencoder.update.optimizer.lr": 1e-3, "badencoder.trigger.size": 10,
     }),
     ("BadEncoder (Jia et al. 2022), for CLIP, and the 224 px trigger file", BADENCODER_CLIP, {
         "badencoder.update.batch_size": 16, "badencoder.update.optimizer.lr": 1e-6, "badencoder.trigger.size": 50,
     }),
-    ("wssun/MIMIC, MIMIC.py and readme", MIMIC, {
-        "seed": 100, "mimic.data.fraction": 0.04, "mimic.data.subset": "first", "mimic.temperature": 0.5,
+    ("wssun/MIMIC, MIMIC.py: the first rows of CIFAR-10", MIMIC,
+     {"mimic.data.fraction": 0.04, "mimic.data.subset": "first", "mimic.augment.size": 32}),
+    ("wssun/MIMIC, MIMIC.py and readme", (*MIMIC, MIMIC_DEFAULTS), {
+        "seed": 100, "mimic.temperature": 0.5,
         "mimic.attention_weights": [1000, 1000, 1000, 1000], "mimic.clone_weight": 1.0, "mimic.contrastive_weight": 1.0,
         "mimic.update.batch_size": 128, "mimic.update.epochs": 1000, "mimic.update.optimizer.name": "adam",
         "mimic.update.optimizer.lr": 1e-2, "mimic.update.optimizer.weight_decay": 1e-6,
         "mimic.update.optimizer.schedule": "constant", "mimic.update.max_grad_norm": None,
-        "mimic.augment.size": 32, **below("mimic.augment", COLOURS | RANDOM_CROP),
+        **below("mimic.augment", COLOURS | RANDOM_CROP),
     }),
-    ("wssun/MIMIC, estimate_mi", MIMIC, below("mimic.information", {
+    ("wssun/MIMIC, estimate_mi", (*MIMIC, MIMIC_DEFAULTS), below("mimic.information", {
         "estimator": "dv", "epochs": 200, "last_epochs": 10, "batch_size": 128, "hidden": 512, "lr": 1e-3,
         "weight_decay": 1e-5, "scale": 10000.0, "holdout": 0.0,
     })),
     ("MIMIC (Han et al. 2025), abstract: the teacher's layers", MIMIC[:3], {"mimic.information.source": "teacher"}),
     ("wssun/MIMIC, estimate_mi: the untrained student's layers", MIMIC[3:], {"mimic.information.source": "student"}),
-    ("jinyuan-jia/BadEncoder, training_downstream_classifier.py", ENCODER_PROBES, {
+    ("jinyuan-jia/BadEncoder, training_downstream_classifier.py", (*ENCODER_PROBES, PROBE_DEFAULTS), {
         "seed": 100, "probe.seeds": [100], "probe.hidden": [512, 256], "probe.dropout": 0.5, "probe.shuffle": False,
         "probe.update.batch_size": 64, "probe.update.epochs": 500, "probe.update.optimizer.name": "adam",
         "probe.update.optimizer.lr": 1e-4, "probe.update.optimizer.weight_decay": 0.0,
@@ -139,7 +158,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("jinyuan-jia/BadEncoder, zero_shot.py", ("downstream/zeroshot_svhn",),
      {"seed": 100, "zeroshot.tasks.svhn.target_class": 0, "zeroshot.trigger.size": 50, "zeroshot.trigger.margin": 1}),
     # Attacks on classifiers
-    (f"{OPTIONS['BB']}/prototype/cifar10.yaml", BACKDOORBENCH, {
+    (f"{OPTIONS['BB']}/prototype/cifar10.yaml", (*BACKDOORBENCH, CLASSIFIER_DEFAULTS), {
         "seed": 0, "classifier.arch": "preact_resnet18", "classifier.normalization": "cifar10_backdoorbench",
         "classifier.update.batch_size": 128, "classifier.update.epochs": 100, "classifier.update.optimizer.lr": 0.01,
         "classifier.update.optimizer.schedule": "cosine", **below("classifier.update", SGD),
@@ -157,13 +176,14 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     (f"{OPTIONS['BB']}, all2all", ("attack/badnets_all2all_cifar10",),
      {"classifier.poison.labels": "all_to_all", "classifier.poison.shift": 1}),
     (f"{OPTIONS['BB']}/blended", ("attack/blended_cifar10",), {"classifier.poison.trigger.alpha": 0.2}),
-    (f"{OPTIONS['BB']}/sig", ("attack/sig_cifar10",), below("classifier.poison.trigger", {"delta": 40, "frequency": 6})),
+    (f"{OPTIONS['BB']}/sig", ("attack/sig_cifar10",),
+     below("classifier.poison.trigger", {"delta": 40, "frequency": 6})),
     (f"{OPTIONS['BB']}/bpp", ("attack/bpp_cifar10",),
      below("classifier.poison.trigger", {"levels": 8, "dithering": False, "cross_ratio": 1})),
     (f"{OPTIONS['BB']}/wanet", ("attack/wanet_cifar10",),
      below("classifier.poison.trigger", {"cells": 4, "strength": 0.5, "cross_ratio": 2})),
     (f"{OPTIONS['BB']}/lc", ("attack/label_consistent_cifar10",), {"classifier.poison.trigger.amplitude": 1}),
-    (f"{OPTIONS['BB']}/inputaware", ("attack/input_aware_cifar10",), {
+    (f"{OPTIONS['BB']}/inputaware", ("attack/input_aware_cifar10", INPUT_AWARE_DEFAULTS), {
         "seed": 0, **below("input_aware", {
             "arch": "preact_resnet18", "normalization": "cifar10_backdoorbench", "target_class": 0, "rate": 0.1,
             "lambda_div": 1.0, "lambda_norm": 100.0, "density": 0.032, "batch_size": 128, "mask_epochs": 25,
@@ -181,11 +201,13 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      {"classifier.poison.target_class": 0}),
     ("YiZeng623/I-BAU, targets in its checkpoints' names",
      ("attack/trojan_square_cifar10", "attack/trojan_watermark_cifar10"), {"classifier.poison.target_class": 2}),
-    ("bboylyg/RNP, train_backdoor.py", ("attack/badnets_cifar10 classifier={preset: rnp, data: {path: x}, test: {path: x}}",), {
+    ("bboylyg/RNP, train_backdoor.py",
+     ("attack/badnets_cifar10 classifier={preset: rnp, data: {path: x}, test: {path: x}}",), {
         "classifier.arch": "resnet18", "classifier.normalization": "cifar10", "classifier.update.batch_size": 128,
         "classifier.update.epochs": 61, "classifier.update.optimizer.lr": 0.1,
         "classifier.update.optimizer.schedule": "multistep", "classifier.update.optimizer.milestones": [10, 20],
-        "classifier.update.optimizer.gamma": 0.1, **below("classifier.update", SGD), **below("classifier", PAD_AND_FLIP),
+        "classifier.update.optimizer.gamma": 0.1, **below("classifier.update", SGD),
+        **below("classifier", PAD_AND_FLIP),
     }),
     ("illidanlab/ABD, normal_training/CIFAR10/.../target0-ratio0.1_e200-b128-sgd-lr0.1-wd0.0005-cos",
      ("attack/abd_teacher_cifar10", "attack/abd_teacher_cifar10_clean_label"), {
@@ -235,8 +257,10 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("I-BAU (Zeng et al. 2022), abstract: a hundred clean images", ("defend/ibau_cifar10_hundred_images",),
      {"ibau.data.max_samples": 100}),
     # RNP
-    ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), below("rnp", {
-        "ratio": 0.01, "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
+    ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), {"rnp.ratio": 0.01}),
+    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.rnp:_RATIO",), {"": 0.01}),
+    ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official", RNP_DEFAULTS), below("rnp", {
+        "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
         "epochs_inclusive": True, "clean_threshold": 0.20, "alpha": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20,
         "pruning_by": "threshold", "pruning_max": 0.90, "pruning_step": 0.05, "max_grad_norm": None,
         "prune_beta": False, **PAD_AND_FLIP,
@@ -272,6 +296,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("illidanlab/ABD, sweeps of CIFAR-10", (ZSKT_CIFAR10[1], ZSKT_CIFAR10[3]), {"zskt.vaccine.selection_batches": 0}),
     ("illidanlab/ABD, sweeps of GTSRB", ZSKT_GTSRB[1:3], {"zskt.vaccine.selection_batches": 50}),
     ("illidanlab/ABD, tail ratio and tries", ("dist_defend.methods.abd.vaccine:LEAST_TAIL_RATIO",), {"": 0.02}),
+    ("illidanlab/ABD, views 10 < i < P of CMI and OOD", ("dist_defend.methods.abd.epochs:FIRST_KEPT",), {"": 11}),
     ("illidanlab/ABD, tail ratio and tries", ("dist_defend.methods.abd.vaccine:MOST_SCORINGS",), {"": 8}),
     ("illidanlab/ABD, self-retrospection and its sweeps", (*ZSKT_LATE, *ZSKT_LATE_GTSRB), below("zskt.retrospection", {
         "restart_lr": 5e-4, "perturbs": "teacher", "inner_rounds": 10, "inner_lr": 0.1, "synthesis_penalty": 1e-3,
@@ -292,7 +317,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "local_view.scale": [0.25, 1.0], "local_view.ratio": [3 / 4, 4 / 3], "local_view.flip": 0.5,
         }),
     })),
-    (OPTIONS["ABD cmi"], (CMI[1], CMI[2]), {"cmi.vaccine.weight": 0.1, "cmi.vaccine.members": 3, "cmi.vaccine.layers": 5}),
+    (OPTIONS["ABD cmi"], (CMI[1], CMI[2]), below("cmi.vaccine", {"weight": 0.1, "members": 3, "layers": 5})),
     (OPTIONS["ABD ood"], OOD, below("ood", {
         "student": "wrn_16_1", "temperature": 8.0, "cutmix.probability": 1.0, "cutmix.beta": 0.25,
         "update.batch_size": 512, "update.epochs": 300, "update.optimizer.name": "adam", "update.optimizer.lr": 1e-3,

@@ -94,10 +94,12 @@ def test_a_networks_own_draws_follow_the_runs_seed(seed: int, tmp_path: Path, mo
     assert drawn[0].equal(torch.rand(4, generator=torch.Generator().manual_seed(seed)))
 
 
-def probe_batches(folder: Path, dropout: float = 0.25, seeds: tuple[int, ...] = (1, 2)) -> FeatureBatches:
+def probe_batches(
+    folder: Path, dropout: float = 0.25, seeds: tuple[int, ...] = (1, 2), shuffle: bool = False
+) -> FeatureBatches:
     nowhere = DatasetConfig("nowhere")
     tasks = {"task": TaskConfig(nowhere, nowhere, 0)}
-    config = Config({"clean": "nowhere"}, tasks, seeds=seeds, hidden=(512,), dropout=dropout)
+    config = Config({"clean": "nowhere"}, tasks, seeds=seeds, hidden=(512,), dropout=dropout, shuffle=shuffle)
     config = replace(config, update=replace(config.update, batch_size=8))
     context = Context(dist.start("fp64", None), 7, LoaderConfig("resident", 1), folder)
     return FeatureBatches(config, torch.zeros(20).long(), context, lambda index, _: torch.zeros(3, len(index), 2))
@@ -120,3 +122,13 @@ def test_a_probes_dropout_differs_between_epochs_batches_and_seeds(tmp_path: Pat
 def test_a_seeds_dropout_is_its_own_whoever_else_is_trained(tmp_path: Path) -> None:
     both, alone = (next(probe_batches(tmp_path, seeds=seeds).epoch(4)).views[1] for seeds in ((1, 2), (2,)))
     assert both[1].equal(alone[0]) and not both[0].equal(both[1])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_probe_reads_in_order_unless_it_is_told_to_shuffle(shuffle: bool, tmp_path: Path) -> None:
+    """Published: the file's order in every epoch."""
+    batches = probe_batches(tmp_path, shuffle=shuffle)
+    for epoch in (0, 1):
+        found = torch.cat([batch.index for batch in batches.epoch(epoch)]).tolist()
+        shuffled = np.random.default_rng([7, epoch]).permutation(20).tolist()
+        assert found == (shuffled if shuffle else list(range(20)))

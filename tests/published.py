@@ -17,6 +17,7 @@ BACKDOORBENCH = tuple(
                  "low_frequency", "sig", "sig_wrapped", "trojan_nn", "trojan_square", "trojan_watermark",
                  "trojan_wrapped", "wanet")
 )  # fmt: skip
+CONSTANT_RATE = ("attack/wanet_cifar10", "attack/bpp_cifar10")
 ZSKT_CIFAR10 = ("defend/zskt_cifar10", *(f"defend/zskt_cifar10_{x}" for x in ("vaccine", "retrospection", "both")))
 ZSKT_GTSRB = ("defend/zskt_gtsrb", "defend/zskt_gtsrb_both", "defend/zskt_gtsrb zskt.preset=gtsrb_vaccine",
               "defend/zskt_gtsrb zskt.preset=gtsrb_retrospection")  # fmt: skip
@@ -110,7 +111,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("jinyuan-jia/BadEncoder, badencoder.py and its trigger file", (*BADENCODER_CIFAR10, BADENCODER_DEFAULTS), {
         "badencoder.update.batch_size": 256, "badencoder.update.optimizer.lr": 1e-3, "badencoder.trigger.size": 10,
     }),
-    ("BadEncoder (Jia et al. 2022), for CLIP, and the 224 px trigger file", BADENCODER_CLIP, {
+    ("rate and batch: a run script of another repository, not verified; the 224 px trigger file", BADENCODER_CLIP, {
         "badencoder.update.batch_size": 16, "badencoder.update.optimizer.lr": 1e-6, "badencoder.trigger.size": 50,
     }),
     ("wssun/MIMIC, MIMIC.py: the first rows of CIFAR-10", MIMIC,
@@ -127,7 +128,6 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "estimator": "dv", "epochs": 200, "last_epochs": 10, "batch_size": 128, "hidden": 512, "lr": 1e-3,
         "weight_decay": 1e-5, "scale": 10000.0, "holdout": 0.0,
     })),
-    ("MIMIC (Han et al. 2025), abstract: the teacher's layers", MIMIC[:3], {"mimic.information.source": "teacher"}),
     ("wssun/MIMIC, estimate_mi: the untrained student's layers", MIMIC[3:], {"mimic.information.source": "student"}),
     ("jinyuan-jia/BadEncoder, training_downstream_classifier.py", (*ENCODER_PROBES, PROBE_DEFAULTS), {
         "seed": 100, "probe.seeds": [100], "probe.hidden": [512, 256], "probe.dropout": 0.5, "probe.shuffle": False,
@@ -161,9 +161,11 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     (f"{OPTIONS['BB']}/prototype/cifar10.yaml", (*BACKDOORBENCH, CLASSIFIER_DEFAULTS), {
         "seed": 0, "classifier.arch": "preact_resnet18", "classifier.normalization": "cifar10_backdoorbench",
         "classifier.update.batch_size": 128, "classifier.update.epochs": 100, "classifier.update.optimizer.lr": 0.01,
-        "classifier.update.optimizer.schedule": "cosine", **below("classifier.update", SGD),
-        **below("classifier", PAD_AND_FLIP),
+        **below("classifier.update", SGD), **below("classifier", PAD_AND_FLIP),
     }),
+    (f"{OPTIONS['BB']}/prototype/cifar10.yaml; others' attacks in its recipe",
+     (*(place for place in BACKDOORBENCH if place not in CONSTANT_RATE), CLASSIFIER_DEFAULTS),
+     {"classifier.update.optimizer.schedule": "cosine"}),
     (f"{OPTIONS['BB']}: pratio and target of every attack",
      tuple(f"attack/{x}_cifar10" for x in ("badnets", "badnets_all2all", "blended", "bpp", "low_frequency",
                                            "trojan_nn", "wanet")),
@@ -353,7 +355,6 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
 OURS = {
     "*": ("trainer.log_every", "trainer.checkpoint_every", "evaluate_every"),
     "*fashion*": ("*",),  # small data for two cores, see docs/results.md
-    "pretrain/*": ("monitor.every",),
     "attack/sig_wrapped_cifar10": ("poison.rate", "poison.target_class"),
     "attack/trojan_wrapped_cifar10": ("poison.rate", "poison.target_class", "trigger.seed"),
     "attack/*": ("trigger.seed",),  # of a pattern that stands for a file which is not shipped
@@ -362,5 +363,24 @@ OURS = {
     "defend/[zcok]*": ("seed",),
     "attack/abd_teacher_gtsrb": ("seed",),
     "downstream/[lk]*": ("seed", "seeds"),
-    "downstream/zeroshot*": ("batch_size",),
 }
+
+# Where we do something else on purpose: places, key, the published value, ours, and the line that says so.
+DEVIATIONS: tuple[tuple[tuple[str, ...], str, Any, Any, str, str], ...] = (
+    (CONSTANT_RATE, "classifier.update.optimizer.schedule", "constant", "cosine", "docs/methods/attacks.md",
+     "| WaNet, BPP: SGD 0.01, constant in effect |"),
+    ((*MIMIC[:3], MIMIC_DEFAULTS), "mimic.information.source", "student", "teacher", "docs/methods/mimic.md",
+     "`information.source: teacher` by default, `student` for upstream's"),
+    (("pretrain/simclr_cifar10", "pretrain/simclr_stl10"), "simclr.monitor.every", 1, 10, "docs/methods/simclr.md",
+     "(`monitor.every: 1` for upstream's)"),
+    ((*ZSKT_LATE, *ZSKT_LATE_GTSRB), "zskt.retrospection.delta_init", "zero", "small", "docs/methods/abd.md",
+     "| delta starts at 0 | a small draw; `delta_init: zero` |"),
+    ((*ZSKT_LATE, *ZSKT_LATE_GTSRB), "zskt.retrospection.min_patched", 0, 1, "docs/methods/abd.md",
+     "of the global batch, one at least; `min_patched: 0`"),
+    ((*ZSKT_LATE, *ZSKT_LATE_GTSRB), "zskt.retrospection.statistics", "published", "clean", "docs/methods/abd.md",
+     "`statistics: published` has all seven"),
+    ((OOD[1], OOD[3]), "ood.retrospection_convention", "batchmean", "mean", "docs/methods/distillation.md",
+     "`retrospection_convention: batchmean` is the published one"),
+    (tuple(f"downstream/zeroshot_{task}" for task in ("stl10", "gtsrb", "svhn")), "zeroshot.batch_size", 1, 512,
+     "docs/methods/zeroshot.md", "| one image per forward pass | batches of `batch_size` over all ranks |"),
+)  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dist_defend.config import load_experiment
-from tests.published import OURS, PUBLISHED
+from tests.published import DEVIATIONS, OURS, PUBLISHED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FOLDERS = ("attack", "defend", "downstream", "pretrain")
@@ -31,15 +31,20 @@ def found(place: str) -> Any:
     return json.loads(json.dumps(load_experiment(CONFIGS / f"{file}.yaml", [override] if override else []).resolved()))
 
 
+def value_of(place: str, key: str) -> Any:
+    own: Any = found(place)
+    for part in key.split(".") if key else ():
+        own = own[part]
+    return own
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_published_values(place: str) -> None:
     wrong = []
     for where, key, value, source in ROWS:
         if where != place:
             continue
-        own: Any = found(place)
-        for part in key.split(".") if key else ():
-            own = own[part]
+        own = value_of(place, key)
         if own != json.loads(json.dumps(value)):
             wrong.append(f"{key} is {own!r}, but {value!r} in {source}")
     assert wrong == []
@@ -68,6 +73,7 @@ def is_number(value: Any) -> bool:
 def test_every_number_of_a_config_is_published_or_said_to_be_ours(file: str) -> None:
     content = yaml.safe_load((CONFIGS / f"{file}.yaml").read_text())
     stated = {key for place, key, *_ in ROWS if place == file}
+    stated |= {key for places, key, *_ in DEVIATIONS if file in places}
     ours = [pattern for files, patterns in OURS.items() if fnmatch.fnmatch(file, files) for pattern in patterns]
     untold = [
         key
@@ -81,3 +87,11 @@ def test_no_entry_contradicts_another() -> None:
     seen: dict[tuple[str, str], Any] = {}
     for place, key, value, _ in ROWS:
         assert seen.setdefault((place, key), value) == value, (place, key)
+
+
+@pytest.mark.parametrize(("places", "key", "published", "ours", "file", "line"), DEVIATIONS)
+def test_what_we_do_otherwise_is_written_down(
+    places: tuple[str, ...], key: str, published: Any, ours: Any, file: str, line: str
+) -> None:
+    assert [value_of(place, key) for place in places] == [ours] * len(places) and ours != published
+    assert line in (CONFIGS.parent / file).read_text(encoding="utf-8")

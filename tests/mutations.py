@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("dist_defend", "tests", "configs", "launch", "pyproject.toml")
+PARTS = ("dist_defend", "tests", "configs", "docs", "launch", "pyproject.toml")
 SECONDS = 600  # that a test may take
 
 
@@ -178,6 +178,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("negative estimates of MIMIC count", "methods/mimic/information.py",
              ".nan_to_num(0.0).clamp(min=0)", ".nan_to_num(0.0)",
              f"{INFORMATION}::test_an_estimate_is_the_mean_of_its_batches_negative_and_undefined_ones_as_zero"),
+    Mutation("RNP stops at just the allowed loss", "methods/rnp/outcome.py",
+             "if count < right[0]", "if count <= right[0]",
+             "numerics/test_rnp_pruning.py::test_the_defender_stops_before_accuracy_falls"),
+    Mutation("the oracle's budget holds its bound", "methods/rnp/outcome.py",
+             "< acc_ratio * base", "<= acc_ratio * base",
+             "numerics/test_rnp_pruning.py::test_the_oracle_takes_the_lowest_asr_within_its_budget"),
 )  # fmt: skip
 
 
@@ -201,9 +207,10 @@ def outcome(tree: Path, mutation: Mutation) -> str:
         return f"no end in {SECONDS} s"
     finally:
         file.write_text(plain, encoding="utf-8")
-    return {0: "SURVIVED", 1: "noticed"}.get(
-        done.returncode, f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
-    )
+    if done.returncode == 0:
+        return "SURVIVED"
+    has_failed = any(line.startswith("FAILED") for line in done.stdout.splitlines())  # not just could not start
+    return "noticed" if has_failed else f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
 
 
 def main() -> int:

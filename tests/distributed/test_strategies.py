@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from dist_defend import experiment
+from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.engine.dist import start
+from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.sharding import launched_sharding
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Objective
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_artifact
 from tests.ranks import Pool
@@ -180,6 +183,45 @@ def test_a_resume_is_exact(strategy: str, method: str, trained: Callable[[str, s
     assert ranks.run(run, str(config), str(folder), strategy) == ["", ""]
     assert losses(folder).equal(losses(whole))
     assert_same_model(folder, whole, 0.0)
+
+
+class Odd(Objective):
+    """Mean of (w x + sum b - 1)^2 with five and three numbers, which two ranks cannot share evenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.arange(5.0) / 5), nn.Parameter(torch.zeros(3))
+
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
+        return {"loss": (batch.images @ self.w + self.b @ torch.arange(1.0, 4.0) - 1).square().mean()}
+
+
+def state_and_loaded(strategy: str) -> list[dict[str, Any]]:
+    """Of a step after two updates of Adam, and of a fresh one that loaded it."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, value in switches(strategy).items():
+            patch.setenv(name, value)
+        steps = []
+        for _ in range(2):
+            config = OptimizerConfig("adam", lr=0.01)
+            steps.append(GradientStep(Odd(), config, start("fp32", None), steps_per_epoch=2, epochs=1))
+        for seed in (1, 2):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+            steps[0](Batch((x,), torch.zeros(4).long(), torch.arange(4)))
+        steps[1].load_state_dict(steps[0].state_dict())
+        return [step.state_dict()["optimizer"]["state"] for step in steps]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_state_that_ranks_cannot_share_evenly_comes_back_in_its_place(strategy: str, ranks: Pool) -> None:
+    for saved, loaded in ranks.run(state_and_loaded, strategy, timeout=200):
+        assert [saved[number]["exp_avg"].numel() for number in (0, 1)] == [5, 3]
+        assert all((saved[number]["exp_avg_sq"] > 0).all() for number in (0, 1))
+        for number, moments in saved.items():
+            for key, value in moments.items():
+                assert value.equal(loaded[number][key]), (number, key)
 
 
 @pytest.mark.slow

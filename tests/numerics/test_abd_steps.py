@@ -1,5 +1,6 @@
 """ZSKT with ABD against the published code's float64 numbers, and what each number would catch."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_defend.engine import dist
 from dist_defend.methods.abd import retrospection, vaccine
+from dist_defend.methods.abd.epochs import Later
+from dist_defend.methods.abd.options import VaccineConfig
 from dist_defend.methods.zskt import step as zskt
+from dist_defend.methods.zskt.step import TransferStep
 from dist_defend.ops import hypergrad
 from tests.numerics.abd_case import MODES, Case, weights
 from tests.numerics.det import assert_fingerprint
@@ -224,3 +229,72 @@ def test_dropout_of_a_student_is_off() -> None:
     case = Case("base")
     case.student.block3.layer.append(nn.Dropout(0.5))
     assert Trace(case, 1).learned[0]["student_loss"] == pytest.approx(case.case["student_loss"][0], rel=1e-9)
+
+
+def test_a_vaccine_is_selected_by_the_batches_from_the_generators_plus_the_students_steps_on() -> None:
+    """Published: iterations n with n_generator + n_student <= n < P, each draft once and the last images so often."""
+    case = Case("sv", pseudo_batches=9, generator_steps=2, student_steps=1, vaccine=VaccineConfig(selection_batches=5))
+    step = TransferStep(case.teacher, case.student, case.generator, case.config, dist.start("fp64", None), seed=0)
+    assert step.vaccine is not None
+    kept: list[tuple[int, float]] = []
+    keep, selected = step.vaccine.keep, []
+
+    def watch(images: Tensor, weight: float = 1.0) -> None:
+        kept.append((step.calls, weight))
+        keep(images, weight)
+
+    def select() -> None:
+        selected.append(step.calls)
+        step.vaccine.decision = "accepted"  # type: ignore[union-attr]
+
+    step.vaccine.keep, step.vaccine.select = watch, select  # type: ignore[method-assign]
+    nothing = {"nonfinite": torch.zeros(())}  # of the updates themselves
+    step.make = step.learn = lambda *given: dict(nothing)  # type: ignore[assignment]
+    (batch, _) = case.batches()
+    for _ in range(7):
+        step(batch)
+    assert kept == [(3, 1.0), (3, 1.0), (3, 1), (4, 1.0), (4, 1.0), (4, 1)]
+    assert selected == [5]
+
+
+def test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step() -> None:
+    """Published: a checkpoint is resumed with a fresh Adam, cosine over the batches that are left; G goes on."""
+    case = Case("sr", pseudo_batches=6, retrospection={"start": 2, "restart_lr": 5e-4})
+    step = TransferStep(case.teacher, case.student, case.generator, case.config, dist.start("fp64", None), seed=0)
+    nothing = {"nonfinite": torch.zeros(())}  # of the updates themselves
+    patched: list[tuple[int, list[float]]] = []
+    forgotten: list[int] = []
+    rates: dict[str, list[float]] = {name: [] for name in step.players}
+
+    def learn(*given: Tensor) -> dict[str, Tensor]:
+        patched.extend((step.calls, mask.flatten().tolist()) for mask in given)
+        return dict(nothing)
+
+    step.make = step.perturb = lambda *given: dict(nothing)  # type: ignore[assignment]
+    step.learn = learn  # type: ignore[assignment]
+    step.players["student"].forget = lambda: forgotten.append(step.calls)  # type: ignore[method-assign]
+    (batch, _) = case.batches()
+    for _ in range(6):
+        step(batch)
+        for name, player in step.players.items():
+            rates[name].append(player.optimizer.param_groups[0]["lr"])
+    assert [number for number, _ in patched] == [n for n in range(2, 6) for _ in range(2)]  # two student steps each
+    assert len({tuple(mask) for _, mask in patched}) > 3 and all(sum(mask) == 2 for _, mask in patched)
+    assert forgotten == [2]
+
+    def cosine(number: int, total: int) -> float:
+        return (1 + math.cos(math.pi * number / total)) / 2
+
+    assert rates["generator"] == pytest.approx([1e-3 * cosine(n, 6) for n in range(6)])
+    late = [5e-4 * cosine(n, 4) for n in range(4)]
+    assert rates["student"] == pytest.approx([2e-3 * cosine(0, 6), 2e-3 * cosine(1, 6), *late])
+
+
+def test_later_epochs_are_those_of_the_source() -> None:
+    class Source:
+        num_batches = 3
+
+        def epoch(self, epoch: int, start_batch: int = 0) -> Any:
+            return iter([(epoch, start_batch)])
+
+    assert next(Later(Source(), 4).epoch(2, 1)) == (6, 1)

@@ -175,6 +175,47 @@ def test_known_information_is_found(estimator: Any, tmp_path: Path) -> None:
     assert sum(layer_weights(information.estimates(), config).tolist()) == pytest.approx(10000.0)
 
 
+@pytest.mark.parametrize(("holdout", "trained", "estimated"), [(0.25, (0, 15), (15, 20)), (0.0, (0, 20), (0, 20))])
+def test_estimates_are_of_images_that_no_critic_was_trained_on(
+    holdout: float, trained: tuple[int, int], estimated: tuple[int, int], tmp_path: Path
+) -> None:
+    """The last quarter is held out; without a share held out both are all images, as published."""
+    config = InformationConfig(epochs=2, last_epochs=1, batch_size=4, hidden=4, holdout=holdout)
+    information, _ = make_information(tmp_path, config, Gaussians(), 20, 2)
+    seen: dict[str, list[int]] = {"trained": [], "estimated": []}
+    pairs = information.pairs
+    stage = information.stage(lambda: None)
+
+    def watch(role: str) -> None:
+        def watched(layer: int, index: Tensor) -> tuple[Tensor, Tensor]:
+            seen[role] += index.tolist() if layer == 0 else []
+            return pairs(layer, index)
+
+        information.pairs = watched  # type: ignore[method-assign]
+
+    for epoch in range(2):
+        watch("trained")
+        for batch in stage.loader.epoch(epoch):
+            information(batch)
+        watch("estimated")
+        information.evaluate(epoch + 1)
+    assert seen["trained"] == 2 * list(range(*trained))
+    assert seen["estimated"] == list(range(*estimated))  # of the last epoch alone
+
+
+def test_an_estimate_is_the_mean_of_its_batches_negative_and_undefined_ones_as_zero(tmp_path: Path) -> None:
+    config = InformationConfig(epochs=3, last_epochs=2, batch_size=5, hidden=4)
+    information, _ = make_information(tmp_path, config, Gaussians(), 20, 2)
+    bounds = iter([0.4, -1.0, math.nan, 0.2, *[0.0] * 12, 0.8, 0.8, 0.8, -0.8, *[0.1] * 12])
+    for critic in information.critics.values():
+        critic.bound = lambda *given: torch.tensor(next(bounds), dtype=torch.float64)
+    for epoch in (1, 2, 3):
+        information.evaluate(epoch)
+    first, *others = information.estimates().tolist()
+    assert first == pytest.approx((0.6 / 4 + 2.4 / 4) / 2, rel=1e-12)
+    assert others == pytest.approx([0.05] * 3, rel=1e-12)
+
+
 def test_a_run_adds_the_shares_to_the_given_weights(tmp_path: Path) -> None:
     options = options_of("mimic", tmp_path) | {"attention_weights": [100, 200, 300, 400]}
     options["information"] |= {"scale": 50.0}

@@ -381,6 +381,7 @@ def test_the_defender_stops_before_accuracy_falls() -> None:
     assert choose_by_clean_data([1000, 1000, 990, 985, 979, 990], 0.02) == 3
     assert choose_by_clean_data([1000, 979, 1000], 0.02) == 0
     assert choose_by_clean_data([100, 100, 100], 0.0) == 2
+    assert choose_by_clean_data([1000, 980, 979], 0.02) == 1  # just the allowed loss
 
 
 def test_the_oracle_takes_the_lowest_asr_within_its_budget() -> None:
@@ -391,6 +392,8 @@ def test_the_oracle_takes_the_lowest_asr_within_its_budget() -> None:
     assert choose_by_oracle(table, 0.1) == 2
     assert choose_by_oracle(table, 0.5) == 4
     assert choose_by_oracle(table, 0.0) == 0
+    table[4] = counts(81, 0)  # just a tenth less, which BackdoorBench's |acc - acc0| / acc0 < acc_ratio leaves out
+    assert choose_by_oracle(table, 0.1) == 2
 
 
 def test_float_thresholds_are_numpys() -> None:

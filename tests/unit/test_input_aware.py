@@ -1,6 +1,8 @@
 """Training the Input-aware attack: both losses written out, what each step changes, and a tiny run."""
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from dist_defend.cli import main
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine.dist import start
+from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.methods.input_aware import Config, JointStep, MaskObjective, joint_loss
 from dist_defend.models.artifact import load_classifier
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -81,6 +84,24 @@ def test_a_joint_step_moves_classifier_and_pattern_network_but_not_the_mask() ->
         before["net_g.convblock_middle.batch_norm.running_mean"]
     )
     assert not next(model.parameters()).equal(weight)
+
+
+def test_the_joint_stages_rates_follow_their_schedules() -> None:
+    model, generators, batch = parts()
+    config = replace(
+        CONFIG,
+        epochs=4,
+        optimizer=OptimizerConfig("sgd", 0.01, schedule="multistep", milestones=(1,)),
+        generator_optimizer=OptimizerConfig("adam", 0.02, schedule="cosine"),
+    )
+    step = JointStep(model, generators, config, start("fp64", None), steps_per_epoch=1)
+    rates = []
+    for _ in range(3):
+        step(batch)
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer, _ in step.optimizers])
+    cosine = [(1 + math.cos(math.pi * number / 4)) / 2 for number in range(3)]
+    assert [pair[0] for pair in rates] == pytest.approx([0.01, 0.001, 0.001])
+    assert [pair[1] for pair in rates] == pytest.approx([0.02 * factor for factor in cosine])
 
 
 def options(folder: Path) -> dict[str, Any]:

@@ -210,6 +210,20 @@ def write_defence(parent: Path) -> Path:
     return parent
 
 
+@pytest.mark.parametrize(
+    ("acc", "asr", "expected"),
+    [(45, 0, 100.0), (50, 0, 100.0), (40, 0, 95.0), (45, 20, 75.0), (40, 40, 45.0), (47, 40, 50.0)],
+)
+def test_a_gain_of_accuracy_is_neither_rewarded_nor_punished(
+    acc: int, asr: int, expected: float, tmp_path: Path
+) -> None:
+    """DER = (max(0, fall of ASR) - max(0, fall of ACC) + 1) / 2, as BackdoorBench documents it; 90 and 100 % before."""
+    before = {"acc_before": 90.0, "asr_before": 100.0}
+    run = write_run(tmp_path / "rnp", [row("rnp", 1, acc, asr, asr, 0)], metrics=before)
+    (line,) = tables.summarise(runs.find_runs([run])[0])
+    assert line.scores["der"].mean == pytest.approx(expected)
+
+
 def test_a_defence_is_rated_against_what_was_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found, *_ = runs.find_runs([write_defence(tmp_path)])
     lines = tables.summarise(found)

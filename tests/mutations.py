@@ -1,0 +1,242 @@
+"""Mistakes that a test must notice: each is made in a copy of the tree, where the named test then has to fail.
+
+    python -m tests.mutations             # all, some minutes
+    python -m tests.mutations --list      # as a table
+    python -m tests.mutations --only 3 7  # some, by number
+
+No part of `make test`; tests/repo holds that every mutation still fits the code and names a test that is there.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("dist_defend", "tests", "configs", "docs", "launch", "pyproject.toml")
+SECONDS = 600  # that a test may take
+
+
+class Mutation(NamedTuple):
+    """What is wrong, and in the file below dist_defend/ the text ``old`` (there once) that becomes ``new``."""
+
+    wrong: str
+    file: str
+    old: str
+    new: str
+    test: str  # below tests/, as pytest names it
+
+
+COUNTS = "unit/test_defence_counts.py"
+BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
+LINEAGE = "unit/test_sweep_lineage.py"
+RANDOM = "unit/test_random_state.py"
+RANKS = "distributed/test_over_ranks.py"
+INFORMATION = "numerics/test_information.py"
+PUBLISHED = "repo/test_published.py::test_published_values"
+BUILT = "unit/test_built_stages.py"
+AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
+RNP_STEPS = f"{BUILT}::test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_weights"
+STARTS = "numerics/test_abd_steps.py::test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step"
+MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
+MUTATIONS: tuple[Mutation, ...] = (
+    Mutation("RNP chooses a stop by the test images", "methods/rnp/outcome.py",
+             "self._predict(order, stops, self.defence)", "self._predict(order, stops, self.test.clean)",
+             f"{COUNTS}::test_rnp_chooses_by_the_defenders_images_alone"),
+    Mutation("a defence's 'before' is measured after it", "trial.py",
+             "self.examination.measure(self.original())", "self.examination.measure(model)", f"{BEFORE}[ibau]"),
+    Mutation("RNP's 'before' is its chosen stop", "methods/rnp/outcome.py",
+             "counts[chosen], counts[0]", "counts[chosen], counts[chosen]", f"{BEFORE}[rnp]"),
+    Mutation("a distillation's 'before' is the student", "methods/abd/pair.py",
+             "teacher = self.test.measure(self.teacher)", "teacher = self.test.measure(self.student)",
+             f"{BEFORE}[kd]"),
+    Mutation("DER of the report takes |.| of the change of accuracy", "report/tables.py",
+             "rating(asr / 100, acc / 100)", "rating(asr / 100, abs(acc) / 100)",
+             "unit/test_report.py::test_a_gain_of_accuracy_is_neither_rewarded_nor_punished"),
+    Mutation("DER adds the loss of accuracy, as BackdoorBench's code does", "evaluate.py",
+             "max(0.0, gain) - max(0.0, loss)", "max(0.0, gain) + max(0.0, loss)",
+             "unit/test_report.py::test_a_gain_of_accuracy_is_neither_rewarded_nor_punished"),
+    Mutation("DER of a sweep takes |.| of the change of accuracy", "sweep/collect.py",
+             "rating(drops[0] / 100, drops[1] / 100)", "rating(drops[0] / 100, abs(drops[1]) / 100)",
+             f"{LINEAGE}::test_a_sweep_rates_no_gain_of_accuracy_and_no_rise_of_asr"),
+    Mutation("the leaderboard's groups know nothing of attacks", "sweep/report.py",
+             'groupby([*attacks, "task"]', 'groupby(["task"]',
+             f"{LINEAGE}::test_the_leaderboard_ranks_defences_attack_by_attack"),
+    Mutation("device seconds are those of one rank", "experiment.py",
+             "seconds * ranks.world_size", "seconds", f"{RANKS}::test_device_seconds_are_those_of_every_rank"),
+    Mutation("a resume draws dropout anew", "engine/trainer.py",
+             'torch.set_rng_state(state["random"][self.ranks.rank].cpu())', "pass",
+             f"{RANDOM}::test_a_resume_goes_on_with_the_draws_of_dropout"),
+    Mutation("a resume gives every rank the first one's random state", "engine/trainer.py",
+             'state["random"][self.ranks.rank]', 'state["random"][0]',
+             f"{RANKS}::test_each_rank_goes_on_with_its_own_draws"),
+    Mutation("ZeRO-3's padding comes before the numbers", "engine/zero.py",
+             "[0, len(own) * self.ranks.world_size - value.numel()]",
+             "[len(own) * self.ranks.world_size - value.numel(), 0]",
+             "distributed/test_strategies.py::test_a_state_that_ranks_cannot_share_evenly_comes_back_in_its_place[zero3]"),
+    Mutation("a probe's dropout is the same in every epoch", "methods/probe.py",
+             "key=[seed, epoch * self.num_batches + number]", "key=[seed, number]",
+             f"{RANDOM}::test_a_probes_dropout_differs_between_epochs_batches_and_seeds"),
+    Mutation("MIMIC estimates on the images that its critics were trained on", "methods/mimic/information.py",
+             "self.test_start = len(rows) - self.test_rows", "self.test_start = 0",
+             f"{INFORMATION}::test_estimates_are_of_images_that_no_critic_was_trained_on"),
+    Mutation("MIMIC's critics are trained on the held-out images too", "methods/mimic/information.py",
+             "self.train_rows, self.test_rows = len(rows) - held, held or len(rows)",
+             "self.train_rows, self.test_rows = len(rows), held or len(rows)",
+             f"{INFORMATION}::test_estimates_are_of_images_that_no_critic_was_trained_on"),
+    Mutation("the monitor's memory and test images are swapped", "methods/simclr.py",
+             "(bank, bank_labels, _), (queries, labels, _) =", "(queries, labels, _), (bank, bank_labels, _) =",
+             MONITOR),
+    Mutation("the monitor takes another k", "methods/simclr.py",
+             "bank_labels, monitor.k, monitor.temperature", "bank_labels, monitor.k + 1, monitor.temperature",
+             MONITOR),
+    Mutation("the monitor's features are not normalised", "evaluate.py",
+             "return functional.normalize(features.to(ranks.dtype), dim=1)", "return features.to(ranks.dtype)",
+             MONITOR),
+    Mutation("amsgrad is Adam", "engine/optim.py",
+             "        amsgrad=config.amsgrad,\n", "", "numerics/test_optimizers.py::test_updates_are_the_papers"),
+    Mutation("a sweep's point cannot read its grandparent", "sweep/grid.py",
+             "            parent = parent.parent\n", "            parent = None\n",
+             f"{LINEAGE}::test_a_point_reads_its_grandparent_too"),
+    Mutation("dropout does not follow the run's seed", "experiment.py",
+             "torch.manual_seed(experiment.seed)", "torch.manual_seed(0)",
+             f"{RANDOM}::test_a_networks_own_draws_follow_the_runs_seed"),
+    Mutation("a vaccine's selection begins a batch late", "methods/zskt/step.py",
+             "number >= self.config.first_kept", "number > self.config.first_kept",
+             "numerics/test_abd_steps.py::test_a_vaccine_is_selected_by_the_batches_from_the_generators_plus_the_students_steps_on"),
+    Mutation("unlearning goes on at an accuracy of just the threshold", "methods/rnp/__init__.py",
+             "return self.accuracy <= self.config.clean_threshold",
+             "return self.accuracy < self.config.clean_threshold",
+             f"{COUNTS}::test_unlearning_stops_at_an_accuracy_of_just_the_threshold"),
+    Mutation("unlearning that ends at just the threshold has failed", "methods/rnp/__init__.py",
+             "if self.accuracy <= self.config.clean_threshold:", "if self.accuracy < self.config.clean_threshold:",
+             f"{COUNTS}::test_unlearning_that_reaches_the_threshold_in_its_last_epoch_has_not_failed"),
+    Mutation("GTSRB's mean is another", "models/encoder.py",
+             "(0.3403, 0.3121, 0.3214)", "(0.3337, 0.3064, 0.3171)", PUBLISHED),
+    Mutation("RNP's clean_threshold is another", "methods/rnp/options.py",
+             "clean_threshold: float = 0.20", "clean_threshold: float = 0.25", PUBLISHED),
+    Mutation("ABD's temperature for GTSRB is another", "methods/zskt/options.py",
+             '"temperature": 0.5,', '"temperature": 1.0,', PUBLISHED),
+    Mutation("BadEncoder's augmentation flips less", "data/augment.py",
+             "REFERENCE = AugmentConfig(flip=0.5", "REFERENCE = AugmentConfig(flip=0.4", PUBLISHED),
+    Mutation("RNP's masks are learned on the suspect's own weights", "methods/rnp/__init__.py",
+             "            masked.load_state_dict(unlearned.state_dict())\n", "", RNP_STEPS),
+    Mutation("RNP's alpha is its rate", "methods/rnp/__init__.py",
+             "alpha=config.alpha", "alpha=config.recovering_lr", RNP_STEPS),
+    Mutation("MIMIC measures the teacher whatever it is told", "methods/mimic/__init__.py",
+             'measured = teacher if config.information.source == "teacher" else student', "measured = teacher",
+             f"{BUILT}::test_mimic_measures_the_network_that_it_is_told_to"),
+    Mutation("BadEncoder takes no other constants for its shadow images", "methods/badencoder.py",
+             'if config.shadow_normalization != "match_encoder":', "if False:",
+             f"{BUILT}::test_badencoders_shadow_images_are_normalised_as_told"),
+    Mutation("BadEncoder's reference is not augmented", "methods/badencoder.py",
+             "View(config.augment, image=reference)", "View(image=reference)", f"{AUGMENTED}[badencoder]"),
+    Mutation("RNP unlearns plain images", "methods/rnp/__init__.py",
+             "(View(config.augment),)", "(View(),)", f"{AUGMENTED}[rnp]"),
+    Mutation("one of SimCLR's views is plain", "methods/simclr.py",
+             "(View(config.augment), View(config.augment))", "(View(config.augment), View())", f"{AUGMENTED}[simclr]"),
+    Mutation("OOD distils on plain images", "methods/ood.py",
+             "(View(config.augment),)", "(View(),)", f"{AUGMENTED}[ood]"),
+    Mutation("a poisoned classifier is trained on clean images", "methods/classifier.py",
+             "        train, rows, config.update.batch_size", "        clean_train, rows, config.update.batch_size",
+             f"{AUGMENTED}[classifier]"),
+    Mutation("the norm of an update's gradient is not limited", "engine/context.py",
+             "            max_grad_norm=update.max_grad_norm,\n", "",
+             f"{BUILT}::test_an_updates_options_reach_the_step"),
+    Mutation("a cosine ends an epoch late", "engine/step.py",
+             "steps_per_epoch * epochs\n", "steps_per_epoch * (epochs + 1)\n",
+             f"{BUILT}::test_an_updates_options_reach_the_step"),
+    Mutation("the order of batches ignores the run's seed", "engine/context.py",
+             "            seed=self.seed,\n", "            seed=0,\n",
+             f"{BUILT}::test_order_and_subsets_follow_the_runs_seed"),
+    Mutation("a random subset ignores the run's seed", "engine/context.py",
+             "select_rows(dataset, config, self.seed)", "select_rows(dataset, config, 0)",
+             f"{BUILT}::test_order_and_subsets_follow_the_runs_seed"),
+    Mutation("self-retrospection starts a batch late", "methods/zskt/step.py",
+             "number >= self.retrospection.config.start", "number > self.retrospection.config.start", STARTS),
+    Mutation("self-retrospection goes on with the old Adam", "methods/zskt/step.py",
+             "            student.forget()\n", "            pass\n", STARTS),
+    Mutation("self-retrospection's cosine counts from the first batch", "methods/zskt/step.py",
+             "number - start, 1, total - start", "number, 1, total", STARTS),
+    Mutation("the same images carry delta in every batch", "methods/zskt/step.py",
+             "patched(self.own, number, step)", "patched(self.own, 0, 0)", STARTS),
+    Mutation("late epochs repeat the first ones", "methods/abd/epochs.py",
+             "self.first + epoch, start_batch", "epoch, start_batch",
+             "numerics/test_abd_steps.py::test_later_epochs_are_those_of_the_source"),
+    Mutation("a vaccine of OOD and CMI is selected from another batch on", "methods/abd/epochs.py",
+             "FIRST_KEPT = 11", "FIRST_KEPT = 10", PUBLISHED),
+    Mutation("the input-aware attack's rates never fall", "methods/input_aware.py",
+             "options.lr * factor", "options.lr",
+             "unit/test_input_aware.py::test_the_joint_stages_rates_follow_their_schedules"),
+    Mutation("a probe shuffles", "methods/probe.py",
+             "epoch, self.config.shuffle)", "epoch, True)",
+             f"{RANDOM}::test_a_probe_reads_in_order_unless_it_is_told_to_shuffle"),
+    Mutation("negative estimates of MIMIC count", "methods/mimic/information.py",
+             ".nan_to_num(0.0).clamp(min=0)", ".nan_to_num(0.0)",
+             f"{INFORMATION}::test_an_estimate_is_the_mean_of_its_batches_negative_and_undefined_ones_as_zero"),
+    Mutation("RNP stops at just the allowed loss", "methods/rnp/outcome.py",
+             "if count < right[0]", "if count <= right[0]",
+             "numerics/test_rnp_pruning.py::test_the_defender_stops_before_accuracy_falls"),
+    Mutation("the oracle's budget holds its bound", "methods/rnp/outcome.py",
+             "< acc_ratio * base", "<= acc_ratio * base",
+             "numerics/test_rnp_pruning.py::test_the_oracle_takes_the_lowest_asr_within_its_budget"),
+)  # fmt: skip
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    """The file with the mistake. ValueError unless ``old`` is there exactly once and ``new`` is another text."""
+    if text.count(mutation.old) != 1 or mutation.old == mutation.new:
+        raise ValueError(f"{mutation.file}: {mutation.old!r} is there {text.count(mutation.old)} times")
+    return text.replace(mutation.old, mutation.new)
+
+
+def outcome(tree: Path, mutation: Mutation) -> str:
+    """Make the mistake in a copy of the tree, run its test, take the mistake back: "noticed" or what else came."""
+    file = tree / "dist_defend" / mutation.file
+    plain = file.read_text(encoding="utf-8")
+    file.write_text(mutated(plain, mutation), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutation.test}"]
+    own = os.environ | {"PYTHONPATH": str(tree)}
+    try:
+        done = subprocess.run(command, cwd=tree, env=own, capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"no end in {SECONDS} s"
+    finally:
+        file.write_text(plain, encoding="utf-8")
+    if done.returncode == 0:
+        return "SURVIVED"
+    has_failed = any(line.startswith("FAILED") for line in done.stdout.splitlines())  # not just could not start
+    return "noticed" if has_failed else f"pytest ended with {done.returncode}: {done.stdout[-500:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="print the table and run nothing")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the mutations to make, counted from 0")
+    options = parser.parse_args()
+    numbers = options.only or range(len(MUTATIONS))
+    if options.list:
+        print("| | wrong | file | test |\n|---|---|---|---|")
+        for number in numbers:
+            wrong, file, _, _, test = MUTATIONS[number]
+            print(f"| {number} | {wrong} | {file} | {test} |")
+        return 0
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for part in PARTS:
+            source, copy = ROOT / part, Path(folder) / part
+            shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+        for number in numbers:
+            found = outcome(Path(folder), MUTATIONS[number])
+            survived += found != "noticed"
+            print(f"{number} {MUTATIONS[number].wrong}: {found}", flush=True)
+    print(f"{survived} not noticed of {len(numbers)}")
+    return min(survived, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

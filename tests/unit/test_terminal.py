@@ -132,9 +132,9 @@ def test_a_process_on_an_ascii_terminal(tmp_path: Path) -> None:
 
 
 def test_processes_say_one_line(tmp_path: Path) -> None:
-    """A file that nothing foresaw: a folder stands where the log belongs, so that the run cannot open it."""
+    """A file that nothing foresaw: a folder stands where the run writes a file of its own."""
     config = make_experiment(tmp_path, "simclr", options_of("simclr", tmp_path))
-    (tmp_path / "run" / "log.txt").mkdir(parents=True)
+    (tmp_path / "run" / "env.json").mkdir(parents=True)
     done = run("run", config)
     assert done.returncode == 1 and done.stdout == b""
     line = done.stderr.decode().splitlines()[-1]  # after the log, which an error on bad input would drop

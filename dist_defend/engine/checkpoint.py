@@ -104,7 +104,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         _check_header(path / _TENSORS)
         tensors = load_file(path / _TENSORS, device=place)
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path / _TENSORS} cannot be read ({printable(str(error), 200)}): {_REMEDY}") from error
+        told = printable(f"{_TENSORS}: {error}", 200)
+        raise UserError(f"{path}: not a checkpoint of this program ({told}): {_REMEDY}") from error
     where = path / _TREE
     try:
         tree = read_json(where, _REMEDY, may_be_nan=True, most_bytes=_MOST_TREE)

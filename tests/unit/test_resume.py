@@ -291,13 +291,15 @@ def test_nothing_is_read_that_has_no_digest(method: str, tmp_path: Path, monkeyp
     inputs = tmp_path / "inputs"
     if method in ("ibau", "pictures"):
         inputs.mkdir()
-        Image.new("RGB", (SIZE, SIZE), (9, 9, 9)).save(inputs / "shown.png")
-        trigger = {"trigger": {"name": "file", "path": str(inputs / "shown.png")}, "target_class": 1}
+        shown = Image.new("RGB", (SIZE, SIZE))
+        shown.paste((200, 90, 30), (0, 0, 4, 4))
+        shown.save(inputs / "shown.png")
+        trigger = {"trigger": {"name": "file", "file": str(inputs / "shown.png")}, "target_class": 1}
         test = {"path": make_data(inputs / "test", 9)}
         options = {"model": make_classifier(inputs / "model", trigger=trigger), "test": test, "rounds": 1}
         options |= {"data": {"path": make_data(inputs / "data"), "max_samples": 12}}
         if method == "pictures":
-            picture = {"name": "file", "path": str(inputs / "shown.png")}
+            picture = {"name": "file", "file": str(inputs / "shown.png")}
             options = options_of("classifier", inputs) | {"poison": {"trigger": picture, "target_class": 1, "count": 3}}
             method = "classifier"
     else:
@@ -309,7 +311,7 @@ def test_nothing_is_read_that_has_no_digest(method: str, tmp_path: Path, monkeyp
     digests = json.loads((tmp_path / "run" / "result.json").read_text())["inputs"]
     named = [Path(_value(options, key.split(".")[1:])) for key in digests if ".model.trigger." not in key]
     if method == "ibau":
-        assert "ibau.model.trigger.trigger.path" in digests
+        assert "ibau.model.trigger.trigger.file" in digests
         named.append(inputs / "shown.png")
     assert len(read) > 2
     assert [file for file in read if not any(place == file or place in file.parents for place in named)] == []

@@ -19,9 +19,8 @@ from dist_defend.files import open_regular, sha256_file
 _FIELDS = [("image", "RGBImageField"), ("label", "IntField")]
 
 
-def file_states(folder: Path, manifest: Manifest) -> dict[str, os.stat_result]:
-    """Each file's status. UserError for one that is missing, is no regular file, or has another size."""
-    states = {}
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """UserError for a file that is missing, is no regular file, or has another size."""
     for name, file in manifest.files.items():
         path = os.path.join(folder, name)
         try:
@@ -32,8 +31,6 @@ def file_states(folder: Path, manifest: Manifest) -> dict[str, os.stat_result]:
             raise UserError(f"{path}: is not a regular file; {REMEDY}")
         if status.st_size != file.bytes:
             raise UserError(f"{path}: has {status.st_size} bytes instead of {file.bytes}; {REMEDY}")
-        states[name] = status
-    return states
 
 
 def check_contents(folder: Path, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
 """manifest.json of a prepared data set: what it holds, in which ranges, and reading it."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,19 +76,22 @@ class Manifest:
         _check(source is None or self.num_samples <= source < 1 << 62, f"source_samples is {source}")
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, bytes]:
-    """A folder's manifest, and its bytes. UserError for one that is missing, is none, or names files that it cannot."""
-    place = folder / "manifest.json"
+def manifest_bytes(folder: Path) -> bytes:
+    """What a folder's manifest.json holds. UserError for a folder without one."""
     try:
-        content = read_regular(place, _MOST_BYTES)
+        return read_regular(folder / "manifest.json", _MOST_BYTES)
     except OSError as error:
         splits = sorted(str(p.parent) for p in folder.glob("*/manifest.json")) if folder.is_dir() else []
         hint = f"name one of its splits: {', '.join(splits)}" if splits else "make it with 'dist-defend data prepare'"
         raise UserError(f"{folder}: not a prepared data set (no manifest.json); {hint}") from error
+
+
+def parse_manifest(content: bytes, folder: Path) -> Manifest:
+    """The manifest that these bytes are. UserError for what is none, or names files that a data set has not."""
+    place = folder / "manifest.json"
     parsed = parse_json(content, place, REMEDY)
-    if isinstance(parsed, dict) and any(
-        isinstance(part, list) and len(part) > _MOST_LISTED for part in parsed.values()
-    ):
+    parts = parsed.values() if isinstance(parsed, dict) else ()
+    if any(isinstance(part, list) and len(part) > _MOST_LISTED for part in parts):
         raise UserError(f"{place} holds a list of more than {_MOST_LISTED:,} entries: {REMEDY}")
     manifest = build(Manifest, parsed, place, REMEDY)
     if manifest.files.keys() - {"order.npy"} not in _FILES:
@@ -95,7 +99,15 @@ def read_manifest(folder: Path) -> tuple[Manifest, bytes]:
     is_jpeg = manifest.write_mode == "jpg"
     if is_jpeg != (manifest.quality is not None) or (is_jpeg and "data.beton" not in manifest.files):
         raise UserError(f"{place}: write_mode, quality and the files do not fit one another: {REMEDY}")
-    return manifest, content
+    return manifest
+
+
+def known_manifest(content: bytes) -> Manifest:
+    """The same of bytes that ``parse_manifest`` has let pass before: without the checks of types, which take longer."""
+    parsed = json.loads(content)
+    files = {name: StoredFile(**file) for name, file in parsed.pop("files").items()}
+    lists = {key: tuple(value) for key, value in parsed.items() if isinstance(value, list)}
+    return Manifest(**{**parsed, **lists, "files": files})
 
 
 def _check(is_right: Any, told: str) -> None:

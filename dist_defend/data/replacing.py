@@ -62,7 +62,7 @@ def settle(place: Path) -> None:
     UserError while a living writer is within it, or where it cannot be finished.
     """
     place = Path(os.path.realpath(place))
-    if place.exists() and not _new(place).exists():
+    if os.path.exists(place) and not os.path.exists(f"{place.parent}/.{place.name}.new"):
         return
     try:
         with _locked([place]):

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from dist_defend.data.beton import read_beton
-from dist_defend.data.checks import check_contents, check_hashes, file_states, read_numbers
+from dist_defend.data.checks import check_contents, check_files, check_hashes, read_numbers
 from dist_defend.data.ffcv_presence import ffcv_installed
-from dist_defend.data.manifest import FORMAT, Manifest, StoredFile, read_manifest
+from dist_defend.data.manifest import FORMAT, Manifest, StoredFile, known_manifest, manifest_bytes, parse_manifest
 from dist_defend.data.pixels import Pixels, StoredImages
 from dist_defend.data.replacing import new_folders, settle
 from dist_defend.data.sources import Source
@@ -144,12 +144,15 @@ def open_dataset(path: str | Path, resize: int | None = None) -> PreparedDataset
     """
     path = Path(path)
     settle(path)
-    manifest, content = read_manifest(path)
-    mark = Mark(content, file_states(path, manifest))
-    if not mark.exists():
-        check_contents(path, manifest)
-        check_hashes(path, manifest)
-        mark.leave()
+    content = manifest_bytes(path)
+    mark = Mark(path, content)
+    if mark.exists():
+        return PreparedDataset(path, known_manifest(content), resize)
+    manifest = parse_manifest(content, path)
+    check_files(path, manifest)
+    check_contents(path, manifest)
+    check_hashes(path, manifest)
+    mark.leave()
     return PreparedDataset(path, manifest, resize)
 
 

@@ -9,27 +9,31 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from dist_defend.files import user_cache
 
+FILES = ("labels.npy", "order.npy", "images.npy", "data.beton")
 CHECKS = 1  # raised with every new check
 _SETTLED = 2.0  # seconds after which a change shows in a file's times, on any file system
 
 
 class Mark:
-    """The mark of a data set as it is now: the bytes of its manifest, and each file's status."""
+    """The mark of a data set as it is now: the bytes of its manifest, and what the status of its files tells."""
 
-    def __init__(self, manifest: bytes, files: Mapping[str, os.stat_result]) -> None:
-        self._last_change = max(status.st_ctime for status in files.values())
-        digest = hashlib.sha256(f"{CHECKS}\n".encode() + manifest)
-        for name, is_now in sorted(files.items()):
-            digest.update(
-                f"\n{name} {is_now.st_size} {is_now.st_ino} {is_now.st_mtime_ns} {is_now.st_ctime_ns}".encode()
-            )
+    def __init__(self, folder: Path, manifest: bytes) -> None:
+        self._last_change = 0.0
+        lines = [f"{CHECKS}"]
+        for name in FILES:
+            try:
+                now = os.stat(f"{folder}/{name}")
+            except OSError:
+                continue
+            lines.append(f"{name} {now.st_size} {now.st_ino} {now.st_mtime_ns} {now.st_ctime_ns}")
+            self._last_change = max(self._last_change, now.st_ctime)
+        digest = hashlib.sha256("\n".join(lines).encode() + b"\n" + manifest).hexdigest()
         cache = user_cache()
-        self._path: Path | None = cache / "verified" / digest.hexdigest() if cache is not None else None
+        self._path = None if cache is None else f"{cache}/verified/{digest}"
 
     def exists(self) -> bool:
         """Whether this user has checked these files."""
@@ -44,7 +48,7 @@ class Mark:
         if self._path is None or time.time() - self._last_change < _SETTLED:
             return
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._path.touch()
+            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+            Path(self._path).touch()
         except OSError:
             pass

@@ -86,6 +86,18 @@ def test_log_lines_wait_and_are_dropped_for_an_error(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+def test_a_first_result_lets_the_log_go(capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger("dist_defend.somewhere")
+    with terminal.guarded():
+        terminal.hold_log()
+        log.warning("held")
+        assert capsys.readouterr().err == ""
+        print("a result of a long command")
+        log.warning("written")
+        assert capsys.readouterr() == ("a result of a long command\n", "held\nwritten\n")
+        terminal.end_log()
+
+
 def test_a_warning_does_not_come_before_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The card's guess is told while the run is built; then the data do not fit."""
     options = options_of("kd", tmp_path)

@@ -6,7 +6,7 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from dist_defend.screen import printable
@@ -17,11 +17,15 @@ _LOGGER = "dist_defend"
 class Guarded:
     r"""A text stream that escapes all that does not print, but ``\n`` and ``\t``, and what its encoding lacks."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    def __init__(self, stream: TextIO, at_first: Callable[[], None] | None = None) -> None:
+        """at_first: called before the first text is written."""
+        self.stream, self._at_first = stream, at_first
 
     def write(self, text: str) -> int:
         """Returns the length of ``text``, as any stream."""
+        if self._at_first is not None:
+            first, self._at_first = self._at_first, None
+            first()
         shown = printable(text, keep="\n\t")
         encoding = self.stream.encoding or "utf-8"
         self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -43,9 +47,10 @@ def unguarded(stream: Any) -> Any:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Standard output and error are guarded meanwhile."""
+    """Standard output and error are guarded meanwhile. A first result on the output lets the log go, too."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Guarded(unguarded(stream)) for stream in before)
+    sys.stdout = Guarded(unguarded(sys.stdout), release_log)
+    sys.stderr = Guarded(unguarded(sys.stderr))
     try:
         yield
     finally:

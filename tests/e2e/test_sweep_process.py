@@ -124,7 +124,7 @@ def test_points_of_one_process_stop_together_and_go_on(tmp_path: Path, mark: dic
     with running.log.open("ab") as out:
         running.process = subprocess.Popen(command, env=os.environ | mark, stdout=out, stderr=out)
     running.wait_for(lambda: b"resumed at step" in logs[1].read_bytes())
-    (together,) = (pid for pid, command in marked(mark).items() if "sweep.several" in command)
+    (together,) = (pid for pid, command in marked(mark).items() if "-m dist_defend several" in command)
     os.kill(together, signal.SIGKILL)
     assert running.process.wait(PATIENCE) == 1, running.log.read_text()
     done = [running.sweep.is_done(point) for point in running.sweep.points]

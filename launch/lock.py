@@ -1,7 +1,7 @@
 """Digests of what pip would install, from its reports: python launch/lock.py REPORT... >launch/hashes-cpu.txt
 
 A report is what `pip install --dry-run --ignore-installed --report FILE -c launch/constraints-cpu.txt torch torchvision
-".[ffcv,clip,deepspeed,sweep,test]"` writes, with each version of Python, from 3.10 on. CUDA's libraries are left out.
+".[ffcv,clip,deepspeed,sweep,test]"` writes, with each version of Python. CUDA's libraries are left out.
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HEAD = """\
-# Versions and SHA-256 digests for `pip install --require-hashes`: Linux, x86-64, Python 3.10 to 3.12, CPU.
+# Versions and SHA-256 digests for `pip install --require-hashes`: Linux, x86-64, Python 3.11 and 3.12, CPU.
 # SECURITY.md says what they hold for. Made by launch/lock.py.
 """
 LEFT_OUT = re.compile(r"nvidia-.*|cuda-.*|triton|dist-defend")

@@ -1,6 +1,6 @@
 """Several points of a sweep one after another in one process, for points shorter than their start.
 
-Usage: python -m dist_defend.sweep.several FOLDER TRIED KEY...
+Usage: python -m dist_defend several FOLDER TRIED KEY...    for sweeps alone: dist-defend's help does not name it
 
 What a point prints goes to logs/KEY.log, which ends with its exit status. Points that have a result are passed over.
 TRIED is a file that lists what this job has begun; these are passed over too. So where a point kills the process, the
@@ -15,21 +15,22 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dist_defend import lifeline
 
+WORD = "several"
 _FORESEEN = (0, 2)  # done; bad input, found before anything was built
 
 
 def command(folder: Path, tried: str, keys: Sequence[str]) -> list[str]:
     """What runs these points of the sweep in the folder."""
-    return [sys.executable, "-m", "dist_defend.sweep.several", str(folder), tried, *keys]
+    return [sys.executable, "-m", "dist_defend", WORD, str(folder), tried, *keys]
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run them; returns the exit status."""
+def main(argv: Sequence[str], run: Callable[[list[str]], int]) -> int:
+    """Run them; returns the exit status. run: arguments of ``dist-defend`` -> exit status."""
     folder, tried, keys = Path(argv[0]), Path(argv[1]), argv[2:]
     begun = tried.read_text(encoding="ascii").split() if tried.exists() else []
     for number, key in enumerate(keys, 1):
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
         with tried.open("a", encoding="ascii") as file:
             file.write(f"{key}\n")
         print(f"points: {number}/{len(keys)} {key} begins, {time.strftime('%F %T')}", flush=True)
-        status = _run(folder, key)
+        status = _run(folder, key, run)
         print(f"points: {number}/{len(keys)} {key}: {f'exit {status}' if status else 'done'}", flush=True)
         if status in lifeline.STOPPED:
             return status
@@ -58,10 +59,8 @@ def _is_done(folder: Path, key: str) -> bool:
     return (folder / "points" / key / "result.json").exists()
 
 
-def _run(folder: Path, key: str) -> int:
+def _run(folder: Path, key: str, run: Callable[[list[str]], int]) -> int:
     """The exit status of `dist-defend run`; everything that it prints, from C too, goes to the point's log."""
-    from dist_defend.cli import main as run
-
     environment = dict(os.environ)
     kept = _redirect(folder / "logs" / f"{key}.log")
     try:
@@ -109,8 +108,3 @@ def _free_memory() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-if __name__ == "__main__":
-    lifeline.follow()
-    sys.exit(main(sys.argv[1:]))

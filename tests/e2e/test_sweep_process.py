@@ -124,7 +124,7 @@ def test_points_of_one_process_stop_together_and_go_on(tmp_path: Path, mark: dic
     with running.log.open("ab") as out:
         running.process = subprocess.Popen(command, env=os.environ | mark, stdout=out, stderr=out)
     running.wait_for(lambda: b"resumed at step" in logs[1].read_bytes())
-    (together,) = (pid for pid, command in marked(mark).items() if "sweep.several" in command)
+    (together,) = (pid for pid, command in marked(mark).items() if "-m dist_defend several" in command)
     os.kill(together, signal.SIGKILL)
     assert running.process.wait(PATIENCE) == 1, running.log.read_text()
     done = [running.sweep.is_done(point) for point in running.sweep.points]
@@ -143,6 +143,7 @@ def numbers(sweep: Sweep, number: int) -> tuple[Any, ...]:
     return result, rows, weights
 
 
+@pytest.mark.timeout(1100)
 def test_points_of_one_process_equal_those_of_their_own(tmp_path: Path, mark: dict[str, str]) -> None:
     """Bit for bit, whatever ran before in the process: another precision, another method, another seed, a fault."""
     explicit = [
@@ -152,10 +153,10 @@ def test_points_of_one_process_equal_those_of_their_own(tmp_path: Path, mark: di
         {"config": experiment(tmp_path, "classifier"), "seed": 4},
     ]
     sweeps = []
-    for together, chosen, status in ((4, explicit, 1), (1, explicit[2:], 0)):
+    for together, chosen, places, status in ((4, explicit, 1, 1), (1, explicit[2:], 2, 0)):
         file = sweep_file(tmp_path, {"explicit": chosen, "points_per_job": together}, f"by{together}")
-        running = Running(file, mark, 1)
-        assert running.process.wait(PATIENCE) == status, running.log.read_text()
+        running = Running(file, mark, places)
+        assert running.process.wait(2 * PATIENCE) == status, running.log.read_text()
         sweeps.append(running.sweep)
     for number in (0, 1):
         shared, alone = numbers(sweeps[0], number + 2), numbers(sweeps[1], number)

@@ -114,7 +114,7 @@ def test_what_is_submitted(site: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "job 101: 3 points of stage points in 2 jobs" in capsys.readouterr().out
     record = json.loads((site / "out" / "submissions" / "0000.json").read_text())
     assert record["points"] == {"0": keys[:2], "1": keys[2:]}
-    assert record["command"][-4:] == ["dist_defend.sweep.several", f"{site}/out", "{tried}", "{keys}"]
+    assert record["command"][-5:] == ["dist_defend", "several", f"{site}/out", "{tried}", "{keys}"]
 
 
 @pytest.mark.parametrize(

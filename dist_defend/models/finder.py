@@ -18,7 +18,7 @@ from dist_defend.models.mappings import ANYWHERE, OPTIMIZERS, Choice, Weights
 from dist_defend.models.restricted_pickle import shown
 
 _MOST_PREFIXES, _MOST_TOLD, _MOST_PLACE = 64, 3, 160
-_MOST_LOOKED_AT = 4_000_000  # names, over all places where a network could begin: some seconds
+_MOST_LOOKED_AT = 1_500_000  # names, over all places where a network could begin: some seconds
 _LEAST_SHARE = 0.2  # of a network's names, below which it is not looked at
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _COUNTERS = frozenset({"total_ops", "total_params"})  # of the profiler thop

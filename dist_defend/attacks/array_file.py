@@ -71,7 +71,7 @@ def _read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
     if min(shape, default=0) < 0 or count * dtype.itemsize > num_bytes:
         raise ValueError("a header that promises more than there is")
     array = np.empty(count, dtype)
-    left = array.view(np.uint8).data if count else memoryview(b"")
+    left = array.view(np.uint8).data if count else memoryview(bytearray())
     while size := file.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
         left = left[size:]
     if left:

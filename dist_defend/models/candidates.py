@@ -93,7 +93,7 @@ def classifier_candidates(state: Mapping[str, Tensor], arch: str | None, image_s
         size = (
             image_size or size or (224 if ":" in name else CLASSIFIERS[name].image_size if name in CLASSIFIERS else 32)
         )
-        yield from _built(name, size, False, arch is not None)
+        yield from _built(name, size, False, arch is not None, image_size is not None)
 
 
 def _classifier_names(state: Mapping[str, Tensor]) -> Iterator[str]:
@@ -106,7 +106,7 @@ def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size
     for name in [*ENCODERS, *_timm_names(state)] if arch is None else [arch]:
         size = _token_size(state, "pos_embed", "patch_embed.proj.weight") if name.startswith("timm:") else None
         size = image_size or size or (_clip_size(state) if name == _CLIP else None) or published_size(name)
-        yield from _built(name, size, True, arch is not None)
+        yield from _built(name, size, True, arch is not None, image_size is not None)
 
 
 def published_size(arch: str) -> int:
@@ -123,15 +123,18 @@ def published_size(arch: str) -> int:
     return ENCODERS[arch].image_size if arch in ENCODERS else 224
 
 
-def _built(arch: str, size: int, is_encoder: bool, is_named: bool) -> tuple[Candidate, ...]:
-    """None where a guess at the size, off a file's shapes, is one that the architecture cannot have."""
+def _built(arch: str, size: int, is_encoder: bool, is_named: bool, is_sized: bool) -> tuple[Candidate, ...]:
+    """None where a guess at the size, off a file's shapes, is one that the architecture cannot have.
+
+    is_named, is_sized: whether the user gave the architecture, and the size.
+    """
     try:
         return _spelled(arch, size, is_encoder)
     except UserError:
         if is_named:
             raise
     except Exception as error:  # torch, timm, torchvision and open_clip each have their own for sizes that do not fit
-        if is_named:
+        if is_named and is_sized:
             raise UserError(
                 f"{arch} cannot be built for images of {size} px ({type(error).__name__}): give another --image-size"
             ) from error

@@ -18,7 +18,7 @@ from dist_defend.models.mappings import ANYWHERE, OPTIMIZERS, Choice, Weights
 from dist_defend.models.restricted_pickle import shown
 
 _MOST_PREFIXES, _MOST_TOLD, _MOST_PLACE = 64, 3, 160
-_MOST_LOOKED_AT = 4_000_000  # names, over all places where a network could begin: some seconds
+_MOST_LOOKED_AT = 1_500_000  # names, over all places where a network could begin: some seconds
 _LEAST_SHARE = 0.2  # of a network's names, below which it is not looked at
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _COUNTERS = frozenset({"total_ops", "total_params"})  # of the profiler thop
@@ -269,7 +269,16 @@ def _same(one: Fit, other: Fit) -> bool:
     if one.candidate.arch != other.candidate.arch:
         return False
     ours, theirs = one.tensors(), other.tensors()
-    return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    return ours.keys() == theirs.keys() and all(_equal(ours[key], theirs[key]) for key in ours)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    try:
+        return one.equal(other)
+    except RuntimeError:  # numbers of a type that torch does not compare, such as float8; check_values refuses them
+        return False
 
 
 def _some(keys: Sequence[str]) -> str:

@@ -98,6 +98,7 @@ def test_an_npz_that_swells_or_promises_too_much(tmp_path: Path) -> None:
         (gzip.compress(bytes(16))[:10] + b"\xff" * 20, "not a whole idx file"),
         (zlib.compress(b"x"), "not a whole idx file"),
     ],
+    ids=["swells", "many images", "fewer than none", "torn", "no gzip"],  # gzip writes the time
 )
 def test_an_idx_file_that_is_none(tmp_path: Path, data: bytes, told: str) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(data)

@@ -256,7 +256,7 @@ def _is_badencoders(fit: Fit, content: Any) -> bool:
 
 def _unknown(path: str | Path, found: list[Weights], fits: list[Fit], arch: str | None, named: str | None) -> UserError:
     error = unknown(path, found, fits, arch or named)
-    if arch is None or not any(w.is_ordered and _same_shapes(w.state, fits[0].candidate) for w in found):
+    if arch is None or not fits or not any(w.is_ordered and _same_shapes(w.state, fits[0].candidate) for w in found):
         return error
     return UserError(f"{error}; or, since shapes agree in order, match them by order with --by-position")
 

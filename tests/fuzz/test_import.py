@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import safetensors.torch
 import torch
 from PIL import Image
@@ -37,9 +36,8 @@ SURFACES = (
 )
 
 
-@pytest.mark.parametrize("surface", SURFACES)
-def test_import(surface: str, count: int) -> None:
-    assert bad_outcomes(f"{__name__}:{surface}", count) == []
+def test_import(count: int) -> None:
+    assert bad_outcomes(f"tests.fuzz.test_import:{','.join(SURFACES)}", count) == []
 
 
 def archive(rng: random.Random, folder: Path) -> Read:

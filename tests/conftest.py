@@ -10,7 +10,7 @@ from tests.ranks import Pool
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--fuzz: inputs that tests/fuzz reads of each kind."""
-    parser.addoption("--fuzz", type=int, default=200, help="inputs per surface in tests/fuzz (default 200)")
+    parser.addoption("--fuzz", type=int, default=50, help="inputs per surface in tests/fuzz (default 50)")
 
 
 @pytest.hookimpl(optionalhook=True)

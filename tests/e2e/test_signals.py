@@ -153,6 +153,9 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path: Path, expected: Any
     with Path(f"{config}.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
+            started = Path(f"/proc/{process.pid}/cmdline")
+            while started.read_bytes().startswith(b"nohup"):  # which does not ignore it from its first instant on
+                time.sleep(0.01)
             while process.poll() is None:
                 process.send_signal(signal.SIGHUP)
                 time.sleep(0.1)

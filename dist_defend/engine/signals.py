@@ -102,6 +102,11 @@ def pending() -> int | None:
     return _listener.number
 
 
+def agree() -> None:
+    """The run ends for another rank's signal: this rank's own, which may come later, must not cut the end short."""
+    _listener.number = _listener.number or signal.SIGTERM
+
+
 def _say(line: str) -> None:
     """Past Python's buffers, in which the signal may have come; once per machine."""
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":

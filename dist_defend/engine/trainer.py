@@ -152,6 +152,7 @@ class Trainer:
             raise self._stopped(wish == _INTERRUPT)
 
     def _stopped(self, is_interrupt: bool) -> signals.Stopped:
+        signals.agree()
         place = checkpoint.path_of(self.run.checkpoints, self.position.step)
         return signals.Stopped(
             f"signal received: saved step {self.position.step} to {place}; the same command goes on from there",

@@ -45,7 +45,7 @@ def live(config: str, log: str, environment: dict[str, str]) -> None:
     raise SystemExit(main(["run", config]))
 
 
-def start(config: Path, ranks: int) -> list[BaseProcess]:
+def start(config: Path, ranks: int, life: Any = live, *first: Any) -> list[BaseProcess]:
     environment = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if ranks > 1:
         with socket.socket() as free:
@@ -56,7 +56,7 @@ def start(config: Path, ranks: int) -> list[BaseProcess]:
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        process = _server.Process(target=live, args=(str(config), str(config) + ".log", environment | own))
+        process = _server.Process(target=life, args=(*first, str(config), str(config) + ".log", environment | own))
         process.start()
         processes.append(process)
     return processes

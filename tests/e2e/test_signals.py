@@ -146,6 +146,25 @@ def test_a_signal_outside_of_training_ends_with_one_line(name: str, place: str, 
     assert outcome(run) == expected
 
 
+def live_told_late(place: str, *arguments: Any) -> None:
+    """The life of a rank whose own signal comes when the ranks have agreed to end, and this one is on its way out."""
+    rank = arguments[-1]["RANK"]
+    if rank == "1":
+        live_signalled(signal.SIGTERM, place, *arguments)
+    else:
+        live(*arguments)
+
+
+@pytest.mark.parametrize("place", ["dist_defend.engine.run:RunFolder.close", "dist_defend.engine.dist:stop"])
+def test_a_ranks_own_signal_may_come_late(place: str, tmp_path: Path) -> None:
+    config, run = experiment(tmp_path, "simclr", 4, "stopped")
+    processes = start(config, 2, live_told_late, place)
+    await_lines(run, 3, processes)
+    processes[0].terminate()
+    assert end(processes) == [PREEMPTED] * 2, told(config)
+    assert "Traceback" not in told(config) and "starts again" not in told(config)
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path: Path, expected: Any) -> None:
     config, run = experiment(tmp_path, "simclr", 4, "nohup")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

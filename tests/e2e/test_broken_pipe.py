@@ -39,10 +39,6 @@ def test_nor_does_the_help() -> None:
     assert unread(["--help"], True) == (BROKEN_PIPE, "")
 
 
-def test_the_doctor_is_quiet_too(tmp_path: Path) -> None:
-    assert unread(["doctor"], True) == (BROKEN_PIPE, "")
-
-
 def test_a_run_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
     """``dist-defend run ... 2>&1 | head``: hours of training are worth more than their lines on a terminal."""
     config = make_experiment(tmp_path, "simclr", options_of("simclr", tmp_path))

@@ -16,6 +16,7 @@ from dist_defend.cli import main
 from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
+from tests.forging import seal
 from tests.runs import SIZE, make_data, make_experiment, make_model, options_of
 
 
@@ -72,6 +73,7 @@ def cut_labels(options: dict[str, Any], folder: Path) -> None:
 def unlabelled(options: dict[str, Any], folder: Path) -> None:
     labels = np.load(folder / "test" / "labels.npy")
     np.save(folder / "test" / "labels.npy", np.full_like(labels, -1))
+    seal(folder / "test", class_counts=[0, 0, 0])
 
 
 def small_trigger(options: dict[str, Any], folder: Path) -> None:

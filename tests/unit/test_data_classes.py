@@ -15,6 +15,7 @@ from dist_defend.data.store import write_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
+from tests.forging import seal
 from tests.runs import make_data, make_experiment, options_of
 
 
@@ -126,9 +127,10 @@ def test_a_context_tells_once_of_subset_and_order(tmp_path: Path, caplog: pytest
 
 
 def rename(folder: str, names: list[str]) -> None:
-    """Give a prepared data set other class names."""
-    place = Path(folder) / "manifest.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), "classes": names}))
+    """Give a prepared data set other class names, and of fewer the labels that go with them."""
+    labels = np.load(Path(folder) / "labels.npy") % len(names)
+    np.save(Path(folder) / "labels.npy", labels)
+    seal(Path(folder), classes=names, class_counts=np.bincount(labels).tolist())
 
 
 def options_and_test(method: str, folder: Path) -> tuple[dict[str, Any], str]:

@@ -131,7 +131,7 @@ def test_what_it_writes(places: tuple[str, str], tmp_path: Path, capsys: pytest.
     with Image.open(folder / "trigger.png") as picture:  # 8 lines of an image, the same triggered, the difference
         assert picture.size == (190 + 3 * 76, 8 * 76 + 4)
     (run,), unfinished, _ = find_runs([tmp_path / "runs"])
-    assert run.rows == result["rows"] and not unfinished
+    assert [{"run": run.path.name} | row for row in run.rows] == result["rows"] and not unfinished
     clean, stamped = run.examples["noise/clean"], run.examples["noise/triggered"]
     assert (stamped[:, 9:15, 9:15] == 255).all() and np.array_equal(stamped[:, :9], clean[:, :9])
 

@@ -152,7 +152,7 @@ def make_card(folder: Path, arch: str) -> str:
     """A model folder without weights, as the plan needs it."""
     folder.mkdir()
     card = ModelCard("simclr", arch, "imagenet", 224, feature_dim=1024)
-    text = {"format": 1, **dataclasses.asdict(card), "sha256": "none"}
+    text = {"format": 1, **dataclasses.asdict(card), "sha256": "0" * 64}
     (folder / "model.json").write_text(json.dumps(text))
     return str(folder)
 

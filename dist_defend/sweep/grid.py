@@ -43,6 +43,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.points_per_job < 1:
             raise ValueError(f"key 'points_per_job' is {self.points_per_job}; it must be at least 1")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("key 'seeds' has a number twice, so two points are the same experiment")
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def test_written_points_are_the_experiments(tmp_path: Path) -> None:
         ({"zip": {"seed": [1, 2], "precision": ["fp32"]}}, "seed has 2, precision has 1"),
         ({"explicit": [3]}, "key 'explicit': expected a list of sections"),
         ({"product": {"seed": [1, 1]}}, "two points are the same experiment"),
-        ({"seeds": [*range(2000), 7]}, "key 'seeds' has a number twice"),
+        ({"seeds": [*range(2000), 7]}, "seeds' has a number twice"),
         ({"set": {"output": "x"}}, "a point's folder follows from its key"),
         ({"set": {"classifier.arch": "${attack.output}"}}, "this stage comes after none"),
         ({"after": "attack"}, "'attack' is no stage above this one"),

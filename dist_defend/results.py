@@ -4,6 +4,7 @@ Run folders come from others too. What cannot be true (more right answers than i
 is a UserError that names the file; every text is printable when it comes from here.
 """
 
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,22 @@ class _Stop:
             raise ValueError(f"threshold is {self.threshold}")
 
 
+def read_inside(path: Path, most_bytes: int) -> bytes | None:
+    """The bytes of a regular file, None if it is not there. UserError for a link that leads out of the file's folder.
+
+    A page that embeds what a run folder holds would otherwise show any file that its reader may read.
+    """
+    try:
+        content = read_regular(path, most_bytes)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); delete it, or name other folders") from error
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
+        raise UserError(f"{path} is a link out of its folder, which is not followed: put the file itself there")
+    return content
+
+
 def read_result(file: Path, remedy: str) -> dict[str, Any]:
     """What the tables need of a result.json: the fields of _Result that it has, "rows" and "metrics".
 
@@ -98,11 +115,10 @@ def read_result(file: Path, remedy: str) -> dict[str, Any]:
     percent. UserError, ending in ``remedy``, for anything that is no result of this program.
     """
     where = f"{file}: not a result of dist-defend: it"
-    try:
-        content = parse_json(read_regular(file, MOST_BYTES), where, remedy, may_be_nan=True)
-    except OSError as error:
-        raise UserError(f"{where} cannot be read ({error.strerror}): {remedy}") from error
-    content = _mapping(content, where, remedy)
+    data = read_inside(file, MOST_BYTES)
+    if data is None:
+        raise UserError(f"{where} cannot be read (it is a link to nowhere, or gone): {remedy}")
+    content = _mapping(parse_json(data, where, remedy, may_be_nan=True), where, remedy)
     known = _known(_Result, content)
     build(_Result, known, where, remedy)
     rows, metrics = content.get("rows") or [], content.get("metrics") or {}

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from dist_defend.errors import UserError
-from dist_defend.files import read_regular
-from dist_defend.results import read_metrics, read_result, read_stops
+from dist_defend.results import read_inside, read_metrics, read_result, read_stops
 from dist_defend.screen import printable
 from dist_defend.strict_json import parse_json
 from dist_defend.strict_yaml import parse_yaml
@@ -164,22 +162,6 @@ class Run:
         return found
 
 
-def read_inside(path: Path, most_bytes: int) -> bytes | None:
-    """The bytes of a regular file, None if it is not there. UserError for a link that leads out of the file's folder.
-
-    A page that embeds what a run folder holds would otherwise show any file that its reader may read.
-    """
-    try:
-        content = read_regular(path, most_bytes)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); delete it, or name other folders") from error
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
-        raise UserError(f"{path} is a link out of its folder, which is not followed: put the file itself there")
-    return content
-
-
 def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[str]]:
     """Finished runs among these folders and below them, oldest first; unfinished ones' names; why others are left out.
 
@@ -192,7 +174,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[s
             raise UserError(f"{path}: no such folder; name run folders or a folder that holds some")
         for file in sorted(path.rglob("result.json")):
             try:
-                results[file.parent.resolve()] = file.parent, _read_result(file)
+                results[file.parent.resolve()] = file.parent, read_result(file, _AGAIN)
             except UserError as error:
                 damaged.append(str(error))
         started = {file.parent for file in path.rglob("config.yaml")}
@@ -215,11 +197,6 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[s
     if not runs:
         raise UserError(f"{', '.join(map(str, paths))}: no finished run (a folder with result.json) here or below")
     return sorted(runs, key=lambda run: (run.started, run.label)), sorted(unfinished), damaged
-
-
-def _read_result(file: Path) -> dict[str, Any]:
-    read_inside(file, 64 << 20)  # no link and no pipe
-    return read_result(file, _AGAIN)
 
 
 def _is_features(key: str, tensor: np.ndarray) -> bool:

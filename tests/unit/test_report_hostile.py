@@ -13,6 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from dist_defend.cli import main
+from dist_defend.errors import UserError
+from dist_defend.results import read_result
 from tests.unit.test_report import ROWS, Links, row, write_run
 
 
@@ -210,3 +212,15 @@ def test_names_do_nothing_anywhere(name: str, tmp_path: Path, capsys: pytest.Cap
     assert len(head) == len(cells) and not any(text.startswith(("=", "+", "@", "\t", "\r")) for text in cells)
     for text in (page, markdown, str(cells)):
         assert all(c.isprintable() or c in "\n\t" for c in text)
+
+
+def test_no_table_follows_a_result_out_of_its_folder(tmp_path: Path) -> None:
+    """Neither the report's nor the sweep's, which both read it here; a link to nowhere is one line too."""
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run" / "result.json"
+    link.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match="a link to nowhere"):
+        read_result(link, "restore it")
+    (tmp_path / "elsewhere.json").write_text("{}")
+    with pytest.raises(UserError, match="a link out of its folder"):
+        read_result(link, "restore it")

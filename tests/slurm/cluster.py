@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "OUT_OF_MEMORY"}
 CLIENTS = ("sinfo", "squeue", "sbatch", "srun", "scancel", "scontrol", "sacct")
 SUBNET = "10.213.77"
 START_SECONDS = 60.0
@@ -128,14 +129,16 @@ class Cluster:
         return {index: (state, int(status) >> 8, int(restarts)) for index, state, status, restarts in rows}
 
     def wait(self, job: str, timeout: float = 240.0) -> dict[str, tuple[str, int, int]]:
-        """The states once nothing of the job waits or runs. TimeoutError with the queue."""
+        """The states once nothing of the job waits or runs. TimeoutError with the queue and the end of its log."""
         deadline = time.monotonic() + timeout
         while True:
             states = self.states(job)
-            if not {state for state, _, _ in states.values()} & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
+            if {state for state, _, _ in states.values()} <= ENDED:  # and none of those in between, as SIGNALING
                 return states
             if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job}: {states}\n{self.run('squeue', '-l')}")
+                log = Path(self.run("squeue", "-h", "--states=all", "-j", job, "-O", "STDOUT:4000").split("\n")[0].strip())
+                told = log.read_text()[-4000:] if log.is_file() else f"no {log}"
+                raise TimeoutError(f"job {job}: {states}\n{self.run('squeue', '-l')}\n{told}")
             time.sleep(0.2)
 
     def clear(self) -> None:

@@ -8,6 +8,7 @@ grid once for each point of that one, and reads ``${stage.output}`` and any othe
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from dist_defend.errors import UserError
 from dist_defend.strict_yaml import read_yaml
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.([\w.]+)\}")
+MOST_POINTS = 10_000  # of a stage: reading them takes a minute
 _KEY_LENGTH = 12  # hex digits
 # What a resume may change is no part of a point's identity, unless the sweep varies it.
 _FREE_KEYS = ("world_size", "trainer", "loader")
@@ -43,8 +45,6 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.points_per_job < 1:
             raise ValueError(f"key 'points_per_job' is {self.points_per_job}; it must be at least 1")
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError("key 'seeds' has a number twice, so two points are the same experiment")
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,17 @@ def load_sweep(path: str | Path) -> Sweep:
         stage = {key: raw.pop(key) for key in list(raw) if key not in _TOP_KEYS}
         raw["stages"] = {"points": stage}
     config: SweepConfig = build_section(SweepConfig, raw, path)
-    points: list[Point] = []
+    points: dict[str, Point] = {}
     for name, stage_config in config.stages.items():
-        points += _Stage(path, config.output, name, stage_config).points(points)
-    _check_keys_differ(path, points)
-    _check_points_per_job(path, config, points)
-    return Sweep(path, config, tuple(points))
+        for point in _Stage(path, config.output, name, stage_config).points(list(points.values())):
+            if other := points.get(point.key):
+                raise UserError(
+                    f"{path}: two points are the same experiment: {other.stage} ({other.name}) and {point.stage} "
+                    f"({point.name}); take one of them out"
+                )
+            points[point.key] = point
+    _check_points_per_job(path, config, list(points.values()))
+    return Sweep(path, config, tuple(points.values()))
 
 
 def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +177,7 @@ class _Stage:
             if not parents:
                 known = ", ".join(dict.fromkeys(point.stage for point in earlier)) or "none"
                 raise self.error("after", f"{self.config.after!r} is no stage above this one; those are: {known}")
+        self.check_number(len(parents) * len(grid))
         for parent, (column, (changes, labels)) in itertools.product(parents, enumerate(grid)):
             root, columns = (column, ()) if parent is None else (parent.root, (*parent.column, column))
             experiment = self.experiment(changes, parent)
@@ -194,10 +200,13 @@ class _Stage:
         if len({len(axis) for axis in beside}) > 1:
             lengths = ", ".join(f"{axis[0][0]} has {len(axis)}" for axis in beside)
             raise self.error("zip", f"lists of one length are read side by side, but {lengths}")
+        explicit = self.explicit()
+        factors = [*map(len, product), *map(len, beside[:1]), len(explicit), len(config.seeds) or 1]
+        self.check_number(math.prod(factors))  # before they are made
         lists: list[list[tuple[dict[str, Any], dict[str, Any]]]] = [
             [self.change(cells) for cells in itertools.product(*product)],
             [self.change(cells) for cells in zip(*beside, strict=True)] or [({}, {})],
-            self.explicit(),
+            explicit,
             [({"seed": seed}, {f"{self.name}.seed": seed}) for seed in config.seeds] or [({}, {})],
         ]
         merged = []
@@ -205,6 +214,12 @@ class _Stage:
             changes = {key: value for part, _ in parts for key, value in part.items()}
             merged.append((config.set | changes, {axis: label for _, part in parts for axis, label in part.items()}))
         return merged
+
+    def check_number(self, num_points: int) -> None:
+        if num_points > MOST_POINTS:
+            raise self.error(
+                "", f"{num_points} points, at most {MOST_POINTS} are read; leave values out, or use two files"
+            )
 
     def change(self, cells: tuple[tuple[str, Any, Any], ...]) -> tuple[dict[str, Any], dict[str, Any]]:
         changes = {key: value for key, _, value in cells}
@@ -281,18 +296,6 @@ def _key(experiment: Experiment, changes: Mapping[str, Any], output: str) -> str
     identity = {key: value for key, value in experiment.resolved().items() if key not in free}
     written = json.dumps(identity, sort_keys=True).replace(json.dumps(f"{output}/points/")[1:-1], "")
     return hashlib.sha256(written.encode()).hexdigest()[:_KEY_LENGTH]
-
-
-def _check_keys_differ(path: Path, points: list[Point]) -> None:
-    seen: dict[str, Point] = {}
-    for point in points:
-        if point.key in seen:
-            other = seen[point.key]
-            raise UserError(
-                f"{path}: two points are the same experiment: {other.stage} ({other.name}) and {point.stage} "
-                f"({point.name}); take one of them out"
-            )
-        seen[point.key] = point
 
 
 def _check_points_per_job(path: Path, config: SweepConfig, points: list[Point]) -> None:

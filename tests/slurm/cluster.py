@@ -89,6 +89,7 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         self.environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "SBATCH_TIMELIMIT": "10"}  # minutes
+        self.environment |= {"PYTHONFAULTHANDLER": "1"}  # ABRT tells where a process stands
         self.environment |= {"SLURM_CONF": f"{self.folder}/etc/slurm.conf", "PATH": _SEARCH}
 
     def start(self) -> None:
@@ -136,10 +137,16 @@ class Cluster:
             if {state for state, _, _ in states.values()} <= ENDED:  # and none of those in between, as SIGNALING
                 return states
             if time.monotonic() > deadline:
-                log = Path(self.run("squeue", "-h", "--states=all", "-j", job, "-O", "STDOUT:4000").split("\n")[0].strip())
-                told = log.read_text()[-4000:] if log.is_file() else f"no {log}"
-                raise TimeoutError(f"job {job}: {states}\n{self.run('squeue', '-l')}\n{told}")
+                raise TimeoutError(f"job {job}: {states}\n{self.run('squeue', '-l')}\n{self._end_of_log(job)}")
             time.sleep(0.2)
+
+    def _end_of_log(self, job: str) -> str:
+        """The last of what a job printed that hangs, and where its steps' processes are."""
+        self.run("scancel", "--signal=ABRT", job, check=False)
+        time.sleep(5)
+        shown = self.run("squeue", "-h", "--states=all", "-j", job, "-O", "STDOUT:4000", check=False)
+        log = Path(shown.partition("\n")[0].strip())
+        return log.read_text()[-20000:] if log.is_file() else f"no log: {shown}"
 
     def clear(self) -> None:
         """Cancel whatever is left of the queue, and wait until it is gone."""

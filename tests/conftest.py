@@ -1,5 +1,6 @@
 """Fixtures for every test."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,12 @@ from tests.ranks import Pool
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--fuzz: inputs that tests/fuzz reads of each kind."""
     parser.addoption("--fuzz", type=int, default=50, help="inputs per surface in tests/fuzz (default 50)")
+
+
+def pytest_configure() -> None:
+    """Processes that tests start heed Ctrl-C, also where the shell put the tests themselves into the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

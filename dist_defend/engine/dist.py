@@ -1,6 +1,8 @@
 """Start the processes' common ground: device, ranks, precision, threads, trackers."""
 
+import atexit
 import ctypes
+import gc
 import os
 import platform
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from accelerate.tracking import get_available_trackers
 from dist_defend.engine.sharding import Sharding, launched_sharding, unwrapped
 from dist_defend.errors import UserError
 
+_groups: list[torch.distributed.ProcessGroup] = []  # see keep_group
 _MIXED = {"fp64": "no", "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -70,6 +73,7 @@ def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = ()
             project_dir=None if folder is None else str(folder),
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
+    keep_group()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise UserError(
@@ -140,6 +144,25 @@ def _keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, size)
         libc.mallopt(trim_threshold, size)
+
+
+def keep_group() -> None:
+    """Keep the process group that there is until the process ends, or has another one.
+
+    Otherwise DDP's reducer may be the last to let go of it (torch 2.13). It then waits, under Python's lock, for gloo's
+    threads; one of these may need that lock to free a tensor, and the rank hangs after its work is done.
+    """
+    group = torch.distributed.group.WORLD
+    if group is not None and group not in _groups:
+        _let_go()
+        _groups.append(group)
+
+
+@atexit.register
+def _let_go() -> None:
+    if _groups:
+        gc.collect()  # reducers go first
+        _groups.clear()
 
 
 def stop() -> None:

@@ -1,6 +1,8 @@
 """The pool of ranks itself: what goes wrong on a rank must reach the test."""
 
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -39,3 +41,27 @@ def test_failures_and_time_outs_surface_and_the_pool_recovers() -> None:
         assert pool.run(add_ranks, 0) == [1.0, 1.25]
     finally:
         pool.close()
+
+
+LEAVE = """
+import sys
+import torch
+import torch.distributed as dist
+from dist_defend.engine.dist import keep_group, stop
+
+sys.setswitchinterval(1000)  # nobody gives Python's lock away for nothing
+for _ in range(20):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    keep_group()
+    network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    works = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(4)]
+    del works  # gloo's threads are left to free the tensors
+    stop()
+    del network
+"""
+
+
+def test_a_rank_whose_model_outlives_its_group_ends() -> None:
+    """Without ``keep_group`` the reducer joins gloo's threads under the lock that they wait for."""
+    done = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr

@@ -20,6 +20,11 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slurm's tests, which wait much and stay with one worker of pytest-xdist, come first."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/slurm/"))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """What a worker of pytest-xdist takes as a whole: the tests of Slurm, those that start ranks, or else a file."""

@@ -7,10 +7,8 @@ its message (file, path, nearest key) is what saves a user an hour. See docs/dec
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import json
 import os
-import pkgutil
 import types
 import typing
 from collections.abc import Sequence
@@ -20,10 +18,10 @@ from typing import Any, Literal
 
 import dacite
 
-import dist_defend.methods
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
+from dist_defend.methods import find_method, method_names
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
@@ -69,12 +67,6 @@ def check_folder(key: str, value: str) -> None:
         raise ValueError(f"key '{key}' is {_shown(value)}; a name in it is longer than {_LONGEST_NAME} bytes")
 
 
-def method_names() -> list[str]:
-    """Modules of dist_defend.methods: the module's name is the registry."""
-    names = {module.name for module in pkgutil.iter_modules(dist_defend.methods.__path__)}
-    return sorted(names - set(dist_defend.methods.SHARED))
-
-
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read, override and check an experiment file. UserError (file, key, remedy) for anything that does not fit."""
     path = Path(path)
@@ -84,7 +76,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     name = raw.get("method")
     if name not in method_names():
         raise UserError(f"{path}: key 'method' is {_shown(name)}; it must be one of {', '.join(method_names())}")
-    module = importlib.import_module(f"dist_defend.methods.{name}")
+    module = find_method(name)
     options_type, options_raw = module.Config, raw.pop(name, None)
     if options_raw is None:
         raise UserError(f"{path}: the section '{name}:' is missing; it holds the method's options")

@@ -105,9 +105,10 @@ def _torch() -> Finding:
 
 def _core() -> Finding:
     try:
-        names = importlib.import_module("dist_defend.config").method_names()
+        methods = importlib.import_module("dist_defend.methods")
+        names = methods.method_names()
         for name in names:
-            importlib.import_module(f"dist_defend.methods.{name}")
+            methods.find_method(name)
         importlib.import_module("dist_defend.experiment")
     except Exception as error:  # whatever it is, the doctor reports it
         detail = f"{type(error).__name__}: {_last_line(str(error))}"

@@ -1,7 +1,6 @@
 """An experiment from its configuration to its result.json."""
 
 import contextlib
-import importlib
 import logging
 import resource
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
+from dist_defend.methods import find_method
 from dist_defend.terminal import hold_log, release_log
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def _run(experiment: Experiment, dry_run: bool) -> None:
     identity = Identity.begin(inputs, ranks.world_size)
     context = Context(ranks, experiment.seed, experiment.loader, folder)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
-    plan: Plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
+    plan: Plan = find_method(experiment.method).build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
     trainer = Trainer(ranks, run_folder, experiment.trainer, identity)
     if dry_run:

@@ -7,7 +7,7 @@ file of its own, or module:NAME of a table of constants. Keys are dotted; what i
 from typing import Any
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-ENCODER_PROBES = ("downstream/probe_stl10", "downstream/probe_gtsrb", "downstream/probe_svhn")
+ENCODER_PROBES = ("measure/probe_stl10", "measure/probe_gtsrb", "measure/probe_svhn")
 BADENCODER_CIFAR10 = tuple(f"attack/badencoder_cifar10{task}" for task in ("", "_gtsrb", "_svhn"))
 BADENCODER_CLIP = tuple(f"attack/badencoder_clip_{task}" for task in ("stl10", "gtsrb", "svhn"))
 MIMIC = tuple(f"defend/mimic_cifar10{task}" for task in ("", "_gtsrb", "_svhn", "_published_code"))
@@ -35,8 +35,7 @@ BADENCODER_DEFAULTS = (
 )
 MIMIC_DEFAULTS = "defend/mimic_cifar10 mimic={teacher: x, data: {path: x}}"
 PROBE_DEFAULTS = (
-    "downstream/probe_stl10 probe={encoders: {a: x}, tasks: "
-    "{stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
+    "measure/probe_stl10 probe={encoders: {a: x}, tasks: {stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
 )
 RNP_DEFAULTS = "defend/rnp_cifar10 rnp={model: x, data: {path: x}, test: {path: x}}"
 CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
@@ -85,7 +84,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("illidanlab/ABD, transforms of GTSRB", ("dist_defend.models.encoder:NORMALIZATIONS",), {
         "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     }),
-    ("jinyuan-jia/BadEncoder, zero_shot.py", ("dist_defend.methods.zeroshot:TEMPLATES",), {
+    ("jinyuan-jia/BadEncoder, zero_shot.py", ("dist_defend.methods.measure.zeroshot:TEMPLATES",), {
         "gtsrb": "A traffic sign photo of a {class}", "svhn": "A photo of a {class}", "stl10": "A photo of a {class}",
     }),
     # Encoders: pretraining, BadEncoder, MIMIC, and what is trained on the features
@@ -135,27 +134,27 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "probe.update.optimizer.lr": 1e-4, "probe.update.optimizer.weight_decay": 0.0,
         "probe.trigger.size": 10, "probe.trigger.margin": 1,
     }),
-    ("jinyuan-jia/BadEncoder, evaluation, reference labels", ("downstream/probe_stl10", "downstream/linear_stl10",
-                                                              "downstream/knn_stl10"),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels", ("measure/probe_stl10", "measure/linear_stl10",
+                                                              "measure/knn_stl10"),
      {"probe.tasks.stl10.target_class": 9, "probe.trigger.size": 10, "probe.trigger.margin": 1}),
-    ("jinyuan-jia/BadEncoder, evaluation, reference labels", ("downstream/probe_gtsrb",),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels", ("measure/probe_gtsrb",),
      {"probe.tasks.gtsrb.target_class": 12}),
-    ("jinyuan-jia/BadEncoder, evaluation, reference labels", ("downstream/probe_svhn",),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels", ("measure/probe_svhn",),
      {"probe.tasks.svhn.target_class": 1}),
-    ("jinyuan-jia/BadEncoder, the kNN monitor", ("downstream/knn_stl10",),
+    ("jinyuan-jia/BadEncoder, the kNN monitor", ("measure/knn_stl10",),
      {"probe.knn.k": 200, "probe.knn.temperature": 0.5}),
-    ("MoCo (He et al. 2020), section 4.1, linear protocol", ("downstream/linear_stl10",), {
+    ("MoCo (He et al. 2020), section 4.1, linear protocol", ("measure/linear_stl10",), {
         "probe.hidden": [], "probe.update.batch_size": 256, "probe.update.epochs": 100, "probe.shuffle": True,
         "probe.update.optimizer.name": "sgd", "probe.update.optimizer.lr": 30.0,
         "probe.update.optimizer.momentum": 0.9, "probe.update.optimizer.weight_decay": 0.0,
         "probe.update.optimizer.schedule": "multistep", "probe.update.optimizer.milestones": [60, 80],
         "probe.update.optimizer.gamma": 0.1,
     }),
-    ("jinyuan-jia/BadEncoder, zero_shot.py", ("downstream/zeroshot_stl10",),
+    ("jinyuan-jia/BadEncoder, zero_shot.py", ("measure/zeroshot_stl10",),
      {"seed": 100, "zeroshot.tasks.stl10.target_class": 9, "zeroshot.trigger.size": 50, "zeroshot.trigger.margin": 1}),
-    ("jinyuan-jia/BadEncoder, zero_shot.py", ("downstream/zeroshot_gtsrb",),
+    ("jinyuan-jia/BadEncoder, zero_shot.py", ("measure/zeroshot_gtsrb",),
      {"seed": 100, "zeroshot.tasks.gtsrb.target_class": 14, "zeroshot.trigger.size": 50, "zeroshot.trigger.margin": 1}),
-    ("jinyuan-jia/BadEncoder, zero_shot.py", ("downstream/zeroshot_svhn",),
+    ("jinyuan-jia/BadEncoder, zero_shot.py", ("measure/zeroshot_svhn",),
      {"seed": 100, "zeroshot.tasks.svhn.target_class": 0, "zeroshot.trigger.size": 50, "zeroshot.trigger.margin": 1}),
     # Attacks on classifiers
     (f"{OPTIONS['BB']}/prototype/cifar10.yaml", (*BACKDOORBENCH, CLASSIFIER_DEFAULTS), {
@@ -260,7 +259,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      {"ibau.data.max_samples": 100}),
     # RNP
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), {"rnp.ratio": 0.01}),
-    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.rnp:_RATIO",), {"": 0.01}),
+    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.rnp:_RATIO",), {"": 0.01}),
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official", RNP_DEFAULTS), below("rnp", {
         "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
         "epochs_inclusive": True, "clean_threshold": 0.20, "alpha": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20,
@@ -297,9 +296,10 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      below("zskt.vaccine", {"weight": 0.1, "members": 3, "layers": 5, "through_members": True})),
     ("illidanlab/ABD, sweeps of CIFAR-10", (ZSKT_CIFAR10[1], ZSKT_CIFAR10[3]), {"zskt.vaccine.selection_batches": 0}),
     ("illidanlab/ABD, sweeps of GTSRB", ZSKT_GTSRB[1:3], {"zskt.vaccine.selection_batches": 50}),
-    ("illidanlab/ABD, tail ratio and tries", ("dist_defend.methods.abd.vaccine:LEAST_TAIL_RATIO",), {"": 0.02}),
-    ("illidanlab/ABD, views 10 < i < P of CMI and OOD", ("dist_defend.methods.abd.epochs:FIRST_KEPT",), {"": 11}),
-    ("illidanlab/ABD, tail ratio and tries", ("dist_defend.methods.abd.vaccine:MOST_SCORINGS",), {"": 8}),
+    ("illidanlab/ABD, tail ratio and tries", ("dist_defend.methods.defend.abd.vaccine:LEAST_TAIL_RATIO",), {"": 0.02}),
+    ("illidanlab/ABD, views 10 < i < P of CMI and OOD", ("dist_defend.methods.defend.abd.epochs:FIRST_KEPT",),
+     {"": 11}),
+    ("illidanlab/ABD, tail ratio and tries", ("dist_defend.methods.defend.abd.vaccine:MOST_SCORINGS",), {"": 8}),
     ("illidanlab/ABD, self-retrospection and its sweeps", (*ZSKT_LATE, *ZSKT_LATE_GTSRB), below("zskt.retrospection", {
         "restart_lr": 5e-4, "perturbs": "teacher", "inner_rounds": 10, "inner_lr": 0.1, "synthesis_penalty": 1e-3,
         "penalty": 1e-3, "patched_fraction": 0.02, "K": 5, "step_size": 0.1, "detach_reference": True,
@@ -362,7 +362,7 @@ OURS = {
     "defend/rnp_cifar10": ("seed", "max_accuracy_drop"),
     "defend/[zcok]*": ("seed",),
     "attack/abd_teacher_gtsrb": ("seed",),
-    "downstream/[lk]*": ("seed", "seeds"),
+    "measure/[lk]*": ("seed", "seeds"),
 }
 
 # Where we do something else on purpose: places, key, the published value, ours, and the line that says so.
@@ -381,6 +381,6 @@ DEVIATIONS: tuple[tuple[tuple[str, ...], str, Any, Any, str, str], ...] = (
      "`statistics: published` has all seven"),
     ((OOD[1], OOD[3]), "ood.retrospection_convention", "batchmean", "mean", "docs/methods/distillation.md",
      "`retrospection_convention: batchmean` is the published one"),
-    (tuple(f"downstream/zeroshot_{task}" for task in ("stl10", "gtsrb", "svhn")), "zeroshot.batch_size", 1, 512,
+    (tuple(f"measure/zeroshot_{task}" for task in ("stl10", "gtsrb", "svhn")), "zeroshot.batch_size", 1, 512,
      "docs/methods/zeroshot.md", "| one image per forward pass | batches of `batch_size` over all ranks |"),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep
-from dist_defend.methods.badencoder import BadEncoderObjective, freeze_norms
+from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
 from dist_defend.models.folding import fold_frozen_norms
 
 OPTIMIZER = OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)

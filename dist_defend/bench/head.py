@@ -17,7 +17,7 @@ from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.step import GradientStep
-from dist_defend.methods.probe import Config, FeatureBatches, ProbeObjective, TaskConfig
+from dist_defend.methods.measure.probe import Config, FeatureBatches, ProbeObjective, TaskConfig
 from dist_defend.models.encoder import build_encoder
 from dist_defend.models.heads import HeadStack
 

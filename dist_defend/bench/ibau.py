@@ -19,9 +19,9 @@ from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.evaluate import evaluate_classifier
-from dist_defend.methods.ibau.options import Config
-from dist_defend.methods.ibau.rounds import Rounds
-from dist_defend.methods.ibau.step import UnlearningStep
+from dist_defend.methods.defend.ibau.options import Config
+from dist_defend.methods.defend.ibau.rounds import Rounds
+from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.models.classifier import Classifier, build_classifier
 
 CLASSES = 10

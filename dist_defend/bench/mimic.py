@@ -12,7 +12,7 @@ from dist_defend.bench.runner import Case, Settings
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep
-from dist_defend.methods.mimic import MimicObjective
+from dist_defend.methods.defend.mimic import MimicObjective
 
 OPTIMIZER = OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
 WEIGHTS = (1000.0, 1000.0, 1000.0, 1000.0)

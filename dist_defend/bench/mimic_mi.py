@@ -14,7 +14,7 @@ from dist_defend.bench.simclr import prepare
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
-from dist_defend.methods.mimic.information import InformationConfig, LayerInformation
+from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.mutual_info import DonskerVaradhan
 

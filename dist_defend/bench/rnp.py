@@ -26,9 +26,9 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.trainer import Stage
-from dist_defend.methods.rnp import Config, Phases
-from dist_defend.methods.rnp.masks import neuron_table
-from dist_defend.methods.rnp.outcome import EVALUATION_BATCH, Outcome
+from dist_defend.methods.defend.rnp import Config, Phases
+from dist_defend.methods.defend.rnp.masks import neuron_table
+from dist_defend.methods.defend.rnp.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names

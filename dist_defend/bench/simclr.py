@@ -19,7 +19,7 @@ from dist_defend.data.store import PreparedDataset, write_dataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep
-from dist_defend.methods.simclr import SimCLRObjective
+from dist_defend.methods.pretrain.simclr import SimCLRObjective
 
 TEMPERATURE = 0.5
 OPTIMIZER = OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)

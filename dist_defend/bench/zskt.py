@@ -14,10 +14,10 @@ from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.methods.abd.options import RetrospectionConfig, VaccineConfig
-from dist_defend.methods.zskt.batches import LatentBatches
-from dist_defend.methods.zskt.options import Config
-from dist_defend.methods.zskt.step import TransferStep
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+from dist_defend.methods.defend.zskt.batches import LatentBatches
+from dist_defend.methods.defend.zskt.options import Config
+from dist_defend.methods.defend.zskt.step import TransferStep
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 

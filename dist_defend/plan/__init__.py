@@ -7,7 +7,6 @@ estimated; times are not known.
 
 import argparse
 import dataclasses
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dist_defend.engine.sharding import STRATEGIES, StrategyName, check_optimize
 from dist_defend.engine.step import GradientStep, split_batch
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
+from dist_defend.methods import find_method
 from dist_defend.plan.memory import SHARDED, LiveBytes, Memory, measure
 from dist_defend.plan.pretended import PretendedAccelerator, PretendedContext, Unseen, pretended_world
 
@@ -82,7 +82,7 @@ def stage_plans(experiment: Any, world_size: int, strategy: StrategyName) -> tup
     check_precision(strategy, experiment.precision)
     accelerator: Any = PretendedAccelerator(world_size, experiment.precision in ("bf16", "fp16"))
     ranks = Ranks(accelerator, torch.float64 if experiment.precision == "fp64" else torch.float32)
-    module = importlib.import_module(f"dist_defend.methods.{experiment.method}")
+    module = find_method(experiment.method)
     names = {one.name for one in dataclasses.fields(experiment.options)}
     unneeded = dict.fromkeys(names & {"poison", "attack", "monitor"})  # changes images, or measures
     options = dataclasses.replace(experiment.options, **unneeded)

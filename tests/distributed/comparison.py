@@ -1,6 +1,5 @@
 """Runs on one rank and on two, compared leaf by leaf: what the tests of all methods share."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from dist_defend.engine.context import Context
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer
+from dist_defend.methods import find_method
 from tests.runs import metrics
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -31,7 +31,7 @@ def train(config: Path, folder: Path, mutate: Mutation = none) -> dict[str, Any]
         experiment = load_experiment(config)
         ranks = dist.start("fp64", None)
         context = Context(ranks, experiment.seed, experiment.loader, folder)
-        plan = importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context)
+        plan = find_method(experiment.method).build(experiment.options, context)
         gradients: dict[str, Tensor] = {}
         for stage in plan.stages:
             watch_gradients(stage, gradients)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dist_defend.engine.context import Context
-from dist_defend.methods.abd import retrospection, vaccine
-from dist_defend.methods.abd.retrospection import SelfRetrospection
-from dist_defend.methods.zskt import step
-from dist_defend.methods.zskt.batches import LatentBatches
+from dist_defend.methods.defend.abd import retrospection, vaccine
+from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
+from dist_defend.methods.defend.zskt import step
+from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.ops import hypergrad
 from dist_defend.ops.collectives import rank, world_size
 from tests.distributed.comparison import Alone, Mutation, assert_same, none, train

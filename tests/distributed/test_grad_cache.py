@@ -16,7 +16,7 @@ from dist_defend.engine import step as steps
 from dist_defend.engine.grad_cache import MicroBatch
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep
-from dist_defend.methods.simclr import SimCLRObjective
+from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.ops import losses
 from dist_defend.ops.collectives import convert_sync_batchnorm

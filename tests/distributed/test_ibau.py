@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_defend.methods.ibau import step
-from dist_defend.methods.ibau.step import UnlearningStep
+from dist_defend.methods.defend.ibau import step
+from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.ops import hypergrad
 from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool

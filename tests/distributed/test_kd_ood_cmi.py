@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dist_defend.data import cutmix
-from dist_defend.methods import ood
-from dist_defend.methods.abd import retrospective_step
-from dist_defend.methods.cmi import inversion, synthesis
-from dist_defend.methods.cmi.synthesis import Synthesis
+from dist_defend.methods.defend import ood
+from dist_defend.methods.defend.abd import retrospective_step
+from dist_defend.methods.defend.cmi import inversion, synthesis
+from dist_defend.methods.defend.cmi.synthesis import Synthesis
 from dist_defend.ops.collectives import rank
 from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool

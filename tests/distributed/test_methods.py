@@ -15,8 +15,8 @@ from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.methods.mimic import information
-from dist_defend.methods.probe import FeatureBatches, ProbeObjective
+from dist_defend.methods.defend.mimic import information
+from dist_defend.methods.measure.probe import FeatureBatches, ProbeObjective
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.heads import HeadStack
 from dist_defend.ops import losses

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dist_defend.engine.context import Context
-from dist_defend.methods.rnp import sweep
-from dist_defend.methods.rnp.steps import CrossEntropyStep
+from dist_defend.methods.defend.rnp import sweep
+from dist_defend.methods.defend.rnp.steps import CrossEntropyStep
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
 from tests.distributed.comparison import assert_same, none, train

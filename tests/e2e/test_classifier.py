@@ -14,7 +14,7 @@ from dist_defend.attacks.poison import PoisonConfig, poison_from
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.data.store import open_dataset
-from dist_defend.methods.classifier import PRESETS
+from dist_defend.methods.pretrain.classifier import PRESETS
 from dist_defend.models.artifact import load_classifier
 from tests.runs import CLASSES, SIZE, make_data, make_experiment, metrics
 

@@ -23,7 +23,9 @@ from tests.runs import make_experiment, metrics, options_of
 KILLS = 12
 PATIENCE = 60.0  # seconds without any progress
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["dist_defend.experiment", "dist_defend.methods.mimic", "dist_defend.methods.simclr"])
+_server.set_forkserver_preload(
+    ["dist_defend.experiment", "dist_defend.methods.defend.mimic", "dist_defend.methods.pretrain.simclr"]
+)
 
 
 def live(config: str, log: str, environment: dict[str, str]) -> None:

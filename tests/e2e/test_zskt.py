@@ -15,8 +15,8 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.methods.zskt import build
-from dist_defend.methods.zskt.batches import LatentBatches
+from dist_defend.methods.defend.zskt import build
+from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.models.artifact import load_artifact
 from tests.runs import SIZE, make_classifier, make_data, make_experiment, metrics
 

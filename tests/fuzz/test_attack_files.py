@@ -25,9 +25,9 @@ from dist_defend.attacks.patterns import Blended, TrojanNN
 from dist_defend.attacks.poison import PoisonConfig
 from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
 from dist_defend.engine.sharding import launched_sharding
-from dist_defend.methods.rnp import _read_index
-from dist_defend.methods.rnp.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
-from dist_defend.methods.zeroshot import _class_names
+from dist_defend.methods.defend.rnp import _read_index
+from dist_defend.methods.defend.rnp.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
+from dist_defend.methods.measure.zeroshot import _class_names
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
 from tests.fuzz.harness import bad_outcomes

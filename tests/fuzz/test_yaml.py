@@ -1,6 +1,5 @@
 """Experiment files, overrides and sweep files with things wrong: each is read, or refused by one line."""
 
-import importlib
 import json
 import random
 from collections.abc import Callable
@@ -10,12 +9,13 @@ from pathlib import Path
 import yaml
 
 from dist_defend.config import dump, load_experiment, method_names
+from dist_defend.methods import find_method
 from dist_defend.sweep.grid import load_sweep
 from tests.fuzz.harness import ROOT, bad_outcomes
 from tests.fuzz.mutate import SCALARS, mutate_bytes, mutate_tree
 
 for _name in method_names():  # now, not while an input's time is taken
-    importlib.import_module(f"dist_defend.methods.{_name}")
+    find_method(_name)
 
 SURFACES = ("experiment_bytes", "experiment_tree", "overrides", "sweep_bytes", "sweep_tree")
 TEXTS = (

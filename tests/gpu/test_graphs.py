@@ -13,14 +13,14 @@ from dist_defend.engine import dist
 from dist_defend.engine.graphed import GraphedUpdate
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Step
-from dist_defend.methods.abd.options import RetrospectionConfig, VaccineConfig
-from dist_defend.methods.ibau.options import Config
-from dist_defend.methods.ibau.rounds import Rounds
-from dist_defend.methods.ibau.step import UnlearningStep
-from dist_defend.methods.rnp.steps import RecoverStep, UnlearnStep
-from dist_defend.methods.zskt.batches import LatentBatches
-from dist_defend.methods.zskt.options import Config as TransferConfig
-from dist_defend.methods.zskt.step import TransferStep
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+from dist_defend.methods.defend.ibau.options import Config
+from dist_defend.methods.defend.ibau.rounds import Rounds
+from dist_defend.methods.defend.ibau.step import UnlearningStep
+from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.defend.zskt.batches import LatentBatches
+from dist_defend.methods.defend.zskt.options import Config as TransferConfig
+from dist_defend.methods.defend.zskt.step import TransferStep
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names

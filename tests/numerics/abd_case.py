@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
-from dist_defend.methods.abd.options import RetrospectionConfig, VaccineConfig
-from dist_defend.methods.zskt.options import Config
-from dist_defend.methods.zskt.step import TransferStep
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+from dist_defend.methods.defend.zskt.options import Config
+from dist_defend.methods.defend.zskt.step import TransferStep
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.wide_resnet import WideResNet
 from tests.numerics.det import det_init, golden

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.engine import dist
-from dist_defend.methods.abd import retrospection, vaccine
-from dist_defend.methods.abd.epochs import Later
-from dist_defend.methods.abd.options import VaccineConfig
-from dist_defend.methods.zskt import step as zskt
-from dist_defend.methods.zskt.step import TransferStep
+from dist_defend.methods.defend.abd import retrospection, vaccine
+from dist_defend.methods.defend.abd.epochs import Later
+from dist_defend.methods.defend.abd.options import VaccineConfig
+from dist_defend.methods.defend.zskt import step as zskt
+from dist_defend.methods.defend.zskt.step import TransferStep
 from dist_defend.ops import hypergrad
 from tests.numerics.abd_case import MODES, Case, weights
 from tests.numerics.det import assert_fingerprint

@@ -14,11 +14,11 @@ from dist_defend.config import load_experiment
 from dist_defend.data.draws import draw
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.methods import cmi
-from dist_defend.methods.cmi import inversion, synthesis
-from dist_defend.methods.cmi.memory import ImagePool, MemoryBank
-from dist_defend.methods.cmi.steps import CmiStep
-from dist_defend.methods.cmi.synthesis import Synthesis, reset
+from dist_defend.methods.defend import cmi
+from dist_defend.methods.defend.cmi import inversion, synthesis
+from dist_defend.methods.defend.cmi.memory import ImagePool, MemoryBank
+from dist_defend.methods.defend.cmi.steps import CmiStep
+from dist_defend.methods.defend.cmi.synthesis import Synthesis, reset
 from dist_defend.models.generator import CMIGenerator
 from dist_defend.models.wide_resnet import WideResNet
 from tests.reference.cmi import NormHook, iteration

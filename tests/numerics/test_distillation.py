@@ -14,10 +14,10 @@ from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.step import GradientStep
-from dist_defend.methods import kd, ood
-from dist_defend.methods.abd.retrospection import SelfRetrospection
-from dist_defend.methods.abd.retrospective_step import RetrospectiveStep
-from dist_defend.methods.ood import SelectingStep
+from dist_defend.methods.defend import kd, ood
+from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
+from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
+from dist_defend.methods.defend.ood import SelectingStep
 from dist_defend.ops import hypergrad
 from dist_defend.ops.losses import distillation
 from tests.numerics.det import det_images
@@ -201,7 +201,7 @@ def test_retrospection_adds_its_hypergradient(tmp_path: Path) -> None:
 
 def no_products(patch: pytest.MonkeyPatch) -> None:
     """v_K = g."""
-    patch.setattr("dist_defend.methods.abd.retrospection.neumann", lambda k, eta: hypergrad.neumann(1, eta))
+    patch.setattr("dist_defend.methods.defend.abd.retrospection.neumann", lambda k, eta: hypergrad.neumann(1, eta))
 
 
 def detached_reference(patch: pytest.MonkeyPatch) -> None:

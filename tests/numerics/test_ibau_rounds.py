@@ -20,9 +20,9 @@ from dist_defend.engine.context import Context
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import NonFiniteError
 from dist_defend.errors import UserError
-from dist_defend.methods import ibau
-from dist_defend.methods.ibau.options import Config
-from dist_defend.methods.ibau.step import UnlearningStep
+from dist_defend.methods.defend import ibau
+from dist_defend.methods.defend.ibau.options import Config
+from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.classifier import build_classifier
 from tests.runs import CLASSES, SIZE, make_classifier, make_data, make_experiment

@@ -12,10 +12,10 @@ from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.methods.ibau import step
-from dist_defend.methods.ibau.options import Config
-from dist_defend.methods.ibau.rounds import Rounds
-from dist_defend.methods.ibau.step import UnlearningStep
+from dist_defend.methods.defend.ibau import step
+from dist_defend.methods.defend.ibau.options import Config
+from dist_defend.methods.defend.ibau.rounds import Rounds
+from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.models.classifier import build_classifier
 from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann
 from tests.numerics.det import assert_fingerprint, det_init, fingerprint, golden

@@ -17,7 +17,7 @@ from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
-from dist_defend.methods.mimic.information import InformationConfig, LayerInformation, layer_weights
+from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation, layer_weights
 from dist_defend.models.artifact import load_artifact
 from tests.numerics.det import golden
 from tests.reference import mimic_mi as published

@@ -14,9 +14,9 @@ from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep, Objective
-from dist_defend.methods.badencoder import BadEncoderObjective, freeze_norms
-from dist_defend.methods.mimic import MimicObjective
-from dist_defend.methods.simclr import SimCLRObjective
+from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
+from dist_defend.methods.defend.mimic import MimicObjective
+from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.folding import fold_frozen_norms
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden

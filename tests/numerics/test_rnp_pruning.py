@@ -18,8 +18,8 @@ from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, predict
-from dist_defend.methods.rnp import masks as masks_module
-from dist_defend.methods.rnp.masks import (
+from dist_defend.methods.defend.rnp import masks as masks_module
+from dist_defend.methods.defend.rnp.masks import (
     Neuron,
     by_number,
     by_threshold,
@@ -31,9 +31,9 @@ from dist_defend.methods.rnp.masks import (
     read_mask_values,
     write_mask_values,
 )
-from dist_defend.methods.rnp.outcome import choose_by_clean_data, choose_by_oracle
-from dist_defend.methods.rnp.steps import RecoverStep
-from dist_defend.methods.rnp.sweep import Stops, predict_pruned
+from dist_defend.methods.defend.rnp.outcome import choose_by_clean_data, choose_by_oracle
+from dist_defend.methods.defend.rnp.steps import RecoverStep
+from dist_defend.methods.defend.rnp.sweep import Stops, predict_pruned
 from dist_defend.models.batch_statistics import StatisticsShift, estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names

@@ -11,7 +11,7 @@ from torch.nn import functional
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.step import NonFiniteError
-from dist_defend.methods.rnp.steps import CrossEntropyStep, RecoverStep, UnlearnStep
+from dist_defend.methods.defend.rnp.steps import CrossEntropyStep, RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden

@@ -16,7 +16,7 @@ from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.evaluate import extract_features
-from dist_defend.methods import zeroshot
+from dist_defend.methods.measure import zeroshot
 from dist_defend.models import clip
 from dist_defend.models.encoder import Normalize
 from tests.clips import clip_state, save_clip

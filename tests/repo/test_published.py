@@ -15,7 +15,7 @@ from dist_defend.config import load_experiment
 from tests.published import DEVIATIONS, OURS, PUBLISHED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-FOLDERS = ("attack", "defend", "downstream", "pretrain")
+FOLDERS = ("attack", "defend", "measure", "pretrain")
 ROWS = [(place, key, value, source) for source, places, values in PUBLISHED
         for place in places for key, value in values.items()]  # fmt: skip
 PLACES = list(dict.fromkeys(place for place, *_ in ROWS))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.methods.abd import vaccine
-from dist_defend.methods.abd.diagnosis import auc
-from dist_defend.methods.abd.options import RetrospectionConfig, VaccineConfig
-from dist_defend.methods.abd.retrospection import SelfRetrospection
-from dist_defend.methods.abd.vaccine import ShuffledEnsemble, Vaccine, suppression, tail_ratio
+from dist_defend.methods.defend.abd import vaccine
+from dist_defend.methods.defend.abd.diagnosis import auc
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
+from dist_defend.methods.defend.abd.vaccine import ShuffledEnsemble, Vaccine, suppression, tail_ratio
 from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.encoder import Normalize

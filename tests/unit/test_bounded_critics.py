@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_defend.methods.mimic.information import InformationConfig, bounded
+from dist_defend.methods.defend.mimic.information import InformationConfig, bounded
 
 
 @pytest.mark.parametrize("shape", [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)])

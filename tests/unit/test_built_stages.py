@@ -1,6 +1,5 @@
 """What each method's build() hands on: views to the loader, options to the steps, one stage's outcome to the next."""
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Objective
+from dist_defend.methods import find_method
 from dist_defend.models.artifact import load_artifact
 from tests.runs import SIZE, make_classifier, make_data, make_experiment, options_of
 
@@ -29,7 +29,7 @@ def built(method: str, folder: Path, options: dict[str, Any], **changes: Any) ->
     experiment = load_experiment(make_experiment(folder, method, options, **changes))
     context = Context(dist.start("fp64", None), experiment.seed, experiment.loader, folder / "run")
     (folder / "run").mkdir(exist_ok=True)
-    plan: Plan = importlib.import_module(f"dist_defend.methods.{method}").build(experiment.options, context)
+    plan: Plan = find_method(method).build(experiment.options, context)
     return plan
 
 

@@ -11,7 +11,8 @@ import yaml
 from dist_defend.config import Experiment, build_section, dump, load_experiment
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.errors import UserError
-from dist_defend.methods import probe, simclr
+from dist_defend.methods.measure import probe
+from dist_defend.methods.pretrain import simclr
 
 MINIMAL: dict[str, Any] = {"method": "simclr", "output": "runs/x", "simclr": {"data": {"path": "data/x"}}}
 PROBE: dict[str, Any] = {

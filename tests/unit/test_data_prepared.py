@@ -15,7 +15,7 @@ from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import WriteOptions, open_dataset, write_dataset, write_splits
 from dist_defend.errors import UserError
-from dist_defend.methods.rnp import _read_index
+from dist_defend.methods.defend.rnp import _read_index
 from tests.forging import seal
 
 SIDE = 6

@@ -15,7 +15,9 @@ from dist_defend.data.loader import DatasetConfig, LoaderConfig, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context, UpdateConfig
-from dist_defend.methods import classifier, ibau, probe
+from dist_defend.methods.defend import ibau
+from dist_defend.methods.measure import probe
+from dist_defend.methods.pretrain import classifier
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -92,9 +94,9 @@ def test_ibaus_official_settings_are_told_where_the_order_was_kept(folder: Path)
     assert told is not None and "in a random order 5.0" in told
 
 
-@pytest.mark.parametrize("config", sorted(path.name for path in (CONFIGS / "downstream").glob("probe_*.yaml")))
+@pytest.mark.parametrize("config", sorted(path.name for path in (CONFIGS / "measure").glob("probe_*.yaml")))
 def test_probes_published_order_is_fair(folder: Path, config: str) -> None:
-    options = section(f"downstream/{config}", "probe")
+    options = section(f"measure/{config}", "probe")
     batch = options["update"]["batch_size"]
     assert options["shuffle"] is False and batch == 64 and probe.Config.__dataclass_fields__["shuffle"].default is False
     for task in options["tasks"].values():

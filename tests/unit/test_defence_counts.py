@@ -11,8 +11,8 @@ import torch
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
-from dist_defend.methods.rnp.masks import Neuron, write_mask_values
-from dist_defend.methods.rnp.steps import UnlearnStep
+from dist_defend.methods.defend.rnp.masks import Neuron, write_mask_values
+from dist_defend.methods.defend.rnp.steps import UnlearnStep
 from dist_defend.models.artifact import load_classifier, save_artifact
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import norm_names

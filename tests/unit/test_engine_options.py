@@ -12,7 +12,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.optim import Lars, OptimizerConfig, build_optimizer
 from dist_defend.engine.step import GradientStep, Objective
 from dist_defend.errors import UserError
-from dist_defend.methods.simclr import SimCLRObjective
+from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.blocks import repeated_blocks
 from dist_defend.models.encoder import build_simclr
 

@@ -20,7 +20,7 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine.dist import start
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.methods.input_aware import Config, JointStep, MaskObjective, joint_loss
+from dist_defend.methods.attack.input_aware import Config, JointStep, MaskObjective, joint_loss
 from dist_defend.models.artifact import load_classifier
 from dist_defend.models.classifier import Classifier, build_classifier
 from tests.runs import make_data, make_experiment, metrics

@@ -20,8 +20,8 @@ from dist_defend.attacks.pattern_file import open_images
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.attacks.trigger import load_references, load_triggers
 from dist_defend.errors import UserError
-from dist_defend.methods.rnp import _read_index
-from dist_defend.methods.rnp.masks import read_mask_values
+from dist_defend.methods.defend.rnp import _read_index
+from dist_defend.methods.defend.rnp.masks import read_mask_values
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.foreign_classifier import import_classifier
 from dist_defend.models.foreign_file import read_checkpoint

@@ -10,7 +10,7 @@ from torchvision.transforms import v2
 
 from dist_defend.cli import main
 from dist_defend.errors import UserError
-from dist_defend.methods.badencoder import freeze_norms
+from dist_defend.methods.attack.badencoder import freeze_norms
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.encoder import Encoder, Normalize, build_encoder, build_simclr

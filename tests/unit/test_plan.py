@@ -1,7 +1,6 @@
 """The plan against what torch's allocator really hands out, and against closed forms."""
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,8 @@ from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.recompute import recompute_activations
-from dist_defend.methods.simclr import SimCLRObjective
+from dist_defend.methods import find_method
+from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.blocks import repeated_blocks
 from dist_defend.models.encoder import build_simclr
@@ -87,9 +87,7 @@ def real_run(config: Path) -> dict[str, int]:
     experiment, ranks = load_experiment(config), dist.start("fp32", None)
     context = Context(ranks, experiment.seed, experiment.loader, config.parent)
     peaks = {}
-    for stage in (
-        importlib.import_module(f"dist_defend.methods.{experiment.method}").build(experiment.options, context).stages
-    ):
+    for stage in find_method(experiment.method).build(experiment.options, context).stages:
         getattr(stage.step, "critics", None)  # made when first asked for: here, not in the measured part
 
         def epoch(stage: Any = stage) -> None:

@@ -20,8 +20,8 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep, Objective
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
-from dist_defend.methods import classifier
-from dist_defend.methods.probe import Config, FeatureBatches, TaskConfig
+from dist_defend.methods.measure.probe import Config, FeatureBatches, TaskConfig
+from dist_defend.methods.pretrain import classifier
 from tests.runs import make_experiment, options_of
 
 

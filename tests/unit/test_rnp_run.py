@@ -12,7 +12,7 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.data.loader import DatasetConfig, select_rows
 from dist_defend.data.store import open_dataset
-from dist_defend.methods.rnp.masks import read_mask_values
+from dist_defend.methods.defend.rnp.masks import read_mask_values
 from dist_defend.models.artifact import ModelCard, load_classifier, save_artifact
 from dist_defend.models.batch_statistics import estimate_statistics
 from dist_defend.models.classifier import build_classifier

@@ -22,7 +22,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, only_accuracy
-from dist_defend.methods.rnp.masks import Neuron, write_mask_values
+from dist_defend.methods.defend.rnp.masks import Neuron, write_mask_values
 from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, load_simclr, save_artifact
 from dist_defend.models.masked_norm import norm_names
 from dist_defend.trial import Trial, defended_card

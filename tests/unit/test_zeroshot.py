@@ -69,7 +69,7 @@ def test_images_are_the_same_in_batches_of_any_size(options: dict[str, Any], tmp
 
 
 def test_published_prompts_and_targets() -> None:
-    configs = Path(__file__).parents[2] / "configs" / "downstream"
+    configs = Path(__file__).parents[2] / "configs" / "measure"
     told = {}
     for name in ("gtsrb", "stl10", "svhn"):
         zeroshot = load_experiment(configs / f"zeroshot_{name}.yaml").options

@@ -1,0 +1,1 @@
+"""Attacks that train: what makes a clean model a backdoored one."""

@@ -1,0 +1,95 @@
+"""Teacher and student: loading the one, building the other, measuring what was learned."""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.data.augment import AugmentConfig
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.context import Context
+from dist_defend.errors import UserError
+from dist_defend.methods.defend.abd.diagnosis import diagnose
+from dist_defend.methods.defend.abd.vaccine import Vaccine
+from dist_defend.models.classifier import build_classifier
+from dist_defend.ops.collectives import convert_sync_batchnorm
+from dist_defend.trial import Trial
+
+
+class Pair:
+    """A frozen teacher in eval mode and a fresh student of the same classes, image size and normalisation.
+
+    The test set and the attack (the configured one, else the one in the teacher's card) only serve to measure.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        student: str,
+        test: DatasetConfig,
+        attack: PoisonConfig | None,
+        context: Context,
+        second_order: bool = False,
+    ) -> None:
+        """second_order: the student will be differentiated twice."""
+        self.context, self.path = context, teacher
+        self.trial = Trial(teacher, context)
+        self.teacher, self.card = self.trial.model, self.trial.card
+        self.teacher.eval().requires_grad_(False)
+        self.test = self.trial.test_on(test, attack)
+        torch.manual_seed(context.seed)
+        resize = self.teacher.resize if _family(student) == _family(self.teacher.arch) else None
+        self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size, resize)
+        if context.ranks.world_size > 1:
+            convert_sync_batchnorm(self.student, second_order)
+
+    @property
+    def num_classes(self) -> int:
+        return self.teacher.num_classes
+
+    @property
+    def image_size(self) -> int:
+        """Pixels."""
+        return self.teacher.image_size
+
+    def check_augment(self, augment: AugmentConfig, key: str) -> None:
+        """UserError unless views have the teacher's size."""
+        if augment.size not in (None, self.image_size):
+            raise UserError(f"key '{key}.size' is {augment.size}, but {self.path} wants {self.image_size} px")
+
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> Tensor:
+        """The teacher's logits (B, C)."""
+        with self.context.ranks.accelerator.autocast():
+            return self.teacher(images)
+
+    def evaluate(self, epoch: int) -> dict[str, float]:
+        """Of the student, in percent, for the log."""
+        return self.trial.evaluate(self.student)
+
+    def defended_result(
+        self, method: str, vaccine: Vaccine | None, has_retrospection: bool, metrics: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As result, with the vaccine's outcome; where the trigger is known also whether it tells triggered images."""
+        kind = method
+        if vaccine is not None:
+            kind = f"{kind}+sv"
+            metrics = {**metrics, "vaccine": vaccine.outcome()}
+            if self.test.triggered is not None:
+                loaders = self.test.clean, self.test.triggered
+                told = diagnose(vaccine.ensemble, self.teacher, *loaders, self.context.ranks)
+                metrics["vaccine"]["oracle"] = told
+        return self.result(f"{kind}+sr" if has_retrospection else kind, metrics)
+
+    def result(self, method: str, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Save the student; entries for result.json with the student's and the teacher's counts."""
+        teacher = self.test.measure(self.teacher)
+        told = {f"teacher_{name}": count.percent for name, count in teacher.items() if count.n}
+        return self.trial.result(method, self.student, before=teacher, metrics={**told, **metrics})
+
+
+def _family(arch: str) -> str:
+    """resnet of resnet18, timm:vit of timm:vit_tiny_patch16_224: such networks want images of one size."""
+    return re.split(r"[_\d]", arch)[0]

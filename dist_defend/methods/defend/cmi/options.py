@@ -1,0 +1,116 @@
+"""CMI's options, and the sets of them that were published with ABD."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.data.augment import AugmentConfig
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.context import UpdateConfig
+from dist_defend.engine.graphed import GraphMode
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.methods.defend.abd.epochs import check_defence
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+
+
+@dataclass(frozen=True)
+class ContrastConfig:
+    """The contrastive loss that keeps a new batch unlike what was synthesised before."""
+
+    weight: float = 0.8
+    temperature: float = 0.1
+    negatives: int = 4096  # rows drawn from the memory bank in each iteration
+    bank_size: int = 40960
+    dim: int = 256  # of the projected features
+    lr: float = 1e-3  # of the projection
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"key 'weight' is {self.weight}; it must not be negative")
+        for key in ("temperature", "negatives", "bank_size", "dim", "lr"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Model inversion of one batch of images. batch_size is global."""
+
+    batch_size: int = 256
+    iterations: int = 200
+    lr: float = 1e-3  # of generator and latent codes, Adam with betas 0.5 and 0.999
+    latent_dim: int = 256
+    width: int = 64  # channels of the generator's last hidden layer
+    bn: float = 1.0  # weight of the batch-norm statistics' distance
+    one_hot: float = 1.0  # of the cross-entropy with the drawn classes
+    adversarial: float = 0.5  # of the disagreement between teacher and student
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    global_view: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    local_view: AugmentConfig = field(
+        default_factory=lambda: AugmentConfig(crop="random_resized", scale=(0.25, 1.0), flip=0.5)
+    )
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "iterations", "latent_dim", "width"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        for key in ("bn", "one_hot", "adversarial"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        if not self.lr > 0:
+            raise ValueError(f"key 'lr' is {self.lr}; it must be positive")
+        for key in ("global_view", "local_view"):
+            view: AugmentConfig = getattr(self, key)
+            if view.recolours or view.size is not None:
+                raise ValueError(f"key '{key}' must be a crop and a flip only, of the images' own size")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of illidanlab/ABD's sweeps. An epoch: synthesise one batch, then distil on all so far."""
+
+    teacher: str  # model folder of a classifier with batch norm
+    test: DatasetConfig
+    student: str = "wrn_16_1"
+    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    temperature: float = 20.0
+    distillation_steps: int = 400  # in an epoch
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            batch_size=128,
+            epochs=200,
+            optimizer=OptimizerConfig("sgd", lr=0.1, momentum=0.9, weight_decay=1e-4, schedule="cosine"),
+        )
+    )
+    vaccine: VaccineConfig | None = None
+    retrospection: RetrospectionConfig | None = None  # start: an epoch
+    graph: GraphMode = "auto"  # of the retrospection's updates
+    evaluate_every: int = 10  # epochs; and after the last
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        for key in ("distillation_steps", "evaluate_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        if self.update.accumulation != 1:
+            raise ValueError(f"key 'update.accumulation' is {self.update.accumulation}; CMI has whole batches, say 1")
+        if self.synthesis.batch_size > self.synthesis.contrast.bank_size:
+            raise ValueError(
+                f"key 'synthesis.contrast.bank_size' is {self.synthesis.contrast.bank_size}; it must hold a batch of "
+                f"{self.synthesis.batch_size}"
+            )
+        check_defence(self.vaccine, self.retrospection, self.update.epochs)
+
+
+_RETROSPECTION = {
+    "start": 197, "restart_lr": 5e-4, "synthesis_penalty": 0.0, "detach_reference": False,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "vaccine": {"vaccine": {}},
+    "retrospection": {"retrospection": _RETROSPECTION},
+    "both": {"vaccine": {}, "retrospection": _RETROSPECTION},
+}

@@ -1,0 +1,107 @@
+"""An epoch of CMI: the iterations that synthesise a batch, then the steps that distil on all images so far."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_defend.batch import Batch
+from dist_defend.data.augment import apply_augment
+from dist_defend.data.draws import draw
+from dist_defend.data.order import rank_slice
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.step import Objective, Step, at_least_float32
+from dist_defend.methods.defend.abd.pair import Pair
+from dist_defend.methods.defend.cmi.options import Config
+from dist_defend.methods.defend.cmi.synthesis import Synthesis
+from dist_defend.ops.losses import distillation
+
+_STREAM = 0xC32  # keeps the draws here apart from others
+_CLASSES, _ORDER = range(2)
+_POOL_VIEW = 2  # after the two of the synthesis
+NO_LABEL = -1
+
+
+class CmiBatches:
+    """Batches without images: the classes to synthesise, then rows of the pool, which each epoch makes larger.
+
+    The pool's rows come in whole passes, each in an order of its own; batches run across their ends.
+    """
+
+    def __init__(self, config: Config, num_classes: int, seed: int, ranks: Ranks) -> None:
+        self.config, self.num_classes, self.seed, self.ranks = config, num_classes, seed, ranks
+        self.num_batches = config.synthesis.iterations + config.distillation_steps
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """This rank's shares, from the start_batch-th on."""
+        size, iterations = self.config.synthesis.batch_size, self.config.synthesis.iterations
+        classes = np.sort(self._random(_CLASSES, epoch).integers(self.num_classes, size=size))
+        for _ in range(start_batch, iterations):
+            yield self._share(classes, np.arange(size))
+        rows = self.pool_rows(epoch)
+        for number in range(max(0, start_batch - iterations), self.config.distillation_steps):
+            yield self._share(np.full(len(rows[number]), NO_LABEL), rows[number])
+
+    def pool_rows(self, epoch: int) -> np.ndarray:
+        """Rows of the pool for each step of an epoch, (distillation_steps, batch_size)."""
+        held, batch = (epoch + 1) * self.config.synthesis.batch_size, self.config.update.batch_size
+        wanted = self.config.distillation_steps * batch
+        passes = (self._random(_ORDER, epoch, number).permutation(held) for number in range(-(-wanted // held)))
+        return np.concatenate(list(passes))[:wanted].reshape(-1, batch)
+
+    def _share(self, labels: np.ndarray, rows: np.ndarray) -> Batch:
+        own = rank_slice(len(rows), self.ranks.rank, self.ranks.world_size)
+        return Batch((), torch.from_numpy(labels[own]), torch.from_numpy(rows[own]))
+
+    def _random(self, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _STREAM, *place])
+
+
+class PoolObjective(Objective):
+    """T^2 KL(teacher || student) at temperature T, mean over the batch."""
+
+    def __init__(self, pair: Pair, temperature: float) -> None:
+        super().__init__()
+        self.student = pair.student
+        self.taught, self.temperature = pair.taught, temperature
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        wanted, logits = (at_least_float32(f(batch.images)) for f in (self.taught, self.student))
+        return {"loss": distillation(logits, wanted, self.temperature, "batchmean")}
+
+
+class CmiStep:
+    """Either an iteration of the synthesis or an update of the student, as the epoch has it.
+
+    update: the student's step, given batches of images. first: the epoch that this stage begins with.
+    """
+
+    def __init__(self, config: Config, synthesis: Synthesis, update: Step, pair: Pair, first: int) -> None:
+        self.config, self.synthesis, self.update, self.pair = config, synthesis, update, pair
+        self.num_batches = config.synthesis.iterations + config.distillation_steps
+        self.calls = first * self.num_batches  # since the run's first epoch
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        is_synthesis = self.calls % self.num_batches < self.config.synthesis.iterations
+        self.pair.student.train(not is_synthesis)
+        scalars = self.synthesis(batch) if is_synthesis else self.update(self._with_images(batch))
+        self.calls += 1
+        return scalars
+
+    def _with_images(self, batch: Batch) -> Batch:
+        """The pool's images at batch.index (b,), augmented by (seed, call, row)."""
+        size, pool, augment = self.pair.image_size, self.synthesis.pool, self.config.augment
+        seed = self.pair.context.seed
+        params = draw(seed, self.calls, batch.index.cpu().numpy(), _POOL_VIEW, augment, size, size)
+        images = apply_augment(pool.images[batch.index], torch.from_numpy(params).to(batch.index.device), augment)
+        return batch._replace(views=(images.to(self.pair.context.ranks.dtype),))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"synthesis": self.synthesis.state_dict(), "update": self.update.state_dict(), "calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.synthesis.load_state_dict(state["synthesis"])
+        self.update.load_state_dict(state["update"])
+        self.calls = state["calls"]

@@ -1,0 +1,227 @@
+"""Synthesis of a batch of images from what the teacher knows (Fang et al. 2021, Contrastive Model Inversion)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dist_defend.batch import Batch
+from dist_defend.data.augment import AugmentConfig, crop_and_flip
+from dist_defend.data.draws import draw
+from dist_defend.data.order import rank_slice
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.step import NonFiniteError
+from dist_defend.errors import UserError
+from dist_defend.methods.defend.abd.epochs import FIRST_KEPT
+from dist_defend.methods.defend.abd.pair import Pair
+from dist_defend.methods.defend.abd.vaccine import Vaccine, suppression
+from dist_defend.methods.defend.cmi.inversion import (
+    Projection,
+    batch_norms,
+    contrast,
+    disagreement,
+    features,
+    norm_inputs,
+    statistics_distance,
+)
+from dist_defend.methods.defend.cmi.memory import ImagePool, MemoryBank
+from dist_defend.methods.defend.cmi.options import SynthesisConfig
+from dist_defend.models.generator import CMIGenerator
+from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum, convert_sync_batchnorm
+from dist_defend.ops.hypergrad import all_reduce_together
+
+_STREAM = 0xC31  # keeps the draws here apart from others
+_START, _BANK = range(2)  # of latent codes, and of rows of the bank
+_GLOBAL_VIEW, _LOCAL_VIEW = range(2)
+
+
+class Synthesis:
+    """A generator and latent codes, begun afresh for every batch, and what is kept of each batch: images and features.
+
+    The best iteration's images go to the pool and their features to the bank. Latent codes, views and the choice of
+    rows are drawn from (seed, epoch or iteration) over the global batch; a rank works on its slice of it.
+    """
+
+    def __init__(self, config: SynthesisConfig, pair: Pair, capacity: int, vaccine: Vaccine | None) -> None:
+        """capacity: images that the pool can hold. UserError if the teacher has no batch norm."""
+        self.config, self.pair, self.vaccine = config, pair, vaccine
+        ranks = pair.context.ranks
+        self.device, self.dtype, self.seed = ranks.device, ranks.dtype, pair.context.seed
+        self.own = rank_slice(config.batch_size, ranks.rank, ranks.world_size)
+        self.norms = batch_norms(pair.teacher.net)
+        if not self.norms:
+            raise UserError(f"{pair.path}: {pair.card.arch} has no batch norm, whose statistics CMI inverts")
+        size, batch = pair.image_size, self.own.stop - self.own.start
+        dim = sum(norm.num_features for norm in self.norms)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.projection = Projection(dim, config.contrast.dim).to(self.device, self.dtype)
+            self.generator = CMIGenerator(config.latent_dim, size, config.width)
+        if ranks.world_size > 1:
+            convert_sync_batchnorm(self.generator)
+        self.generator.to(self.device, self.dtype)
+        codes = torch.zeros(config.batch_size, config.latent_dim, device=self.device, dtype=self.dtype)
+        self.codes = nn.Parameter(codes)  # of all ranks; each has gradients for its slice
+        self.made = [*self.generator.parameters(), self.codes]
+        self.optimizer = build_optimizer(self.made, OptimizerConfig("adam", lr=config.lr, betas=(0.5, 0.999)))
+        projected = list(self.projection.parameters())
+        self.projection_optimizer = build_optimizer(projected, OptimizerConfig("adam", lr=config.contrast.lr))
+        for parameter in (*self.made, *projected):
+            parameter.grad = torch.zeros_like(parameter)
+        self.pool = ImagePool(capacity, size, self.device)
+        self.bank = MemoryBank(config.contrast.bank_size, 2 * dim, self.device, self.dtype)
+        self.best = torch.full((), float("inf"), device=self.device, dtype=self.dtype)
+        self.best_images = torch.zeros(batch, 3, size, size, device=self.device, dtype=self.dtype)
+        self.best_features = torch.zeros(batch, 2 * dim, device=self.device, dtype=self.dtype)
+        self.iterations = 0  # over all epochs
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """One iteration. batch.labels (b,): the classes wanted; index (b,): places in the global batch.
+
+        Raises NonFiniteError on a CPU, with the weights as they were.
+        """
+        epoch, position = divmod(self.iterations, self.config.iterations)
+        if position == 0:
+            self._restart(epoch)
+        selecting = self._selecting
+        if selecting is not None and self.iterations == selecting.config.selection_batches:
+            selecting.select()
+        places = batch.index.cpu().numpy()
+        whole = self._draw(places, _GLOBAL_VIEW, self.config.global_view)
+        local = self._draw(places, _LOCAL_VIEW, self.config.local_view)
+        scalars = self.update(batch.labels, whole, local, self._earlier())
+        if self.device.type == "cpu" and scalars["nonfinite"]:
+            raise NonFiniteError("the gradient of the synthesis is not finite")
+        self.iterations += 1
+        if position == self.config.iterations - 1:
+            self.pool.add(all_gather_rows(self.best_images))
+            self.bank.add(all_gather_rows(self.best_features))
+        return scalars
+
+    def update(self, targets: Tensor, whole: Tensor, local: Tensor, earlier: Tensor) -> dict[str, Tensor]:
+        """One step of generator, codes and projection.
+
+        targets (b,) int64; whole, local: the two views' parameters (b, NUM_PARAMETERS); earlier: rows of the bank.
+        """
+        config, pair, total = self.config, self.pair, self.config.batch_size
+        teacher, world_size = pair.teacher, pair.context.ranks.world_size
+        images = self.generator(self.codes[self.own])
+        x = teacher.normalize(crop_and_flip(images, whole, config.global_view))
+        terms = {}
+        with norm_inputs(self.norms) as inputs:
+            if self.vaccine is not None and self.vaccine.is_used:
+                logits, shuffled = self.vaccine.ensemble(x)
+                terms["suppression"] = -self.vaccine.config.weight * suppression(logits, shuffled)
+            else:
+                logits = teacher.net(x)
+        if self._selecting is not None and self.iterations >= FIRST_KEPT:
+            self._selecting.keep(x)
+        terms["bn"] = config.bn * statistics_distance(self.norms, inputs) / world_size
+        terms["one_hot"] = config.one_hot * F.cross_entropy(logits, targets, reduction="sum") / total
+        if config.adversarial:
+            terms["adversarial"] = -config.adversarial * disagreement(logits, pair.student.net(x)) / total
+        with norm_inputs(self.norms) as local_inputs:
+            teacher.net(teacher.normalize(crop_and_flip(images, local, config.local_view)))
+        seen, seen_locally = features(inputs), features(local_inputs)
+        loss = contrast(self.projection, seen_locally, seen, earlier, total, config.contrast.temperature)
+        terms["contrast"] = config.contrast.weight * loss
+        loss = torch.stack(list(terms.values())).sum()
+        trained = [*self.made, *self.projection.parameters()]
+        gradients = all_reduce_together(list(torch.autograd.grad(loss, trained)))
+        self._keep_if_better(all_reduce_sum(loss.detach()), images, torch.cat([seen_locally, seen], dim=1))
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad.copy_(gradient)  # type: ignore[union-attr]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        nonfinite = (~torch.isfinite(norm)).float()
+        for optimizer in (self.optimizer, self.projection_optimizer):
+            optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
+            optimizer.step()
+        told = {"synthesis_loss": loss, **terms}
+        return {name: value.detach() * world_size for name, value in told.items()} | {
+            "synthesis_grad_norm": norm,
+            "nonfinite": nonfinite,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, for any number of ranks; a collective call."""
+        return {
+            "generator": self.generator.state_dict(),
+            "codes": self.codes.detach(),
+            "projection": self.projection.state_dict(),
+            "optimizers": [self.optimizer.state_dict(), self.projection_optimizer.state_dict()],
+            "pool": self.pool.state_dict(),
+            "bank": self.bank.state_dict(),
+            "best": [self.best, all_gather_rows(self.best_images), all_gather_rows(self.best_features)],
+            "iterations": self.iterations,
+            "vaccine": None if self.vaccine is None else self.vaccine.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict."""
+        self.generator.load_state_dict(state["generator"])
+        self.projection.load_state_dict(state["projection"])
+        for optimizer, saved in zip((self.optimizer, self.projection_optimizer), state["optimizers"], strict=True):
+            load_optimizer(optimizer, saved)
+        self.pool.load_state_dict(state["pool"])
+        self.bank.load_state_dict(state["bank"])
+        best, images, seen = state["best"]
+        with torch.no_grad():
+            self.codes.copy_(state["codes"])
+        self.best.copy_(best)
+        self.best_images.copy_(images[self.own])
+        self.best_features.copy_(seen[self.own])
+        self.iterations = state["iterations"]
+        if self.vaccine is not None:
+            self.vaccine.load_state_dict(state["vaccine"])
+
+    @torch.no_grad()
+    def _restart(self, epoch: int) -> None:
+        """A generator and codes that know nothing, of (seed, epoch)."""
+        draws = torch.Generator().manual_seed(int(self._random(_START, epoch).integers(2**62)))
+        reset(self.generator, draws)
+        self.codes.copy_(torch.randn(self.codes.shape, generator=draws, dtype=torch.float64))
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        self.best.fill_(float("inf"))
+
+    @torch.no_grad()
+    def _keep_if_better(self, loss: Tensor, images: Tensor, seen: Tensor) -> None:
+        """Images and features before the update that their loss leads to."""
+        is_better = loss < self.best
+        for kept, new in ((self.best, loss), (self.best_images, images), (self.best_features, seen)):
+            kept.copy_(torch.where(is_better, new, kept))
+
+    def _earlier(self) -> Tensor:
+        """Rows of the bank to tell the new ones from (n, 2 D), drawn without replacement; none at first."""
+        count = min(self.bank.filled, self.config.contrast.negatives)
+        chosen = self._random(_BANK, self.iterations).choice(self.bank.filled, count, replace=False)
+        return self.bank.rows[torch.from_numpy(chosen).to(self.device)]
+
+    def _random(self, *place: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _STREAM, *place])
+
+    def _draw(self, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
+        """Parameters (b, NUM_PARAMETERS) of this iteration's views."""
+        size = self.pair.image_size
+        params = draw(self.seed, self.iterations, places, view, config, size, size)
+        return torch.from_numpy(params).to(self.device, self.dtype)
+
+    @property
+    def _selecting(self) -> Vaccine | None:
+        """The vaccine, while it is still to be chosen."""
+        return self.vaccine if self.vaccine is not None and self.vaccine.is_selecting else None
+
+
+@torch.no_grad()
+def reset(generator: nn.Module, draws: torch.Generator) -> None:
+    """Fresh weights: N(0, 0.02) of convolutions and linear layers, N(1, 0.02) of batch norms, no biases."""
+    for module in generator.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
+            is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            noise = torch.randn(module.weight.shape, generator=draws, dtype=torch.float64)
+            module.weight.copy_(0.02 * noise + is_norm)
+            if module.bias is not None:
+                module.bias.zero_()

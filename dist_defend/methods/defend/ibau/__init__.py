@@ -1,0 +1,79 @@
+"""I-BAU (Zeng et al., ICLR 2022): unlearn a backdoor with a few clean images, knowing neither trigger nor target.
+
+Adversarial unlearning of backdoors via implicit hypergradient: find one perturbation that, added to all images, changes
+the model's predictions; then train on images of which some carry it, with a gradient that knows that the perturbation
+follows the weights.
+"""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from dist_defend.data.augment import View
+from dist_defend.data.loader import Loader
+from dist_defend.data.store import PreparedDataset
+from dist_defend.engine.context import Context, Plan
+from dist_defend.engine.trainer import Stage
+from dist_defend.errors import UserError
+from dist_defend.methods.defend.ibau.options import LARGEST_EXACT, PRESETS, Config
+from dist_defend.methods.defend.ibau.rounds import Rounds
+from dist_defend.methods.defend.ibau.step import UnlearningStep
+from dist_defend.trial import Trial
+
+__all__ = ["PRESETS", "Config", "build"]
+
+log = logging.getLogger(__name__)
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage whose epochs are rounds."""
+    trial = Trial(config.model, context, "ibau.attack")
+    data, rows = trial.dataset("defender", config.data)
+    model = trial.model
+    _check(config, model.image_size)
+    trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both
+    rounds = Rounds(_loader(config, context, data, rows), model.image_size, context.ranks)
+    _warn_of_unpatched(config, rounds, context)
+    trial.look(data, rows)
+    step = UnlearningStep(model, config, rounds, context.seed)
+
+    def result() -> dict[str, Any]:
+        metrics, provenance = {"defence_images": len(rows)}, {"rounds": config.rounds}
+        return trial.result("ibau", model, metrics=metrics, provenance=provenance)
+
+    stage = Stage("ibau", rounds, step, config.rounds, lambda _: trial.evaluate(model), config.evaluate_every)
+    return Plan([stage], result)
+
+
+def _loader(config: Config, context: Context, data: PreparedDataset, rows: np.ndarray) -> Loader:
+    if config.augment is None:
+        context.check_order(data, rows, config.batch_size)
+        return context.eval_loader(data, rows, config.batch_size)
+    return context.train_loader(data, rows, config.batch_size, (View(config.augment),), drop_last=False)
+
+
+def _check(config: Config, size: int) -> None:
+    """UserError for options that do not go with a model for images of ``size`` pixels."""
+    if config.augment is not None and config.augment.size not in (None, size):
+        raise UserError(
+            f"key 'ibau.augment.size' is {config.augment.size}, but the model wants {size} px: leave it out"
+        )
+    if config.solver == "exact" and 3 * size**2 > LARGEST_EXACT:
+        raise UserError(
+            f"key 'ibau.solver' is exact, which is for at most {LARGEST_EXACT} values, but delta has {3 * size**2}: "
+            "say neumann or cg"
+        )
+
+
+def _warn_of_unpatched(config: Config, rounds: Rounds, context: Context) -> None:
+    """int(0.01 n) is 0 for n < 100: published, and silent there."""
+    sizes = {rounds.size(number) for number in range(rounds.batches)}
+    unpatched = sorted(size for size in sizes if not config.num_patched(size))
+    if unpatched and context.ranks.is_main:
+        log.warning(
+            "no image of a batch of %s carries the perturbation (patched_fraction %g, rounded down): such a batch only "
+            "fine-tunes and unlearns nothing; say min_patched: 1, or choose larger batches",
+            " or ".join(map(str, unpatched)),
+            config.patched_fraction,
+        )

@@ -1,0 +1,102 @@
+"""Clean distillation (Hinton et al. 2015): the student sees labelled images of the teacher's own task.
+
+The yardstick of Hong et al. (ICML 2023, ABD): what is left of a teacher's backdoor where nothing is synthesised.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.batch import Batch
+from dist_defend.data.augment import AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Objective, at_least_float32
+from dist_defend.engine.trainer import Stage
+from dist_defend.methods.defend.abd.pair import Pair
+from dist_defend.ops.losses import distillation
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of illidanlab/ABD's zskt/kd_distill.py; its sweeps take a fifth of the training images."""
+
+    teacher: str  # model folder of a classifier
+    data: DatasetConfig
+    test: DatasetConfig
+    student: str = "wrn_16_1"
+    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    temperature: float = 6.0
+    alpha: float = 0.95  # share of the teacher; 1 - alpha is that of the labels
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            batch_size=128, epochs=170, optimizer=OptimizerConfig("sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
+        )
+    )
+    evaluate_every: int = 10  # epochs; and after the last
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
+        if self.evaluate_every < 1:
+            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "zskt_code": {},
+    "cmi_code": {  # cmi/vanilla_kd.py, which crashes as published
+        "temperature": 1.0,
+        "alpha": 1.0,
+        "update": {
+            "batch_size": 128,
+            "epochs": 200,
+            "optimizer": {
+                "name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4,
+                "schedule": "multistep", "milestones": [120, 150, 180],
+            },
+        },
+    },
+}  # fmt: skip
+
+
+class DistillationObjective(Objective):
+    """alpha T^2 / C * KL(teacher || student) at temperature T + (1 - alpha) * cross-entropy, means over the batch.
+
+    Dividing by the C classes is the published reduction.
+    """
+
+    def __init__(self, pair: Pair, temperature: float, alpha: float) -> None:
+        super().__init__()
+        self.student = pair.student
+        self.taught, self.temperature, self.alpha = pair.taught, temperature, alpha
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        wanted = at_least_float32(self.taught(batch.images))
+        logits = at_least_float32(self.student(batch.images))
+        kl = distillation(logits, wanted, self.temperature)
+        cross_entropy = functional.cross_entropy(logits, batch.labels)
+        loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * cross_entropy
+        return {"loss": loss, "kl": kl, "cross_entropy": cross_entropy}
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage: distil on labelled images."""
+    pair = Pair(config.teacher, config.student, config.test, config.attack, context)
+    data, rows = pair.trial.dataset("train", config.data)
+    pair.check_augment(config.augment, "kd.augment")
+    loader = context.train_loader(
+        data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
+    )
+    step = context.gradient_step(
+        DistillationObjective(pair, config.temperature, config.alpha), config.update, loader.num_batches
+    )
+    pair.trial.look(data, rows)
+    stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
+    return Plan([stage], lambda: pair.result("kd", {"images": len(rows)}))

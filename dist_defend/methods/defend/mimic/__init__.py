@@ -1,0 +1,194 @@
+"""MIMIC (Han et al. 2025): distil a suspicious encoder into a fresh one with a little clean unlabelled data.
+
+Phase 1 measures, per stage of the encoder, the mutual information between the stage's output and the final feature, to
+decide how much attention each stage deserves. Phase 2 trains a randomly initialised student: SimCLR's loss on the clean
+subset, a clone loss on the final feature and attention losses on the four stages.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_defend.batch import Batch
+from dist_defend.data.augment import SIMCLR, AugmentConfig, View
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.store import PreparedDataset
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Objective, at_least_float32
+from dist_defend.engine.trainer import Stage
+from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
+from dist_defend.models.artifact import ModelCard
+from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.models.fit import check_image_size
+from dist_defend.ops.attention import attention_loss
+from dist_defend.ops.losses import negative_cosine, nt_xent
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are the published ones for CIFAR-10, but for information.source."""
+
+    teacher: str  # model folder
+    data: DatasetConfig
+    student: str | None = None  # model folder to start from; None: fresh weights, as published
+    temperature: float = 0.5
+    contrastive_weight: float = 1.0
+    clone_weight: float = 1.0  # published as opt5
+    attention_weights: tuple[float, ...] = (1000.0, 1000.0, 1000.0, 1000.0)  # opt1 to opt4
+    information: InformationConfig = field(default_factory=InformationConfig)
+    augment: AugmentConfig = SIMCLR
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(
+            batch_size=128, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
+        )
+    )
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        for key in ("contrastive_weight", "clone_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        if min(self.attention_weights, default=0) < 0:
+            raise ValueError(f"key 'attention_weights' is {list(self.attention_weights)}; none may be negative")
+        if len(self.attention_weights) != 4:
+            raise ValueError(
+                f"key 'attention_weights' has {len(self.attention_weights)} values; it needs 4, one per stage"
+            )
+
+
+class MimicObjective(Objective):
+    """loss = contrastive_weight Con + sum_l w_l AT_l + clone_weight Clone, over four stages l.
+
+    batch.views: two of (B, 3, H, W). Clone and AT compare student and teacher on the first view. The published code
+    passes the first view through the student twice, which moves its batch-norm statistics a third time; that update is
+    replayed from the first pass's statistics, without the pass.
+    """
+
+    attention_weights: Tensor
+
+    def __init__(
+        self,
+        student: SimCLR,
+        teacher: SimCLR,
+        temperature: float,
+        attention_weights: Sequence[float],
+        clone_weight: float,
+        contrastive_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.student, self.temperature = student, temperature
+        self.clone_weight, self.contrastive_weight = clone_weight, contrastive_weight
+        self._teacher = [
+            teacher.eval().requires_grad_(False)
+        ]  # a list hides it from DDP, the optimizer and checkpoints
+        self.register_buffer("attention_weights", torch.tensor(attention_weights, dtype=torch.float64))
+        self._norms = [m for m in student.f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._first_updates: list[list[Tensor]] = []  # of each forward pass since the last update
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        first, second = batch.views
+        before = [b.clone() for b in self._statistics()]
+        maps, feature, z1 = self.student.layers(first)
+        with torch.no_grad():
+            triples = zip(self._statistics(), before, self._keeps(), strict=True)
+            self._first_updates.append([now - keep * old for now, old, keep in triples])
+        _, z2 = self.student(second)
+        with torch.no_grad():
+            teacher_maps, teacher_feature, _ = self._teacher[0].layers(first)
+        terms = {
+            "contrastive": nt_xent(z1, z2, self.temperature),
+            "clone": negative_cosine(at_least_float32(feature), at_least_float32(teacher_feature)),
+        }
+        loss = self.contrastive_weight * terms["contrastive"] + self.clone_weight * terms["clone"]
+        for number, (mine, theirs) in enumerate(zip(maps, teacher_maps, strict=True)):
+            term = attention_loss(at_least_float32(mine), at_least_float32(theirs))
+            terms[f"attention{number + 1}"] = term
+            loss = loss + self.attention_weights[number].to(term.dtype) * term
+        return {"loss": loss, **terms}
+
+    @torch.no_grad()
+    def after_backward(self) -> None:
+        """The third update of the running statistics: r <- keep r + (what the first pass added)."""
+        for updates in self._first_updates:
+            for running, keep, added in zip(self._statistics(), self._keeps(), updates, strict=True):
+                running.mul_(keep).add_(added)
+            for norm in self._norms:
+                assert norm.num_batches_tracked is not None
+                norm.num_batches_tracked += 1
+        self._first_updates.clear()
+
+    def _statistics(self) -> list[Tensor]:
+        return [b for norm in self._norms for b in (norm.running_mean, norm.running_var) if b is not None]
+
+    def _keeps(self) -> list[float]:
+        return [1 - (norm.momentum or 0.0) for norm in self._norms for _ in range(2)]
+
+
+def build(config: Config, context: Context) -> Plan:
+    """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
+    teacher, suspect, teacher_sha256 = context.load_encoder(config.teacher)
+    dataset, rows = context.dataset("train", config.data)
+    view = View(config.augment)
+    loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
+    torch.manual_seed(context.seed)
+    start = None  # the card of the model that the student starts from
+    if config.student is None:
+        student = build_simclr(teacher.arch, teacher.normalization, teacher.image_size, resize=teacher.resize)
+    else:
+        student, start, _ = context.load_encoder(config.student)
+    for model in (teacher, student):
+        model.to(context.ranks.device, context.ranks.dtype)
+    _check_sizes(config, dataset, {config.teacher: teacher, **({config.student: student} if config.student else {})})
+    measured = teacher if config.information.source == "teacher" else student
+    information = LayerInformation(config.information, measured, context, dataset, rows)
+    context.synchronise(student)
+    objective = MimicObjective(
+        student, teacher, config.temperature, config.attention_weights, config.clone_weight, config.contrastive_weight
+    )
+    step = context.gradient_step(objective, config.update, loader.num_batches)
+    stages = [Stage("mimic", loader, step, config.update.epochs)]
+    if config.information.estimator != "fixed":
+
+        def finish() -> None:
+            base = objective.attention_weights.new_tensor(config.attention_weights)
+            objective.attention_weights.copy_(base + information.weights().to(base))
+
+        stages.insert(0, information.stage(finish))
+
+    cards = [suspect] if start is None else [suspect, start]
+
+    def result() -> dict[str, Any]:
+        card = ModelCard(
+            kind=student.kind,
+            arch=student.arch,
+            normalization=student.normalization,
+            image_size=student.image_size,
+            feature_dim=student.f.feature_dim,
+            backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
+            trigger=next((card.trigger for card in cards if card.trigger), None),
+            parent_sha256=teacher_sha256,
+            guessed=cards[-1].guessed,
+            defended_by="mimic",
+            provenance={"method": "mimic", "data": context.digests, "seed": context.seed},
+        )
+        weights = {f"attention_weight{i + 1}": w for i, w in enumerate(objective.attention_weights.tolist())}
+        return {"model_sha256": context.save_model(student, card), "metrics": weights}
+
+    return Plan(stages, result)
+
+
+def _check_sizes(config: Config, dataset: PreparedDataset, models: dict[str, SimCLR]) -> None:
+    """UserError for a model that cannot take the images, or the views of them."""
+    shape, size = dataset.image_shape, config.augment.size
+    for folder, model in models.items():
+        if size is not None:
+            check_image_size(
+                model, folder, (size, size), config.data.path, f"set 'mimic.augment.size' to {model.image_size}"
+            )
+        if size is None or (config.information.estimator != "fixed" and shape and shape[:2] != (size, size)):
+            check_image_size(model, folder, shape, config.data.path)  # the information is that of images as they are

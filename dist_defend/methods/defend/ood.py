@@ -1,0 +1,170 @@
+"""Distillation on images of anything (Asano and Saeed 2023), against backdoors as in Hong et al. (ICML 2023, ABD).
+
+The student sees unlabelled images that have nothing to do with the teacher's task, patches of a single photograph for
+instance, with CutMix; the teacher labels the mixed images.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.batch import Batch
+from dist_defend.data.augment import AugmentConfig, View
+from dist_defend.data.cutmix import CutMixConfig, CutMixLoader
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.graphed import GraphMode
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import GradientStep, Objective, at_least_float32
+from dist_defend.engine.trainer import Stage
+from dist_defend.methods.defend.abd.epochs import FIRST_KEPT, Later, check_defence, check_selection
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+from dist_defend.methods.defend.abd.pair import Pair
+from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
+from dist_defend.methods.defend.abd.vaccine import Vaccine, agreement
+from dist_defend.ops.collectives import all_reduce_sum, world_size
+from dist_defend.ops.losses import Convention, distillation, divergence_rows
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are illidanlab/ABD's cmi/vanilla_kd_ood.py's, at a constant rate; its sweeps' rates are in PRESETS."""
+
+    teacher: str  # model folder of a classifier
+    data: DatasetConfig  # images of anything, of the teacher's size; labels are not read
+    test: DatasetConfig
+    student: str = "wrn_16_1"
+    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    temperature: float = 8.0
+    cutmix: CutMixConfig = field(default_factory=CutMixConfig)
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    update: UpdateConfig = field(
+        default_factory=lambda: UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
+    )
+    vaccine: VaccineConfig | None = None
+    retrospection: RetrospectionConfig | None = None  # start: an epoch
+    retrospection_convention: Convention = "mean"  # published: batchmean, 640 times the distillation loss's scale
+    graph: GraphMode = "auto"  # of the retrospection's updates
+    evaluate_every: int = 10  # epochs; and after the last
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        if self.evaluate_every < 1:
+            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+        if self.update.accumulation != 1 or self.update.max_grad_norm is not None:
+            raise ValueError("key 'update' has accumulation or max_grad_norm, which this method does not use")
+        check_defence(self.vaccine, self.retrospection, self.update.epochs)
+
+
+_RETROSPECTION = {
+    "start": 297, "restart_lr": 5e-4, "synthesis_penalty": 0.0, "detach_reference": False,
+}  # fmt: skip
+_UPDATE = {"optimizer": {"schedule": "multistep", "milestones": [150, 300, 600], "gamma": 0.5}}  # of the sweeps
+PRESETS: dict[str, dict[str, Any]] = {
+    "plain": {"update": _UPDATE},
+    "vaccine": {"update": _UPDATE, "vaccine": {}},
+    "retrospection": {"update": _UPDATE, "retrospection": _RETROSPECTION},
+    "both": {"update": _UPDATE, "vaccine": {}, "retrospection": _RETROSPECTION},
+    "published": {  # both, with the published code's SR, whose gradient outweighs the distillation's 640 times
+        "update": _UPDATE,
+        "vaccine": {},
+        "retrospection": {**_RETROSPECTION, "delta_init": "zero", "min_patched": 0, "statistics": "published"},
+        "retrospection_convention": "batchmean",
+    },
+}
+
+
+class OodObjective(Objective):
+    """Mean KL(teacher || student) over images and classes, at the temperature, without its square.
+
+    With a vaccine in use, images on which teacher and shuffled copies agree are suspects: the loss is the mean over the
+    others minus weight times the mean over the suspects, both over the global batch.
+    """
+
+    def __init__(self, pair: Pair, temperature: float, vaccine: Vaccine | None) -> None:
+        super().__init__()
+        self.student = pair.student
+        self.pair, self.temperature, self.vaccine = pair, temperature, vaccine
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        logits = at_least_float32(self.student(batch.images))
+        if self.vaccine is None or not self.vaccine.is_used:
+            wanted = at_least_float32(self.pair.taught(batch.images))
+            return {"loss": distillation(logits, wanted, self.temperature)}
+        with torch.no_grad():
+            wanted, shuffled = self.vaccine.ensemble(self.pair.teacher.normalize(batch.images))
+            suspect = agreement(wanted, shuffled).to(logits.dtype)
+            suspects, others = all_reduce_sum(torch.stack([suspect.sum(), (1 - suspect).sum()])).unbind()
+        rows = divergence_rows(logits / self.temperature, wanted / self.temperature) / logits.shape[1]
+        on_others = ((1 - suspect) * rows).sum() / others.clamp(min=1)
+        on_suspects = (suspect * rows).sum() / suspects.clamp(min=1)
+        loss = on_others - self.vaccine.config.weight * on_suspects
+        share = suspects / (suspects + others)
+        return {"loss": loss * world_size(), "suspects": share}
+
+
+class SelectingStep:
+    """A first-order step whose vaccine is chosen on the images of its first batches."""
+
+    def __init__(self, update: GradientStep, vaccine: Vaccine, pair: Pair) -> None:
+        self.update, self.vaccine, self.pair = update, vaccine, pair
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        if self.vaccine.is_selecting:
+            if self.update.step == self.vaccine.config.selection_batches:
+                self.vaccine.select()
+            elif self.update.step >= FIRST_KEPT:
+                self.vaccine.keep(self.pair.teacher.normalize(batch.images))
+        return self.update(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"update": self.update.state_dict(), "vaccine": self.vaccine.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update.load_state_dict(state["update"])
+        self.vaccine.load_state_dict(state["vaccine"])
+
+
+def build(config: Config, context: Context) -> Plan:
+    """One stage, and a second one if there is retrospection."""
+    pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
+    data, rows = pair.trial.dataset("train", config.data, is_labelled=False)
+    pair.check_augment(config.augment, "ood.augment")
+    batch_size, epochs = config.update.batch_size, config.update.epochs
+    plain = context.train_loader(data, rows, batch_size, (View(config.augment),))
+    loader = CutMixLoader(plain, config.cutmix, context.seed)
+    vaccine = None
+    if config.vaccine is not None:
+        vaccine = Vaccine(pair.teacher.net, config.vaccine, context.seed)
+    objective = OodObjective(pair, config.temperature, vaccine)
+    update = context.gradient_step(objective, config.update, loader.num_batches)
+    step = update if vaccine is None else SelectingStep(update, vaccine, pair)
+    first = epochs if config.retrospection is None else config.retrospection.start
+    check_selection(config.vaccine, first * loader.num_batches)
+    every = config.evaluate_every
+    stages = [Stage("ood", loader, step, first, pair.evaluate, every, is_kept=vaccine is not None)]
+    if config.retrospection is not None:
+        share = partial(distillation, temperature=config.temperature, batch_size=batch_size)
+        late = RetrospectiveStep(
+            pair,
+            config.retrospection,
+            config.update.optimizer,
+            share,
+            partial(share, convention=config.retrospection_convention),
+            batch_size=batch_size,
+            total_steps=(epochs - first) * loader.num_batches,
+            graph=config.graph,
+        )
+        stages.append(Stage("retrospection", Later(loader, first), late, epochs - first, pair.evaluate, every))
+
+    pair.trial.look()
+
+    def result() -> dict[str, Any]:
+        return pair.defended_result("ood", vaccine, config.retrospection is not None, {"images": len(rows)})
+
+    return Plan(stages, result)

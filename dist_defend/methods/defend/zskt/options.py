@@ -1,0 +1,90 @@
+"""ZSKT's options, and the sets of them that were published."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.graphed import GraphMode
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """Defaults are those of illidanlab/ABD for CIFAR-10 (preset cifar10), without a defence."""
+
+    teacher: str  # model folder of a classifier
+    test: DatasetConfig  # only measures
+    student: str = "wrn_16_1"
+    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    pseudo_batches: int = 80_000
+    batch_size: int = 128
+    z_dim: int = 100
+    generator_width: int = 128  # channels; an even number
+    grey: bool = False  # the generator makes grey images, for teachers of grey ones
+    bounded: bool = False  # it makes pixels between black and white; published: normalised numbers of any size
+    generator_steps: int = 1  # per pseudo-batch
+    student_steps: int = 10
+    temperature: float = 1.0
+    attention: float = 250.0  # beta, weight of attention transfer; 0 for none
+    max_grad_norm: float = 5.0  # of generator and student; a student's step with self-retrospection is not clipped
+    generator_optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig("adam", lr=1e-3, schedule="cosine")
+    )
+    student_optimizer: OptimizerConfig = field(  # milestones of both count pseudo-batches
+        default_factory=lambda: OptimizerConfig("adam", lr=2e-3, schedule="cosine")
+    )
+    vaccine: VaccineConfig | None = None
+    retrospection: RetrospectionConfig | None = None
+    evaluate_every: int = 200  # pseudo-batches; and after the last
+    graph: GraphMode = "auto"
+
+    def __post_init__(self) -> None:
+        for key in ("pseudo_batches", "batch_size", "z_dim", "generator_steps", "student_steps", "evaluate_every"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        if self.generator_width < 2 or self.generator_width % 2:
+            raise ValueError(f"key 'generator_width' is {self.generator_width}; it must be even and positive")
+        for key in ("temperature", "max_grad_norm"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+        if not self.attention >= 0:
+            raise ValueError(f"key 'attention' is {self.attention}; it must not be negative")
+        for key in ("generator_optimizer", "student_optimizer"):
+            optimizer: OptimizerConfig = getattr(self, key)
+            if optimizer.warmup_epochs:
+                raise ValueError(
+                    f"key '{key}.warmup_epochs' is {optimizer.warmup_epochs:g}; there is no warm-up here: set it to 0"
+                )
+        wanted, first = self.vaccine.selection_batches if self.vaccine else 0, self.first_kept
+        if wanted and not first < wanted < self.pseudo_batches:
+            raise ValueError(
+                f"key 'vaccine.selection_batches' is {wanted}; it must be 0, or more than generator_steps + "
+                f"student_steps = {first} and less than pseudo_batches = {self.pseudo_batches}"
+            )
+        start = self.retrospection.start if self.retrospection else 0
+        if start >= self.pseudo_batches:
+            raise ValueError(
+                f"key 'retrospection.start' is {start}; it must be less than pseudo_batches = {self.pseudo_batches}"
+            )
+
+    @property
+    def first_kept(self) -> int:
+        """The first pseudo-batch whose images a vaccine is selected by, as published."""
+        return self.generator_steps + self.student_steps
+
+
+_GTSRB: dict[str, Any] = {"pseudo_batches": 10_000, "attention": 0.0, "temperature": 0.5, "evaluate_every": 100}
+_LATE, _LATE_GTSRB = ({"retrospection": {"start": start, "restart_lr": 5e-4}} for start in (79_400, 9_800))
+_SELECTED: dict[str, Any] = {"vaccine": {"selection_batches": 50}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": {},
+    "cifar10_vaccine": {"vaccine": {}},
+    "cifar10_retrospection": _LATE,
+    "cifar10_both": {"vaccine": {}, **_LATE},
+    "gtsrb": _GTSRB,
+    "gtsrb_vaccine": {**_GTSRB, **_SELECTED},
+    "gtsrb_retrospection": {**_GTSRB, **_LATE_GTSRB},
+    "gtsrb_both": {**_GTSRB, **_SELECTED, **_LATE_GTSRB},
+}

@@ -1,0 +1,284 @@
+"""One pseudo-batch of zero-shot knowledge transfer: the generator's steps, then the student's, on one draw of z."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_defend.batch import Batch
+from dist_defend.data.order import rank_slice
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.graphed import GraphedUpdate
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.step import NonFiniteError
+from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
+from dist_defend.methods.defend.abd.vaccine import Vaccine, suppression
+from dist_defend.methods.defend.zskt.options import Config
+from dist_defend.models.batch_statistics import repeated_statistics
+from dist_defend.models.wide_resnet import WideResNet
+from dist_defend.ops.attention import unit_attention
+from dist_defend.ops.hypergrad import all_reduce_together
+from dist_defend.ops.losses import distillation
+
+
+class TransferStep:
+    """Micaelli and Storkey 2019 (algorithm 1), with ABD's vaccine and self-retrospection where they are configured.
+
+    A generator step maximises D(S(x), T(x)) = KL(T || S) / C over x = G(z), a student step minimises it, plus the
+    attention loss, on images that stay the same for all student steps; so they, the teacher's answers and a
+    perturbation of the teacher's are computed once per pseudo-batch. Every loss is this rank's share of the mean over
+    the global batch; gradients are summed over ranks before they are clipped.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, generator: nn.Module, config: Config, ranks: Ranks, seed: int
+    ) -> None:
+        """teacher: frozen, in eval mode. student and generator: batch norm synchronised over several ranks."""
+        self.teacher, self.student, self.generator = teacher, student, generator
+        self.config, self.ranks = config, ranks
+        for model in (student, generator):
+            model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.train()
+        for module in student.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the losses compare passes of one function
+        self.own = rank_slice(config.batch_size, ranks.rank, ranks.world_size)
+        self.vaccine = Vaccine(teacher, config.vaccine, seed) if config.vaccine else None
+        self.retrospection: SelfRetrospection | None = None
+        if config.retrospection:
+            self.retrospection = SelfRetrospection(
+                config.retrospection, student, teacher, self.divergence, seed=seed, batch_size=config.batch_size
+            )
+        self.weight = torch.tensor(
+            config.vaccine.weight if config.vaccine else 0.0, dtype=ranks.dtype, device=ranks.device
+        )
+        self._make_buffers()
+        device, mode = ranks.device, config.graph
+        self.make = GraphedUpdate("ZSKT generator step", self.generate, self._changed, device, mode)
+        self.perturb = GraphedUpdate("ZSKT perturbation", self.synthesise, self._changed, device, mode)
+        self.learn = GraphedUpdate("ZSKT student step", self.imitate, self._changed, device, mode)
+        self.players = {
+            "generator": _Player(generator, config.generator_optimizer, self.make.is_graphed),
+            "student": _Player(student, config.student_optimizer, self.make.is_graphed),
+        }
+        self.calls = 0
+
+    def _make_buffers(self) -> None:
+        """Where a pseudo-batch's images, the teacher's answers to them and delta stay."""
+        config, z = self.config, torch.zeros(self.own.stop - self.own.start, self.config.z_dim)
+        with torch.no_grad(), repeated_statistics(self.generator, 0):
+            self.images = self.generator(z.to(self.ranks.device, self.ranks.dtype))
+            maps, self.logits = _layers(self.teacher, self.images)
+        self.attention = [unit_attention(map_) for map_ in maps] if config.attention else []
+        self.image_size = self.images.shape[-1]
+        self.delta = torch.zeros_like(self.images[:1])
+        is_kept = self.vaccine is not None and self.vaccine.is_selecting
+        self.drafts = [torch.zeros_like(self.images) for _ in range(config.generator_steps if is_kept else 0)]
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """batch.images: this rank's rows of z, (b, z_dim). Raises NonFiniteError on a CPU before a bad update."""
+        config, number = self.config, self.calls
+        if self.vaccine is not None and self.vaccine.is_selecting and number == self.vaccine.config.selection_batches:
+            self.vaccine.select()
+            self.drafts = []
+        is_defending = self.retrospection is not None and number >= self.retrospection.config.start
+        self._set_rates(number)
+        weight = [] if self.vaccine is None or not self.vaccine.is_used else [self.weight]
+        rows = [self._checked(self.make(batch.images, *weight))]
+        self._keep_for_selection(number)
+        start: list[Tensor] = []
+        if self.retrospection and is_defending:
+            start = [self._tensor(self.retrospection.start(self.image_size, number))]
+            if self.retrospection.config.perturbs == "teacher":
+                self.perturb(*start)
+        for step in range(config.student_steps):
+            patched: list[Tensor] = []
+            if self.retrospection and is_defending:
+                if self.retrospection.config.perturbs == "student":
+                    self.perturb(*start)
+                patched = [self._tensor(self.retrospection.patched(self.own, number, step))]
+            rows.append(self._checked(self.learn(*patched)))
+        self.calls += 1
+        nonfinite = torch.stack([row.pop("nonfinite") for row in rows]).amax()
+        means = {key: torch.stack([row[key] for row in rows[1:]]).mean(0) for key in rows[1]}
+        return {**rows[0], **means, "nonfinite": nonfinite}
+
+    def generate(self, z: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """The generator's steps; then the images, and what the teacher answers, for the student's.
+
+        weight: of the suppression loss; None without.
+        """
+        config, scalars = self.config, dict[str, Tensor]()
+        for number in range(config.generator_steps):
+            images = self.generator(z)
+            if self.drafts:
+                self.drafts[number].copy_(images.detach())
+            logits = self.student(images)
+            if weight is None or self.vaccine is None:
+                loss = -self.divergence(logits, self.teacher(images))
+            else:
+                answers, shuffled = self.vaccine.ensemble(images)
+                suppressed = suppression(answers, shuffled)
+                loss = -self.divergence(logits, answers) - weight * suppressed
+                scalars["suppression"] = suppressed.detach() * self.ranks.world_size
+            player = self.players["generator"]
+            gradients = all_reduce_together(list(torch.autograd.grad(loss, player.parameters)))
+            norm, nonfinite = player.update(gradients, config.max_grad_norm)
+            scalars |= {"generator_loss": loss.detach() * self.ranks.world_size, "generator_grad_norm": norm}
+            scalars["nonfinite"] = torch.maximum(nonfinite, scalars.get("nonfinite", nonfinite))
+        with torch.no_grad(), repeated_statistics(self.generator, config.student_steps):
+            self.images.copy_(self.generator(z))
+            maps, logits = _layers(self.teacher, self.images)
+            self.logits.copy_(logits)
+            for target, map_ in zip(self.attention, maps, strict=False):
+                target.copy_(unit_attention(map_))
+        return scalars
+
+    def synthesise(self, start: Tensor) -> dict[str, Tensor]:
+        """delta for the images, from ``start`` (1, 3, H, W)."""
+        assert self.retrospection is not None
+        reference = self.logits
+        if self.retrospection.config.perturbs == "student":
+            with torch.no_grad(), repeated_statistics(self.student, 0):
+                reference = self.student(self.images)
+        self.delta.copy_(self.retrospection.synthesise(self.images, reference, start))
+        return {}
+
+    def imitate(self, patched: Tensor | None = None) -> dict[str, Tensor]:
+        """One student step; patched (b, 1, 1, 1): the images that carry delta, None without self-retrospection."""
+        player, config = self.players["student"], self.config
+        maps, logits = _layers(self.student, self.images)
+        divergence = self.divergence(logits, self.logits)
+        transfer = logits.new_zeros(())
+        for target, map_ in zip(self.attention, maps, strict=False):
+            transfer = transfer + (unit_attention(map_) - target).square().sum() / (config.batch_size * target.shape[1])
+        loss = divergence + config.attention * transfer
+        is_reused = config.retrospection is not None and not config.retrospection.detach_reference
+        gradients = all_reduce_together(list(torch.autograd.grad(loss, player.parameters, retain_graph=is_reused)))
+        scalars: dict[str, Tensor] = {}
+        if patched is not None and self.retrospection:
+            result, scalars = self.retrospection.hypergradient(self.images, logits, self.delta, patched)
+            torch._foreach_add_(gradients, result.total)
+        norm, nonfinite = player.update(gradients, config.max_grad_norm if patched is None else None)
+        if patched is not None and self.retrospection:
+            self.retrospection.after_update(self.images, self.delta, patched)
+        shares = {"student_loss": loss, "divergence": divergence, "attention_loss": transfer}
+        told = {key: value.detach() * self.ranks.world_size for key, value in shares.items()}
+        return {**told, **scalars, "student_grad_norm": norm, "nonfinite": nonfinite}
+
+    def divergence(self, logits: Tensor, reference: Tensor) -> Tensor:
+        """This rank's share of D(logits, reference)."""
+        return distillation(logits, reference, self.config.temperature, batch_size=self.config.batch_size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizers, the vaccine, and how many pseudo-batches are done. A collective call."""
+        return {
+            "generator": self.generator.state_dict(),
+            "student": self.student.state_dict(),
+            "optimizers": {name: player.optimizer.state_dict() for name, player in self.players.items()},
+            "vaccine": None if self.vaccine is None else self.vaccine.state_dict(),
+            "calls": self.calls,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.load_state_dict(state["generator"])
+        self.student.load_state_dict(state["student"])
+        for name, player in self.players.items():
+            player.load(state["optimizers"][name])
+        if self.vaccine is not None:
+            self.vaccine.load_state_dict(state["vaccine"])
+        self.calls = state["calls"]
+
+    def _set_rates(self, number: int) -> None:
+        """Schedules count pseudo-batches; self-retrospection may start the student's afresh."""
+        total, retrospection = self.config.pseudo_batches, self.config.retrospection
+        for player in self.players.values():
+            player.set_rate(player.config.lr * lr_factor(player.config, number, 1, total))
+        if retrospection is None or retrospection.restart_lr is None or number < retrospection.start:
+            return
+        student, start = self.players["student"], retrospection.start
+        if number == start:
+            student.forget()
+        schedule = student.config
+        if schedule.schedule == "multistep":
+            schedule = replace(schedule, schedule="cosine", milestones=())
+        student.set_rate(retrospection.restart_lr * lr_factor(schedule, number - start, 1, total - start))
+
+    def _keep_for_selection(self, number: int) -> None:
+        if self.vaccine is not None and self.vaccine.is_selecting and number >= self.config.first_kept:
+            for draft in self.drafts:
+                self.vaccine.keep(draft)
+            self.vaccine.keep(self.images, self.config.student_steps)
+
+    def _checked(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.ranks.device.type == "cpu" and scalars["nonfinite"]:
+            raise NonFiniteError("the gradient is not finite")
+        return scalars
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        return value.to(self.ranks.dtype).to(self.ranks.device, non_blocking=True)
+
+    def _changed(self) -> Iterator[Tensor]:
+        for model in (self.generator, self.student):
+            yield from model.parameters()
+            yield from model.buffers()
+        for player in self.players.values():
+            yield from player.state()
+        yield from (self.images, self.logits, self.delta, *self.attention, *self.drafts)
+
+
+class _Player:
+    """Generator or student with its optimizer, whose rate lies on the device, where a graph reads it."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, is_graphed: bool) -> None:
+        self.config, self.parameters, self.is_graphed = config, list(model.parameters()), is_graphed
+        self.is_on_cpu = self.parameters[0].device.type == "cpu"
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient  # written, never added to, and laid out as the fused optimizers need it
+        self.optimizer = build_optimizer(self.parameters, config)
+        self.rate = torch.tensor(config.lr, device=self.parameters[0].device)
+        self._prepare()
+
+    def update(self, gradients: list[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor]:
+        """One step, clipped if max_norm is given -> norm before clipping, and 1 where it is not finite (no step)."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_copy_(self.gradients, gradients)
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        nonfinite = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
+        self.optimizer.step()
+        return norm, nonfinite
+
+    def set_rate(self, rate: float) -> None:
+        if self.is_on_cpu:
+            self.optimizer.param_groups[0]["lr"] = rate
+        else:
+            self.rate.fill_(rate)
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """Zero is what a fresh optimizer starts from."""
+        for tensor in self.state():
+            tensor.zero_()
+
+    def state(self) -> Iterator[Tensor]:
+        states = self.optimizer.state.values()
+        return (value for state in states for value in state.values() if isinstance(value, Tensor))
+
+    def load(self, state: dict[str, Any]) -> None:
+        load_optimizer(self.optimizer, state)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        if not self.is_on_cpu:
+            self.optimizer.param_groups[0].update(lr=self.rate, capturable=self.is_graphed)
+            self.optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
+
+
+def _layers(net: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """A WideResNet's maps, none of another network, and the logits (B, C)."""
+    return net.layers(images) if isinstance(net, WideResNet) else ([], net(images))

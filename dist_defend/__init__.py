@@ -1,6 +1,8 @@
 """Train, poison, purify and measure image encoders and classifiers, on one CPU or many GPUs."""
 
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 # Loader threads and compute threads share the cores; OpenMP threads that spin for long while they wait cost a factor of
 # 3 to 6 on a busy machine, and those that never spin a quarter of a small head's step. Read when torch is loaded.
@@ -9,6 +11,30 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from dist_defend.tv_compat import patch_torchvision
 
+if TYPE_CHECKING:  # what __getattr__ finds
+    from dist_defend.api import attack as attack
+    from dist_defend.api import defend as defend
+    from dist_defend.api import evaluate as evaluate
+    from dist_defend.api import load as load
+    from dist_defend.api import save as save
+    from dist_defend.api import train as train
+    from dist_defend.api import wrap as wrap
+    from dist_defend.errors import UserError as UserError
+
 __version__ = "0.1.0"
 
+_PUBLIC = ("attack", "defend", "evaluate", "load", "save", "train", "wrap")
+# public name: the module that has it, imported when the name is first used
+_PLACES = {**dict.fromkeys(_PUBLIC, "dist_defend.api"), "UserError": "dist_defend.errors"}
+
 patch_torchvision()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

@@ -26,9 +26,9 @@ LAYERS = [
     {"engine", "evaluate"},
     {"trial"},
     {"methods"},
-    {"config", "experiment", "results"},
+    {"config", "experiment", "results", "given", "session"},
     {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
-    {"cli", "__main__"},
+    {"cli", "api", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""docs/coming-from.md: the published programs' flags, all of them; keys that exist; equal defaults where none is told."""
+"""docs/coming-from.md: every flag of the published programs, keys that exist, equal defaults where no remark stands."""
 
 import dataclasses
 import re

@@ -2,32 +2,22 @@
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # Loader threads and compute threads share the cores; OpenMP threads that spin for long while they wait cost a factor of
 # 3 to 6 on a busy machine, and those that never spin a quarter of a small head's step. Read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from dist_defend.tv_compat import patch_torchvision
-
-if TYPE_CHECKING:  # what __getattr__ finds
-    from dist_defend.api import attack as attack
-    from dist_defend.api import defend as defend
-    from dist_defend.api import evaluate as evaluate
-    from dist_defend.api import load as load
-    from dist_defend.api import save as save
-    from dist_defend.api import train as train
-    from dist_defend.api import wrap as wrap
-    from dist_defend.errors import UserError as UserError
+from dist_defend.tv_compat import patch_before_torchvision
 
 __version__ = "0.1.0"
 
 _PUBLIC = ("attack", "defend", "evaluate", "load", "save", "train", "wrap")
-# public name: the module that has it, imported when the name is first used
+# public name: the module that has it, imported when the name is first used; type checkers read __init__.pyi
 _PLACES = {**dict.fromkeys(_PUBLIC, "dist_defend.api"), "UserError": "dist_defend.errors"}
 
-patch_torchvision()
+patch_before_torchvision()
 
 
 def __getattr__(name: str) -> Any:

@@ -200,7 +200,9 @@ def test_a_kept_run_is_read_when_it_is_asked_for_again_and_holds_its_data(tmp_pa
     before = (tmp_path / "run/result.json").stat().st_mtime_ns
     second = dd.defend("ibau", model, clean, **again)
     assert second.result == first.result and (tmp_path / "run/result.json").stat().st_mtime_ns == before
-    assert all(a.equal(b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True))
+    assert all(
+        a.equal(b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values(), strict=True)
+    )
     with pytest.raises(dd.UserError, match=r"holds another experiment: key 'ibau\.data\.path' is"):
         dd.defend("ibau", model, make_images(20, seed=3), **again)
     assert dd.load(tmp_path / "run").state_dict().keys() == first.model.state_dict().keys()

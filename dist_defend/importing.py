@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from dist_defend import plugins
 from dist_defend.errors import UserError
 from dist_defend.files import fsync_path, sha256_file
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.candidates import MOST_PIXELS
 from dist_defend.models.classifier import Classifier
-from dist_defend.models.encoder import NORMALIZATIONS, SimCLR, normalization_constants
+from dist_defend.models.encoder import SimCLR, normalization_constants, normalization_names
 from dist_defend.models.foreign import import_encoder
 from dist_defend.models.foreign_classifier import holds_classifier, import_classifier
 from dist_defend.models.foreign_folder import read_weights
@@ -44,8 +45,8 @@ def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     add(
         "--normalization",
         metavar="NAME",
-        help=f"constants that the model was trained with: {', '.join(NORMALIZATIONS)}, or numbers, mean,std or three "
-        "of each; default: by layout and data set, else a guess that is marked",
+        help=f"constants that the model was trained with: {', '.join(normalization_names())}, or numbers, mean,std or "
+        "three of each; default: by layout and data set, else a guess that is marked",
     )
     add("--image-size", type=int, help="pixels; default: by layout and data set, else a guess that is marked")
     add("--by-position", action="store_true", help="tensors of other names: match them in the file's order")
@@ -87,6 +88,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> _Imported:
+    plugins.allow([args.arch, args.normalization])
     content, files = read_weights(args.source)
     choice = Choice(args.key, args.prefix, tuple(args.ignore))
     is_classifier = args.kind == "classifier"

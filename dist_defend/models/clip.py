@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.errors import UserError
+from dist_defend.models.architectures import OPEN_CLIP
 from dist_defend.models.artifact import load_strict
-from dist_defend.models.encoder import OPEN_CLIP, Encoder, Normalize
+from dist_defend.models.encoder import Encoder, Normalize
 from dist_defend.models.foreign_file import read_checkpoint, unwrap
 from dist_defend.models.foreign_report import check_values
 from dist_defend.screen import printable

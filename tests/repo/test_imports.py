@@ -11,6 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
     {
         "errors",
+        "plugins",
+        "keys",
         "screen",
         "files",
         "lock",
@@ -27,7 +29,18 @@ LAYERS = [
     {"trial"},
     {"methods"},
     {"config", "experiment", "results"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
+    {
+        "report",
+        "bench",
+        "doctor",
+        "sweep",
+        "launch",
+        "plan",
+        "importing",
+        "import_check",
+        "evaluate_command",
+        "methods_command",
+    },
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

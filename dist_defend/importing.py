@@ -27,9 +27,8 @@ from dist_defend.models.mappings import Choice
 _MOST_NAMES = 8
 
 
-def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command."""
-    parser = commands.add_parser("import", help="turn a foreign checkpoint into a model folder, without unpickling it")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     add = parser.add_argument
     add(
         "source",

@@ -188,6 +188,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("the oracle's budget holds its bound", "methods/defend/rnp/outcome.py",
              "< acc_ratio * base", "<= acc_ratio * base",
              "numerics/test_rnp_pruning.py::test_the_oracle_takes_the_lowest_asr_within_its_budget"),
+    Mutation("overrides behind the first option are lost", "arguments.py",
+             "[args.config, *args.overrides, *rest]", "[args.config, *args.overrides]",
+             "unit/test_cli.py::test_overrides_stand_anywhere_and_keep_their_order"),
+    Mutation("importing the package imports torch", "tv_compat.py",
+             "import sys\nfrom importlib", "import sys\n\nimport torch  # noqa: F401\nfrom importlib",
+             "unit/test_cli.py::test_the_package_imports_next_to_nothing"),
 )  # fmt: skip
 
 

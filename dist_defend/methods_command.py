@@ -6,9 +6,8 @@ import difflib
 from dist_defend.errors import UserError
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to dist-defend's parser."""
-    parser = subparsers.add_parser("methods", help="list the methods, or one's keys: type, default, meaning, presets")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command's parser."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="a method")
     parser.set_defaults(main=main)
 

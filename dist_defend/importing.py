@@ -16,13 +16,14 @@ from dist_defend.files import fsync_path, sha256_file
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.candidates import MOST_PIXELS
 from dist_defend.models.classifier import Classifier
-from dist_defend.models.encoder import SimCLR, normalization_constants, normalization_names
+from dist_defend.models.encoder import SimCLR
 from dist_defend.models.foreign import import_encoder
 from dist_defend.models.foreign_classifier import holds_classifier, import_classifier
 from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_images import SPLITS, MissingImages, PoisonedImages, read_poisoned
 from dist_defend.models.foreign_report import ImportReport
 from dist_defend.models.mappings import Choice
+from dist_defend.models.pixel_space import normalization_constants, normalization_names
 
 _MOST_NAMES = 8
 
@@ -71,6 +72,7 @@ class _Imported:
 
 def main(args: argparse.Namespace) -> int:
     """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
+    plugins.allow([args.arch, args.normalization])
     if args.image_size is not None and not 1 <= args.image_size <= MOST_PIXELS:
         raise UserError(f"--image-size is {args.image_size}: it must be 1 to {MOST_PIXELS} pixels")
     if args.normalization is not None:
@@ -87,7 +89,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read(args: argparse.Namespace) -> _Imported:
-    plugins.allow([args.arch, args.normalization])
     content, files = read_weights(args.source)
     choice = Choice(args.key, args.prefix, tuple(args.ignore))
     is_classifier = args.kind == "classifier"

@@ -126,8 +126,7 @@ ENCODERS: dict[str, EncoderArchitecture] = {
     "small_cifar": EncoderArchitecture(small_encoder, 256, _STAGED_KEYS, "this project"),
 }
 
-OPEN_CLIP = "open_clip:"
-PUBLISHED = ("timm:", "torchvision:", OPEN_CLIP)  # libraries that are asked for the rest of the name
+PUBLISHED = ("timm:", "torchvision:", "open_clip:")  # libraries that are asked for the rest of the name
 _BUILT_IN = (*CLASSIFIERS, *ENCODERS, "clip_resnet50")
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.models.architectures import CLASSIFIERS, ENCODERS, OPEN_CLIP, PUBLISHED, find_classifier, find_encoder
+from dist_defend.models.architectures import CLASSIFIERS, ENCODERS, PUBLISHED, find_classifier, find_encoder
 from dist_defend.models.classifier import build_classifier
+from dist_defend.models.clip_image import OPEN_CLIP, published_image_size
 from dist_defend.models.encoder import build_encoder
 
 Shape = tuple[int, ...]
@@ -111,8 +112,6 @@ def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size
 def published_size(arch: str) -> int:
     """Pixels that an encoder's architecture was made for."""
     if arch.startswith(OPEN_CLIP):
-        from dist_defend.models.clip import published_image_size
-
         return published_image_size(arch)
     if arch.startswith("timm:"):
         import timm

@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> int:
     """Print the list, or one. UserError for an unknown name, or a plug-in that cannot be imported."""
     from dist_defend import keys, plugins
     from dist_defend.models.architectures import architecture_sources
-    from dist_defend.models.encoder import NORMALIZATIONS
+    from dist_defend.models.pixel_space import NORMALIZATIONS
 
     architectures, normalizations = architecture_sources(), plugins.sources("normalizations", NORMALIZATIONS)
     if args.name is not None:
@@ -50,7 +50,7 @@ def _what(name: str) -> str:
 
 
 def _numbers(name: str) -> str:
-    from dist_defend.models.encoder import NORMALIZATIONS
+    from dist_defend.models.pixel_space import NORMALIZATIONS
 
     if name not in NORMALIZATIONS:
         return ""
@@ -61,7 +61,7 @@ def description(name: str, source: str) -> list[str]:
     """Lines on an architecture (kind, image size, features, parameters' names, whose they are) or on constants."""
     from dist_defend import keys
     from dist_defend.models.architectures import ENCODERS, ClassifierArchitecture, added, find_classifier
-    from dist_defend.models.encoder import normalization_constants, normalization_names
+    from dist_defend.models.pixel_space import normalization_constants, normalization_names
 
     told = [("source", source or "your own module")]
     if name in normalization_names():

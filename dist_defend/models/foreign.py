@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from dist_defend.errors import UserError
-from dist_defend.models.architectures import OPEN_CLIP
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import COUNTER, classifier_candidates, encoder_candidates
+from dist_defend.models.clip_image import OPEN_CLIP
 from dist_defend.models.constants import encoder_constants
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.finder import Fit, choose, find_network, is_self_supervised, unknown

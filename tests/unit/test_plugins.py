@@ -16,7 +16,8 @@ from dist_defend.errors import UserError
 from dist_defend.methods import find_method, method_names
 from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, save_artifact
 from dist_defend.models.classifier import build_classifier
-from dist_defend.models.encoder import build_encoder, normalization_constants
+from dist_defend.models.encoder import build_encoder
+from dist_defend.models.pixel_space import normalization_constants
 from tests.plugs import write_distribution
 from tests.runs import make_classifier, make_experiment, options_of
 

@@ -142,8 +142,11 @@ def make_strategy(
     """What the launch asked for (ranks.sharding)."""
     name = ranks.sharding.strategy
     arguments = (objective, config, ranks, accumulation, max_grad_norm)
+    strategy: Strategy
     if name == "ddp":
-        return Replicated(*arguments)
-    if name == "fsdp2":
-        return importlib.import_module("dist_defend.engine.fsdp2").FullySharded(*arguments)
-    return importlib.import_module("dist_defend.engine.zero").Zero(*arguments)
+        strategy = Replicated(*arguments)
+    elif name == "fsdp2":
+        strategy = importlib.import_module("dist_defend.engine.fsdp2").FullySharded(*arguments)
+    else:
+        strategy = importlib.import_module("dist_defend.engine.zero").Zero(*arguments)
+    return strategy

@@ -41,12 +41,14 @@ def clip_config(arch: str) -> dict[str, Any]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         raise UserError(f"open_clip has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
-    return open_clip.get_model_config(name)
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    return config
 
 
 def published_image_size(arch: str) -> int:
     """Pixels that the tower was made for. UserError as clip_config."""
-    return _vision(clip_config(arch)).image_size
+    size: int = _vision(clip_config(arch)).image_size
+    return size
 
 
 def _vision(config: dict[str, Any]) -> Any:
@@ -97,7 +99,8 @@ class OpenClipEncoder(Encoder):
         return passed["image_intermediates"], passed["image_features"]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self._input(x))
+        x = self.f(self._input(x))
+        return x
 
 
 class TextTower(nn.Module):
@@ -133,7 +136,8 @@ class TextTower(nn.Module):
                     f"'{printable(text, 200)}' has {count} tokens; {self.arch} reads {most}: shorten name or prompt"
                 )
         tokens = self.tokenize(list(texts)).to(next(self.clip.parameters()).device)
-        return self.clip.encode_text(tokens, normalize=True)
+        features: Tensor = self.clip.encode_text(tokens, normalize=True)
+        return features
 
 
 def load_text_tower(arch: str, path: str | Path) -> TextTower:

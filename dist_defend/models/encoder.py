@@ -178,7 +178,8 @@ class TimmEncoder(Encoder):
         return maps, self.f.forward_head(last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self.prepared(x))
+        x = self.f(self.prepared(x))
+        return x
 
 
 OPEN_CLIP = "open_clip:"

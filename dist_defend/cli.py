@@ -84,7 +84,7 @@ def _main(argv: Sequence[str] | None) -> int:
         try:
             args = _parse([word for word in argv if word != "--debug"])
             args.debug = is_debug
-            return args.main(args)
+            return int(args.main(args))
         except UserError as error:
             terminal.end_log()  # what was told on the way to it
             _tell(f"error: {error}")

@@ -38,7 +38,8 @@ class Classifier(nn.Module):
             entrance.register_forward_pre_hook(Resize(resize).hook)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(self.normalize(images))
+        logits: Tensor = self.net(self.normalize(images))
+        return logits
 
 
 def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Module:
@@ -52,7 +53,8 @@ def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Modul
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # their auxiliary heads serve training alone
-    return published.get_model(name, weights=None, num_classes=num_classes, **options)
+    net: nn.Module = published.get_model(name, weights=None, num_classes=num_classes, **options)
+    return net
 
 
 ARCHITECTURES = (*CLASSIFIERS, "timm:NAME", "torchvision:NAME")

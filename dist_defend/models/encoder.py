@@ -75,7 +75,8 @@ class TimmEncoder(Encoder):
         return maps, self.f.forward_head(last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self.prepared(x))
+        x = self.f(self.prepared(x))
+        return x
 
 
 ARCHITECTURES = (*ENCODERS, "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dist_defend import experiment
+from dist_defend import experiment, methods, plugins
 from dist_defend.attacks.poison import PoisonConfig
 from dist_defend.config import build_experiment, build_section
 from dist_defend.data.in_memory import Images
@@ -146,6 +146,7 @@ def wrap(
     it. classes: their names. UserError for a network that does not give such logits, or that arch does not make.
     """
     _check_network(net)
+    plugins.allow([arch, normalization])
     name = normalization if isinstance(normalization, str) else _constants(normalization)
     model = Classifier(net, arch or in_process.copies_of(net)[0], num_classes, name, image_size)
     card = ModelCard("classifier", model.arch, name, image_size, num_classes=num_classes)
@@ -294,7 +295,7 @@ def defend(
     one. options: keys of the method's section in a configuration, nested ones as dicts; and seed, precision, trainer,
     loader, device. UserError for a wrong option, one line that names it.
     """
-    if method in method_names() and not find_method(method).__name__.startswith(f"{defences.__name__}."):
+    if _is_defence(method) is False:
         raise UserError(f"defend: method '{method}' is no defence: dist_defend.train runs it")
     given = {"model": model, "data": clean, "test": test, "attack": attack}
     return _run("defend", method, given, output, options)
@@ -313,13 +314,19 @@ def train(
 
     arch: also a function of (num_classes, image_size) that gives a network.
     """
-    if method in method_names() and find_method(method).__name__.startswith(f"{defences.__name__}."):
+    if _is_defence(method):
         raise UserError(f"train: method '{method}' is a defence: dist_defend.defend runs it")
     return _run("train", method, {"data": data, "test": test, "attack": attack}, output, options)
 
 
 _AROUND = ("seed", "precision", "trainer", "loader")  # keys beside the method's section
 _NAMES = {"model": ("model", "teacher"), "data": ("data",), "test": ("test",), "attack": ("attack", "poison")}
+
+
+def _is_defence(method: str) -> bool | None:
+    """By the folder that the method is in; None for a plug-in, which may be either, and for an unknown name."""
+    name = find_method(method).__name__ if method in method_names() else ""
+    return name.startswith(f"{defences.__name__}.") if name.startswith(f"{methods.__name__}.") else None
 
 
 def _run(who: str, method: str, given: dict[str, Any], output: str | Path | None, options: dict[str, Any]) -> Result:

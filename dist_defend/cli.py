@@ -147,7 +147,7 @@ def _run_stoppable(args: argparse.Namespace) -> int:
     from dist_defend import config, experiment
     from dist_defend.engine import dist
     from dist_defend.engine.checkpoint import SaveError
-    from dist_defend.engine.step import NonFiniteError
+    from dist_defend.engine.objective import NonFiniteError
 
     loaded = config.load_experiment(args.config, args.overrides)
     if args.print_config:

@@ -17,7 +17,8 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, knn_predict
 from dist_defend.models.classifier import Classifier
-from dist_defend.models.encoder import NORMALIZATIONS, Normalize, SimCLR, normalization_constants
+from dist_defend.models.encoder import SimCLR
+from dist_defend.models.pixel_space import NORMALIZATIONS, Normalize, normalization_constants
 
 MOST_IMAGES = 2000
 _BATCH, _NEIGHBOURS = 100, 20

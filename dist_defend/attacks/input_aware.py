@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular, write_atomic
 from dist_defend.models.artifact import load_strict, looks_pickled
-from dist_defend.models.encoder import Normalize
 from dist_defend.models.foreign_file import parse_safetensors
 from dist_defend.models.foreign_report import check_values
+from dist_defend.models.pixel_space import Normalize
 from dist_defend.screen import printable
 
 _MOST_BYTES = 64 << 20  # of a file of generators

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer
 from dist_defend.engine.sharding import check_optimizer
-from dist_defend.engine.strategy import NonFiniteError, Objective
 from dist_defend.engine.whole import Whole
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dist_defend.errors import UserError
 from dist_defend.models.architectures import CLASSIFIERS
-from dist_defend.models.encoder import Normalize, Resize, create_timm
+from dist_defend.models.encoder import create_timm
+from dist_defend.models.pixel_space import Normalize, Resize
 from dist_defend.models.wide_resnet import WideResNet
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.models.encoder import Normalize
+from dist_defend.models.pixel_space import Normalize
 
 _SLOPE = 0.2  # of the leaky ReLUs
 

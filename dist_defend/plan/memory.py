@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_defend.batch import Batch
 from dist_defend.engine.grad_cache import MicroBatch, is_cached, micro_batches
-from dist_defend.engine.step import Objective
+from dist_defend.engine.objective import Objective
 
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}  # tensors per parameter
 SHARDED = {

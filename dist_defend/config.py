@@ -14,7 +14,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import dacite
 
@@ -26,6 +26,7 @@ from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 _RENAMED = {"poison": "attack", "trigger": "attack.trigger"}  # keys of earlier versions
+T = TypeVar("T")
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
 
@@ -132,7 +133,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise UserError(str(error).replace("not valid YAML", "the value is not valid YAML", 1)) from error
 
 
-def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
+def build_section(cls: type[T], raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> T:
     """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) if anything does not fit."""
     _check_keys(cls, raw, path, prefix, extra)
     hints = typing.get_type_hints(cls)

@@ -47,9 +47,8 @@ class Finding:
     is_essential: bool = False
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``doctor`` to the command line."""
-    parser = subparsers.add_parser("doctor", help="print what works on this machine and how to mend the rest")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     parser.add_argument("--json", action="store_true", help="print a list of findings as JSON")
     parser.set_defaults(main=main)
 

@@ -15,20 +15,20 @@ from dist_defend.files import fsync_path, sha256_file
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.candidates import MOST_PIXELS
 from dist_defend.models.classifier import Classifier
-from dist_defend.models.encoder import NORMALIZATIONS, SimCLR, normalization_constants
+from dist_defend.models.encoder import SimCLR
 from dist_defend.models.foreign import import_encoder
 from dist_defend.models.foreign_classifier import holds_classifier, import_classifier
 from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_images import SPLITS, MissingImages, PoisonedImages, read_poisoned
 from dist_defend.models.foreign_report import ImportReport
 from dist_defend.models.mappings import Choice
+from dist_defend.models.pixel_space import NORMALIZATIONS, normalization_constants
 
 _MOST_NAMES = 8
 
 
-def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command."""
-    parser = commands.add_parser("import", help="turn a foreign checkpoint into a model folder, without unpickling it")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     add = parser.add_argument
     add(
         "source",

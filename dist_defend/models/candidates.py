@@ -16,7 +16,8 @@ from torch import Tensor
 from dist_defend.errors import UserError
 from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 from dist_defend.models.classifier import build_classifier
-from dist_defend.models.encoder import OPEN_CLIP, build_encoder
+from dist_defend.models.clip_image import OPEN_CLIP, published_image_size
+from dist_defend.models.encoder import build_encoder
 
 Shape = tuple[int, ...]
 CLASSES = 100_003  # stands for the number of classes in a shape
@@ -112,8 +113,6 @@ def encoder_candidates(state: Mapping[str, Tensor], arch: str | None, image_size
 def published_size(arch: str) -> int:
     """Pixels that an encoder's architecture was made for."""
     if arch.startswith(OPEN_CLIP):
-        from dist_defend.models.clip import published_image_size
-
         return published_image_size(arch)
     if arch.startswith("timm:"):
         import timm

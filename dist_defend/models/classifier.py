@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from dist_defend.errors import UserError
 from dist_defend.models.architectures import CLASSIFIERS
-from dist_defend.models.encoder import Normalize, Resize, create_timm
+from dist_defend.models.encoder import create_timm
+from dist_defend.models.pixel_space import Normalize, Resize
 from dist_defend.models.wide_resnet import WideResNet
 
 
@@ -37,7 +38,8 @@ class Classifier(nn.Module):
             entrance.register_forward_pre_hook(Resize(resize).hook)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(self.normalize(images))
+        logits: Tensor = self.net(self.normalize(images))
+        return logits
 
 
 def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Module:
@@ -51,7 +53,8 @@ def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Modul
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # their auxiliary heads serve training alone
-    return published.get_model(name, weights=None, num_classes=num_classes, **options)
+    net: nn.Module = published.get_model(name, weights=None, num_classes=num_classes, **options)
+    return net
 
 
 ARCHITECTURES = (*CLASSIFIERS, "timm:NAME", "torchvision:NAME")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_defend.errors import UserError
-from dist_defend.models.encoder import NORMALIZATIONS, OPEN_CLIP
+from dist_defend.models.clip_image import OPEN_CLIP
+from dist_defend.models.pixel_space import NORMALIZATIONS
 
 BACKDOORBENCH_DATA = {  # normalization, image size (pixels), classes
     "cifar10": ("cifar10_backdoorbench", 32, 10),

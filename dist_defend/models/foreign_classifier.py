@@ -21,8 +21,8 @@ from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import MOST_PIXELS, Candidate, classifier_candidates, encoder_candidates
 from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.models.clip_image import OPEN_CLIP
 from dist_defend.models.constants import backdoorbench_constants, classifier_constants
-from dist_defend.models.encoder import OPEN_CLIP
 from dist_defend.models.finder import Fit, choose, find_network, is_self_supervised, unknown
 from dist_defend.models.foreign_file import State
 from dist_defend.models.foreign_folder import read_weights

@@ -26,14 +26,14 @@ from dist_defend.data.augment import REFERENCE, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
 from dist_defend.engine.features import FrozenFeatures
+from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
-from dist_defend.models.encoder import NORMALIZATIONS, Encoder, Normalize
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.folding import fold_frozen_norms
+from dist_defend.models.pixel_space import NORMALIZATIONS, Encoder, Normalize
 
 log = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import dacite
 
+from dist_defend import plugins
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
@@ -75,6 +76,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
+    plugins.allow(raw)
     name = raw.get("method")
     if name not in method_names():
         raise UserError(f"{path}: key 'method' is {_shown(name)}; it must be one of {', '.join(method_names())}")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
@@ -42,7 +42,7 @@ class Config:
     data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     temperature: float = 6.0
     alpha: float = 0.95
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
@@ -112,4 +112,5 @@ def build(config: Config, context: Context) -> Plan:
     )
     pair.trial.look(data, rows)
     stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
+    stage.shown = "loss", "kl"
     return Plan([stage], lambda: pair.result("kd", {"images": len(rows)}))

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.reference import TriggerConfig, triggers_from
+from dist_defend.attacks.attack import AttackConfig, trigger_of
+from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
@@ -88,7 +89,7 @@ class Config:
     Keys:
         encoders: kind (clean, backdoored, purified, ...) -> model folder
         tasks: name -> a downstream task
-        trigger: what is stamped on the test images
+        attack: what is stamped on the test images; the target class is each task's
         kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
             neither seeds nor any key from hidden on is read
         knn: of kind knn; null: its defaults
@@ -102,7 +103,7 @@ class Config:
 
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
     kind: Literal["head", "knn"] = "head"
     knn: KnnConfig | None = None
     seeds: tuple[int, ...] = (100,)
@@ -248,7 +249,7 @@ class Task:
             for data, part in ((train, task.train), (self.test, task.test)):
                 check_image_size(model, config.encoders[kind], data.image_shape, part.path)
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
-        self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
+        self.trigger: Trigger = trigger_of(config.attack).build(size).to(context.ranks.device, context.ranks.dtype)
         encoders = [model.f for model in models.values()]
         how = TrainedHeads if config.kind == "head" else Neighbours
         self.head: TrainedHeads | Neighbours = how(name, config, encoders, context, train, rows)
@@ -305,7 +306,9 @@ class TrainedHeads:
         batches = FeatureBatches(config, labels, context, features.take)
         step = context.gradient_step(ProbeObjective(self.stack, context.ranks), config.update, batches.num_batches)
         name = f"probe/{task}"
-        self.stages = [Stage(name, batches, step, config.update.epochs, finish=features.forget, is_kept=True)]
+        self.stages = [
+            Stage(name, batches, step, config.update.epochs, finish=features.forget, is_kept=True, shown=("mean_loss",))
+        ]
 
     def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
         """By seed: the classes (N,) that this head of the encoder-th encoder gives to each of the features (N, D)."""

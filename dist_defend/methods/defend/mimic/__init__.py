@@ -165,7 +165,7 @@ def build(config: Config, context: Context) -> Plan:
         student, teacher, config.temperature, config.attention_weights, config.clone_weight, config.contrastive_weight
     )
     step = context.gradient_step(objective, config.update, loader.num_batches)
-    stages = [Stage("mimic", loader, step, config.update.epochs)]
+    stages = [Stage("mimic", loader, step, config.update.epochs, shown=("loss", "clone"))]
     if config.information.estimator != "fixed":
 
         def finish() -> None:
@@ -184,7 +184,7 @@ def build(config: Config, context: Context) -> Plan:
             image_size=student.image_size,
             feature_dim=student.f.feature_dim,
             backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
-            trigger=next((card.trigger for card in cards if card.trigger), None),
+            attack=next((card.attack for card in cards if card.attack), None),
             parent_sha256=teacher_sha256,
             guessed=cards[-1].guessed,
             defended_by="mimic",

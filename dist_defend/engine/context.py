@@ -69,6 +69,7 @@ class Context:
     seed: int
     loader_config: LoaderConfig
     folder: Path
+    method: str = ""  # its name: the section of its keys, and the kind of its rows
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
     notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
     has_content: ClassVar[bool] = True  # of weights and images; `dist-defend plan` only pretends to have some

@@ -11,7 +11,7 @@ from types import ModuleType
 from dist_defend.methods import attack, defend, measure, pretrain
 
 FOLDERS = (pretrain, attack, defend, measure)
-SHARED = ("abd",)  # packages that methods are made from; not methods themselves
+SHARED = ("abd", "pruning")  # packages that methods are made from; not methods themselves
 
 
 @cache

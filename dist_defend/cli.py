@@ -1,4 +1,4 @@
-"""The command line: dist-defend run | evaluate | sweep | data | attacks | import | export | report | bench | doctor."""
+"""The command line: ``dist-defend COMMAND``. Only the module of the command that is asked for is imported."""
 
 import argparse
 import contextlib
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from dist_defend import __version__, terminal
+from dist_defend.arguments import add_experiment, parse_words
 from dist_defend.engine.signals import INTERRUPTED, PREEMPTED, Stopped, stoppable
 from dist_defend.errors import UserError
 from dist_defend.screen import printable
@@ -21,18 +22,21 @@ __all__ = ["BROKEN_PIPE", "INTERRUPTED", "PREEMPTED", "main"]
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells say of a program whose reader went away, as with `| head`
 _OTHERS_SECONDS = 3  # after which a launcher has ended the other ranks of one that failed
-_COMMANDS = {
-    "launch": "dist_defend.launch",
-    "plan": "dist_defend.plan",
-    "sweep": "dist_defend.sweep.cli",
-    "data": "dist_defend.data.cli",
-    "evaluate": "dist_defend.evaluate_command",
-    "attacks": "dist_defend.attacks.cli",
-    "import": "dist_defend.importing",
-    "export": "dist_defend.models.export",
-    "report": "dist_defend.report",
-    "bench": "dist_defend.bench",
-    "doctor": "dist_defend.doctor",
+_COMMANDS = {  # name: (module, what it does); the module is imported when its command is used
+    "run": ("dist_defend.cli", "run one experiment file, or resume it"),
+    "launch": ("dist_defend.launch", "run one experiment file on several ranks or machines"),
+    "plan": ("dist_defend.plan", "memory and work of each rank, before anything is started"),
+    "sweep": ("dist_defend.sweep.cli", "run the points of a grid with Slurm or on this machine, collect them"),
+    "data": ("dist_defend.data.cli", "prepare data sets and look at them"),
+    "evaluate": ("dist_defend.evaluate_command", "count ACC, ASR and RA of a classifier, imported or trained here"),
+    "methods": ("dist_defend.methods_command", "list the methods, or the keys of one: type, default, meaning"),
+    "models": ("dist_defend.models.cli", "list architectures and normalizations, or tell of one"),
+    "attacks": ("dist_defend.attacks.cli", "draw the triggers, or make one for a network"),
+    "import": ("dist_defend.importing", "turn a foreign checkpoint into a model folder, without unpickling it"),
+    "export": ("dist_defend.models.export", "write a classifier as BackdoorBench's defense_result.pt"),
+    "report": ("dist_defend.report", "table, report.md, report.csv and report.html from finished runs"),
+    "bench": ("dist_defend.bench", "time the package against the published formulations"),
+    "doctor": ("dist_defend.doctor", "print what works on this machine and how to mend the rest"),
 }
 
 
@@ -80,7 +84,7 @@ def _main(argv: Sequence[str] | None) -> int:
         try:
             args = _parse([word for word in argv if word != "--debug"])
             args.debug = is_debug
-            return args.main(args)
+            return int(args.main(args))
         except UserError as error:
             terminal.end_log()  # what was told on the way to it
             _tell(f"error: {error}")
@@ -97,22 +101,15 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Overrides may stand before and after options, which argparse does not allow for below subcommands."""
     parser = argparse.ArgumentParser(prog="dist-defend", description=sys.modules["dist_defend"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure; may stand anywhere")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_run(commands)
-    asked_for = argv[:1] if argv[:1] in (["run"], *([name] for name in _COMMANDS)) else list(_COMMANDS)
-    for name in asked_for:  # a command's module is imported when it is used, or to list them all
-        if name in _COMMANDS:
-            importlib.import_module(_COMMANDS[name]).add_arguments(commands)
-    args, rest = parser.parse_known_args(argv)
-    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        args.overrides = [*args.overrides, *rest]
-    return args
+    for name, (module, told) in _COMMANDS.items():
+        command = commands.add_parser(name, help=told)
+        if argv[:1] == [name]:
+            importlib.import_module(module).add_arguments(command)
+    return parse_words(parser, argv)
 
 
 def _tell_failure(error: Exception, is_debug: bool) -> None:
@@ -135,10 +132,9 @@ def _tell(line: str) -> None:
             print(line, file=sys.stderr)
 
 
-def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("run", help="run one experiment file, or resume it")
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the parser of ``run``."""
+    add_experiment(parser)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="build data, models and steps, but run nothing")
     parser.set_defaults(main=_run)
@@ -153,7 +149,7 @@ def _run_stoppable(args: argparse.Namespace) -> int:
     from dist_defend import config, experiment
     from dist_defend.engine import dist
     from dist_defend.engine.checkpoint import SaveError
-    from dist_defend.engine.step import NonFiniteError
+    from dist_defend.engine.objective import NonFiniteError
 
     loaded = config.load_experiment(args.config, args.overrides)
     if args.print_config:

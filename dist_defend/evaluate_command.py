@@ -20,9 +20,8 @@ _FOLDER = Path("runs/evaluate")
 _SHOWN_CLASSES = 20  # of the table by class; of more, the worst
 
 
-def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command."""
-    parser = commands.add_parser("evaluate", help="count ACC, ASR and RA of a classifier, imported or trained here")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     parser.add_argument("model", metavar="MODEL", help="model folder of a classifier")
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared test set, clean and labelled")
     attack = parser.add_mutually_exclusive_group()

@@ -17,7 +17,8 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, knn_predict
 from dist_defend.models.classifier import Classifier
-from dist_defend.models.encoder import NORMALIZATIONS, Normalize, SimCLR, normalization_constants
+from dist_defend.models.encoder import SimCLR
+from dist_defend.models.pixel_space import NORMALIZATIONS, Normalize, normalization_constants
 
 MOST_IMAGES = 2000
 _BATCH, _NEIGHBOURS = 100, 20
@@ -82,7 +83,7 @@ def differ(better: Trial, other: Trial) -> bool:
     """Whether one trial beats another by more than counting explains: two standard errors of the difference."""
     only_one = int((better.hits & ~other.hits).sum())
     only_other = int((~better.hits & other.hits).sum())
-    return only_one - only_other > 2 * (only_one + only_other) ** 0.5
+    return bool(only_one - only_other > 2 * (only_one + only_other) ** 0.5)
 
 
 def _names(used: str) -> list[str]:

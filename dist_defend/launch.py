@@ -21,17 +21,16 @@ import psutil
 import torch
 
 from dist_defend import lifeline
+from dist_defend.arguments import add_experiment
 from dist_defend.engine.sharding import STRATEGIES
 from dist_defend.errors import UserError
 
 FILES = Path(__file__).parents[1] / "launch"
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``launch`` to the command line."""
-    parser = subparsers.add_parser("launch", help="run one experiment file on several ranks or machines")
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
+    add_experiment(parser)
     parser.add_argument("--ranks", type=int, help="over all machines (default: one per GPU here, 1 without GPUs)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="how ranks share a model (default ddp)")
     parser.add_argument("--machines", type=int, default=1)

@@ -32,12 +32,12 @@ from dist_defend.evaluate import (
 )
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
+from dist_defend.ops.streams import Stream, draws
 
 LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
 REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
-_LOOK_STREAM = 0x100C  # keeps the draw of those images apart from other draws
 _PICTURED = 8  # test images shown in the report
 
 
@@ -139,7 +139,8 @@ class Examination:
             return np.zeros_like(image)
         candidates = self.test.images(rows)
         apart = [np.square(candidate.astype(np.float32) - image).sum() for candidate in candidates]
-        return candidates[int(np.argmin(apart))]
+        nearest: np.ndarray = candidates[int(np.argmin(apart))]
+        return nearest
 
     def save_examples(self) -> None:
         """examples.safetensors in the run folder, for the report: images without and with the trigger."""
@@ -223,7 +224,7 @@ class Trial:
         if not self.context.has_content:
             return
         if len(rows) > LOOKED_AT:
-            draw = np.random.default_rng([self.context.seed, _LOOK_STREAM])
+            draw = draws(self.context.seed, Stream.LOOKED_AT)
             rows = np.sort(draw.choice(rows, LOOKED_AT, replace=False))
         classes, labels, _ = predict(self.model, self.context.eval_loader(dataset, rows), self.context.ranks)
         acc = agreeing(classes, labels)

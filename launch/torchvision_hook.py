@@ -1,7 +1,7 @@
 """Patch torchvision in programs that import it without dist_defend, such as ``accelerate launch``.
 
 launch/bootstrap copies this file into the virtual environment, beside a .pth line that imports it at start-up. It does
-nothing until something looks for torchvision; then it imports dist_defend, whose first act is the patch (tv_compat.py).
+nothing until something looks for torchvision; then it imports dist_defend's patch (tv_compat.py) and applies it.
 """
 
 import contextlib
@@ -14,7 +14,9 @@ class _BeforeTorchvision:
         if name == "torchvision":
             sys.meta_path.remove(_BeforeTorchvision)
             with contextlib.suppress(ModuleNotFoundError):  # the package was uninstalled, this file stayed
-                import dist_defend  # noqa: F401
+                from dist_defend.tv_compat import patch_torchvision
+
+                patch_torchvision()
 
 
 sys.meta_path.insert(0, _BeforeTorchvision)

@@ -64,14 +64,14 @@ OPTIONS = {
 
 PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     # Constants of data sets
-    ("jinyuan-jia/BadEncoder and bboylyg/RNP, transforms", ("dist_defend.models.encoder:NORMALIZATIONS",), {
+    ("jinyuan-jia/BadEncoder and bboylyg/RNP, transforms", ("dist_defend.models.pixel_space:NORMALIZATIONS",), {
         "cifar10": CIFAR10,
     }),
-    ("jinyuan-jia/BadEncoder, transforms", ("dist_defend.models.encoder:NORMALIZATIONS",), {
+    ("jinyuan-jia/BadEncoder, transforms", ("dist_defend.models.pixel_space:NORMALIZATIONS",), {
         "stl10": ((0.44087798, 0.42790666, 0.38678814), (0.25507198, 0.24801506, 0.25641308)),
         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     }),
-    ("SCLBD/BackdoorBench, get_dataset_normalization", ("dist_defend.models.encoder:NORMALIZATIONS",), {
+    ("SCLBD/BackdoorBench, get_dataset_normalization", ("dist_defend.models.pixel_space:NORMALIZATIONS",), {
         "cifar10_backdoorbench": ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
         "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
         "tiny": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
@@ -81,7 +81,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "cifar10": ("cifar10_backdoorbench", 32, 10), "cifar100": ("cifar100", 32, 100), "gtsrb": ("none", 32, 43),
         "celeba": ("none", 64, 8), "tiny": ("tiny", 64, 200), "imagenet": ("imagenet", 224, 1000),
     }),
-    ("illidanlab/ABD, transforms of GTSRB", ("dist_defend.models.encoder:NORMALIZATIONS",), {
+    ("illidanlab/ABD, transforms of GTSRB", ("dist_defend.models.pixel_space:NORMALIZATIONS",), {
         "gtsrb": ((0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669)),
     }),
     ("jinyuan-jia/BadEncoder, zero_shot.py", ("dist_defend.methods.measure.zeroshot:TEMPLATES",), {

@@ -9,10 +9,9 @@ from PIL import Image
 from dist_defend.errors import UserError
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to dist-defend's parser."""
-    attacks = subparsers.add_parser("attacks", help="draw the triggers, or make one for a network")
-    commands = attacks.add_subparsers(title="attack commands", required=True, metavar="COMMAND")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
+    commands = parser.add_subparsers(title="attack commands", required=True, metavar="COMMAND")
     gallery = commands.add_parser("gallery", help="one PNG that shows every trigger")
     gallery.add_argument("--out", required=True, type=Path, metavar="OUT.png")
     gallery.add_argument("--data", metavar="PREPARED", help="prepared data set to take images from (default: made up)")

@@ -16,8 +16,8 @@ from dist_defend.attacks.patterns import LabelConsistent, PatternConfig
 from dist_defend.attacks.stamp import CrossStamp, Stamp, grey_levels
 from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
+from dist_defend.ops.streams import Stream, draws
 
-_STREAM = 0xBAD  # keeps the draw of poisoned rows apart from subsets and orders
 _CHUNK = 256  # images stamped at once
 CLEAN, STAMPED, CROSS = 0, 1, 2  # flags
 
@@ -133,7 +133,8 @@ class PoisonedDataset(PreparedDataset):
 
     def image(self, row: int) -> np.ndarray:
         """One image, (H, W, 3) uint8."""
-        return self.images(np.array([row]))[0]
+        image: np.ndarray = self.images(np.array([row]))[0]
+        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images (B, H, W, 3) uint8 in the order of ``rows``."""
@@ -171,7 +172,7 @@ def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: PoisonConfig, s
     if isinstance(pattern, LabelConsistent) and pattern.adversarial is not None:
         base = open_images(pattern.adversarial, dataset.num_source_rows, size)
     others = np.zeros(len(dataset), np.int64)
-    others[crossed] = np.random.default_rng([seed, _STREAM, 1]).choice(rows, len(crossed))
+    others[crossed] = draws(seed, Stream.POISON, 1).choice(rows, len(crossed))
     return PoisonedDataset(dataset, not_idle(trigger), flags, labels, base, others)
 
 
@@ -226,7 +227,7 @@ def _draw(
         raise UserError(f"{asked}, so {count} of {len(rows)} images, but only {eligible.sum()} are {which}; lower it")
     if not count and config.rate and config.count is None:
         raise UserError(f"{asked}, which is no image of {len(rows)}; raise it or say count")
-    order = np.random.default_rng([seed, _STREAM]).permutation(len(rows))
+    order = draws(seed, Stream.POISON).permutation(len(rows))
     candidates = np.arange(len(rows)) if config.choose == "first" else order
     chosen = candidates[eligible[candidates]][:count]
     rest = order[~np.isin(order, chosen)]

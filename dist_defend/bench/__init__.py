@@ -13,9 +13,8 @@ NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "r
 SCALED = ("simclr", "badencoder", "mimic", "classifier")
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the sub-command."""
-    parser = subparsers.add_parser("bench", help="time the package against the published formulations")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     parser.add_argument("name", choices=[*NAMES, "all"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a JSON list")
     parser.add_argument(

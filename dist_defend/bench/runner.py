@@ -19,7 +19,8 @@ import dist_defend
 from dist_defend.engine import dist
 from dist_defend.engine.dist import Ranks
 from dist_defend.errors import UserError
-from dist_defend.models.encoder import NORMALIZATIONS, SimCLR, build_simclr
+from dist_defend.models.encoder import SimCLR, build_simclr
+from dist_defend.models.pixel_space import NORMALIZATIONS
 
 NORMALIZATION = "cifar10"
 MEAN, STD = NORMALIZATIONS[NORMALIZATION]

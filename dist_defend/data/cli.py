@@ -16,10 +16,9 @@ from dist_defend.screen import printable
 _LOOKED_AT = 64  # images of a batch, to see whether the order is fair
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command to dist-defend's parser."""
-    data = subparsers.add_parser("data", help="prepare data sets and look at them")
-    commands = data.add_subparsers(title="data commands", required=True, metavar="COMMAND")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
+    commands = parser.add_subparsers(title="data commands", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="turn a source into a prepared data set with a manifest")
     prepare.add_argument("kind", choices=KINDS)
     prepare.add_argument("--out", required=True, type=Path, help="folder; each split gets its own folder in it")

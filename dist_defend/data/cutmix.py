@@ -11,8 +11,7 @@ from dist_defend.batch import Batch
 from dist_defend.data.loader import Loader
 from dist_defend.data.order import rank_slice
 from dist_defend.ops.collectives import all_gather_rows, rank, world_size
-
-_STREAM = 0xC07  # keeps the draws of boxes apart from other draws
+from dist_defend.ops.streams import Stream, draws
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def draw_mix(config: CutMixConfig, size: int, batch_size: int, seed: int, epoch:
 
     The box has sides sqrt(1 - lambda) size around a uniform centre and is cut off at the border, as published.
     """
-    draw = np.random.default_rng([seed, _STREAM, epoch, number])
+    draw = draws(seed, Stream.CUTMIX, epoch, number)
     is_mixed, kept = draw.random() < config.probability, draw.beta(config.beta, config.beta)
     half = int(size * np.sqrt(1 - kept)) // 2 if is_mixed else 0
     y, x = draw.integers(size, size=2)

@@ -17,8 +17,8 @@ from dist_defend.data.ffcv_presence import ffcv_installed, quiet_ffcv
 from dist_defend.data.order import Sampling
 from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
+from dist_defend.ops.streams import Stream, draws
 
-_SUBSET_STREAM = 0x5B5E7  # keeps the draw of a random subset apart from the epochs' orders
 _RESIDENT_SHARE = 0.5  # of the free memory that `auto` lets the images take
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def select_rows(dataset: PreparedDataset, config: DatasetConfig, seed: int) -> n
         raise UserError(f"{config.path}: fraction {config.fraction} of {len(dataset)} samples is none; raise it")
     if config.subset == "first":
         return np.arange(count, dtype=np.int64)
-    return np.sort(np.random.default_rng([seed, _SUBSET_STREAM]).permutation(len(dataset))[:count]).astype(np.int64)
+    return np.sort(draws(seed, Stream.SUBSET).permutation(len(dataset))[:count]).astype(np.int64)
 
 
 class Loader:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dist_defend.ops.streams import order_draws
+
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
     """Positions 0..n-1 in the order of this epoch, (n,) int64; ``seed`` and ``epoch`` are not negative."""
     if not shuffle:
         return np.arange(n, dtype=np.int64)
-    return np.random.default_rng([seed, epoch]).permutation(n).astype(np.int64, copy=False)
+    return order_draws(seed, epoch).permutation(n).astype(np.int64, copy=False)
 
 
 def rank_slice(n: int, rank: int, world_size: int) -> slice:

@@ -36,8 +36,8 @@ from dist_defend.data.writing import (
 )
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
+from dist_defend.ops.streams import Stream, draws
 
-_ORDER_STREAM = 0x0DE5  # keeps the order of the rows apart from the epochs' orders
 _CHUNK = 64  # images decoded at once where each is resized
 
 
@@ -71,7 +71,8 @@ class PreparedDataset:
 
     @cached_property
     def _array(self) -> np.ndarray:
-        return np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
+        images: np.ndarray = np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
+        return images
 
     @cached_property
     def _stored(self) -> StoredImages:
@@ -234,7 +235,7 @@ def _rows(count: int, options: WriteOptions) -> np.ndarray:
     """The source's rows in the order in which they are written."""
     rows = np.arange(count, dtype=np.int64)
     if options.order_seed is not None:
-        rows = np.random.default_rng([options.order_seed, _ORDER_STREAM]).permutation(rows)
+        rows = draws(options.order_seed, Stream.ORDER_OF_ROWS).permutation(rows)
     return rows[: options.max_samples]
 
 

@@ -19,8 +19,9 @@ from dist_defend.data.classes import check_same_classes, tell_missing_classes, t
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file

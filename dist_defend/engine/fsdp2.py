@@ -10,8 +10,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
-from dist_defend.engine.strategy import NonFiniteError, Objective
 from dist_defend.engine.whole import Whole
 from dist_defend.models.blocks import repeated_blocks
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dist_defend.batch import Batch
+from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.recompute import statistics_stay
-from dist_defend.engine.strategy import Objective, at_least_float32
 
 
 class MicroBatch(NamedTuple):

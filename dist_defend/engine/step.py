@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.grad_cache import is_cached, micro_batches
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig, lr_factor
 from dist_defend.engine.recompute import recompute_activations
-from dist_defend.engine.strategy import NonFiniteError, Objective, at_least_float32, make_strategy
+from dist_defend.engine.strategy import make_strategy
 from dist_defend.errors import UserError
 from dist_defend.models.blocks import repeated_blocks
-
-__all__ = ["GradientStep", "NonFiniteError", "Objective", "Step", "at_least_float32", "check_strategy", "plain_weights"]
 
 
 class Step(Protocol):

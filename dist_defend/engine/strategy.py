@@ -1,62 +1,15 @@
 """How an objective, its optimizer and the ranks are tied together: replicated, or sharded."""
 
-import importlib
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.objective import NonFiniteError, Objective, Strategy
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
-
-
-class Objective(nn.Module):
-    """A loss over a batch, as a module: it is wrapped whole, however often it calls its encoder.
-
-    forward(batch) -> scalars with the key "loss". Only what is trained may be registered as a submodule.
-    """
-
-    def after_backward(self) -> None:
-        """Called between the backward pass and the update, outside of autograd."""
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Losses are taken in float32 or float64, whatever autocast made of the features."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class NonFiniteError(RuntimeError):
-    """Loss or gradient is not finite; the update was not done, or is not kept."""
-
-
-class Strategy(Protocol):
-    """What GradientStep asks of DDP, FSDP2 and ZeRO. States hold whole tensors: one format for all of them."""
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """What the objective returns."""
-        ...
-
-    def forward_backward(self, batch: Any, is_last: bool) -> dict[str, Tensor]:
-        """The objective's scalars for one micro-batch; gradients are added up, and reduced by the last one."""
-        ...
-
-    def update(self, lr: float) -> dict[str, Tensor]:
-        """Clip, update, forget the gradients -> grad_norm. Raises NonFiniteError."""
-        ...
-
-    def plain(self) -> AbstractContextManager[None]:
-        """Within, on every rank, the objective holds all of its parameters and may be called in parts."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """objective, optimizer (torch's layout; None before the first update), by all ranks together."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of state_dict, of any strategy."""
-        ...
 
 
 class Replicated:
@@ -145,5 +98,9 @@ def make_strategy(
     if name == "ddp":
         return Replicated(*arguments)
     if name == "fsdp2":
-        return importlib.import_module("dist_defend.engine.fsdp2").FullySharded(*arguments)
-    return importlib.import_module("dist_defend.engine.zero").Zero(*arguments)
+        from dist_defend.engine.fsdp2 import FullySharded  # half a second that most runs do without
+
+        return FullySharded(*arguments)
+    from dist_defend.engine.zero import Zero
+
+    return Zero(*arguments)

@@ -18,9 +18,10 @@ from dist_defend.batch import Batch
 from dist_defend.engine import checkpoint, signals
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.identity import Identity
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.resume import Position, Saved, check_position, restore
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import NonFiniteError, Step, plain_weights
+from dist_defend.engine.step import Step, plain_weights
 from dist_defend.terminal import release_log, unguarded
 
 log = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer
 from dist_defend.engine.sharding import check_optimizer
-from dist_defend.engine.strategy import NonFiniteError, Objective
 from dist_defend.engine.whole import Whole
 
 
@@ -165,6 +165,6 @@ class Zero:
 
     def _flat(self) -> Iterable[Tensor]:
         """This rank's flat partitions, which are what DeepSpeed's optimizer updates."""
-        return (
-            self.zero.fp32_partitioned_groups_flat if self.is_partitioned else self.zero.single_partition_of_fp32_groups
-        )
+        name = "fp32_partitioned_groups_flat" if self.is_partitioned else "single_partition_of_fp32_groups"
+        flat: Iterable[Tensor] = getattr(self.zero, name)
+        return flat

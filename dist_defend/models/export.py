@@ -16,9 +16,8 @@ from dist_defend.models.foreign_classifier import BACKDOORBENCH_ARCHS
 _NAMES = {arch: name for name, arch in BACKDOORBENCH_ARCHS.items()}
 
 
-def add_arguments(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add the command."""
-    parser = commands.add_parser("export", help="write a classifier as BackdoorBench's defense_result.pt")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     parser.add_argument("source", type=Path, help="model folder of a classifier")
     parser.add_argument("--out", type=Path, required=True, help="file to write, defense_result.pt for BackdoorBench")
     parser.set_defaults(main=main)

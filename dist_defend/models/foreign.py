@@ -14,8 +14,9 @@ import torch
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import COUNTER, classifier_candidates, encoder_candidates
+from dist_defend.models.clip_image import OPEN_CLIP
 from dist_defend.models.constants import encoder_constants
-from dist_defend.models.encoder import OPEN_CLIP, SimCLR, build_simclr
+from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.finder import Fit, choose, find_network, is_self_supervised, unknown
 from dist_defend.models.foreign_file import State
 from dist_defend.models.foreign_folder import read_weights

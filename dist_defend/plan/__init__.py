@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_defend.arguments import add_experiment
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.sharding import STRATEGIES, StrategyName, check_optimizer, check_precision
 from dist_defend.engine.step import GradientStep, split_batch
@@ -44,11 +45,9 @@ class StagePlan:
     mapped: int
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``plan`` to the command line."""
-    parser = subparsers.add_parser("plan", help="memory and work of each rank, before anything is started")
-    parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
+    add_experiment(parser)
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")
     parser.set_defaults(main=main)

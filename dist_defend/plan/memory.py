@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dist_defend.batch import Batch
 from dist_defend.engine.grad_cache import MicroBatch, is_cached, micro_batches
-from dist_defend.engine.step import Objective
+from dist_defend.engine.objective import Objective
 
 _STATES = {"sgd": 1, "lars": 1, "adam": 2, "adamw": 2}  # tensors per parameter
 SHARDED = {
@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations have made and that are still alive, and the most there were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.now = self.peak = 0
         self._known: set[int] = set()
 

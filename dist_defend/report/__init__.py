@@ -8,9 +8,8 @@ from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``report`` to the command line."""
-    parser = subparsers.add_parser("report", help="table, report.md, report.csv and report.html from finished runs")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the folder that holds all RUNS)")
     parser.add_argument(

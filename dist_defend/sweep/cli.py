@@ -12,9 +12,8 @@ from dist_defend.sweep.grid import Sweep, load_sweep
 from dist_defend.sweep.progress import STATES, Progress
 
 
-def add_arguments(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``sweep`` to the command line."""
-    parser = subparsers.add_parser("sweep", help="run the points of a grid with Slurm or on this machine, collect them")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Fill the command\'s parser."""
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     told = {
         plan: "print the points, change nothing",

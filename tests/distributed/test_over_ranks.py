@@ -13,9 +13,10 @@ from dist_defend import experiment
 from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from tests.ranks import Pool
 from tests.runs import make_experiment, options_of

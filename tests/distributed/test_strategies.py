@@ -15,9 +15,10 @@ from dist_defend import experiment
 from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.engine.dist import start
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.sharding import launched_sharding
-from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_artifact
 from tests.ranks import Pool

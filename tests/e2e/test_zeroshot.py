@@ -14,7 +14,7 @@ from torch.nn import functional
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
 from dist_defend.models.artifact import load_simclr
-from dist_defend.models.encoder import Normalize
+from dist_defend.models.pixel_space import Normalize
 from tests.clips import clip_state, save_clip
 from tests.runs import CLASSES, make_data, make_experiment, metrics
 

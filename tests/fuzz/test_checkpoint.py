@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from dist_defend.batch import Batch
 from dist_defend.engine import checkpoint, dist
+from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import GradientStep, NonFiniteError, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from dist_defend.files import sha256_file
 from tests.fuzz.harness import bad_outcomes

@@ -17,8 +17,8 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import checkpoint, dist
 from dist_defend.engine.context import Context
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import NonFiniteError
 from dist_defend.errors import UserError
 from dist_defend.methods.defend import ibau
 from dist_defend.methods.defend.ibau.options import Config

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
-from dist_defend.engine.step import NonFiniteError
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.methods.defend.rnp.steps import CrossEntropyStep, RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names

@@ -18,7 +18,7 @@ from dist_defend.engine.context import Context
 from dist_defend.evaluate import extract_features
 from dist_defend.methods.measure import zeroshot
 from dist_defend.models import clip
-from dist_defend.models.encoder import Normalize
+from dist_defend.models.pixel_space import Normalize
 from tests.clips import clip_state, save_clip
 from tests.reference.zeroshot import similarities, stamp, text_feature
 from tests.runs import CLASSES, make_data

@@ -10,7 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
     {
+        "arguments",
         "errors",
+        "plugins",
+        "keys",
         "screen",
         "files",
         "lock",
@@ -27,7 +30,18 @@ LAYERS = [
     {"trial"},
     {"methods"},
     {"config", "experiment", "results"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
+    {
+        "report",
+        "bench",
+        "doctor",
+        "sweep",
+        "launch",
+        "plan",
+        "importing",
+        "import_check",
+        "evaluate_command",
+        "methods_command",
+    },
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -89,3 +103,58 @@ print(len(names))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= len(FILES) // 2
+
+
+def module_name(file: Path) -> str:
+    name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def imported_modules(source: str, modules: set[str]) -> set[str]:
+    """Which of ``modules`` a file names in an import at its top, inside of functions, or to import_module."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= below & modules or {node.module or ""}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant)}  # type: ignore[misc]
+    return found & modules
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A walk along the imports that ends where it began; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        for other in sorted(graph[name]) if name not in done else []:
+            if found := walk(other, [*path, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_no_module_needs_itself() -> None:
+    """Not inside one folder either, and not by an import inside of a function."""
+    names = {module_name(file): file for file in FILES}
+    graph = {name: imported_modules(file.read_text(), set(names)) - {name} for name, file in names.items()}
+    assert sum(map(len, graph.values())) > len(FILES), "the parser sees the imports"
+    assert circle(graph) == []
+
+
+def test_the_walk_finds_circles() -> None:
+    modules = {"a", "a.b", "c", "d", "e"}
+    assert imported_modules("from a import b, name\ndef f():\n    import c\n    import_module('d')", modules) == {
+        "a.b",
+        "c",
+        "d",
+    }
+    assert imported_modules("from a import name", modules) == {"a"}
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]

@@ -15,8 +15,8 @@ from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.abd.vaccine import ShuffledEnsemble, Vaccine, suppression, tail_ratio
 from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.models.classifier import build_classifier
-from dist_defend.models.encoder import Normalize
 from dist_defend.models.generator import CMIGenerator, ZSKTGenerator
+from dist_defend.models.pixel_space import Normalize
 from dist_defend.models.wide_resnet import WideResNet
 from dist_defend.ops.losses import distillation, divergence_rows
 

@@ -16,8 +16,8 @@ from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Objective
 from dist_defend.methods import find_method
 from dist_defend.models.artifact import load_artifact
 from tests.runs import SIZE, make_classifier, make_data, make_experiment, options_of

@@ -19,9 +19,10 @@ from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.engine import checkpoint, dist
+from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, lr_factor
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import GradientStep, NonFiniteError, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from tests.runs import make_experiment, metrics, options_of
 

@@ -9,8 +9,9 @@ from torch._dynamo.utils import counters
 
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import Lars, OptimizerConfig, build_optimizer
-from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.errors import UserError
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.blocks import repeated_blocks

@@ -15,9 +15,10 @@ from dist_defend.data.store import write_dataset
 from dist_defend.import_check import Trial, differ
 from dist_defend.models.artifact import load_artifact, load_classifier
 from dist_defend.models.classifier import Classifier, build_classifier
-from dist_defend.models.encoder import NORMALIZATIONS, build_encoder
+from dist_defend.models.encoder import build_encoder
 from dist_defend.models.foreign import import_encoder
 from dist_defend.models.foreign_classifier import import_classifier
+from dist_defend.models.pixel_space import NORMALIZATIONS
 
 
 def colours(count: int, size: int) -> np.ndarray:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.models.encoder import NORMALIZATIONS, Encoder, Normalize, build_encoder, build_simclr
+from dist_defend.models.encoder import build_encoder, build_simclr
+from dist_defend.models.pixel_space import NORMALIZATIONS, Encoder, Normalize
 
 ENCODERS = [
     ("resnet18_cifar", 32, 512, [(64, 32), (128, 16), (256, 8), (512, 4)]),

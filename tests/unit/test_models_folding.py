@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dist_defend.methods.attack.badencoder import freeze_norms
 from dist_defend.models import folding
-from dist_defend.models.encoder import Encoder, build_encoder
+from dist_defend.models.encoder import build_encoder
 from dist_defend.models.folding import FoldedConv2d, fold_frozen_norms
+from dist_defend.models.pixel_space import Encoder
 
 
 def frozen(arch: str) -> Encoder:

@@ -13,9 +13,10 @@ from dist_defend.errors import UserError
 from dist_defend.methods.attack.badencoder import freeze_norms
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.classifier import Classifier, build_classifier
-from dist_defend.models.encoder import Encoder, Normalize, build_encoder, build_simclr
+from dist_defend.models.encoder import build_encoder, build_simclr
 from dist_defend.models.export import main as export_main
 from dist_defend.models.folding import fold_frozen_norms
+from dist_defend.models.pixel_space import Encoder, Normalize
 from dist_defend.models.wide_resnet import WideResNet
 from tests.runs import CLASSES, SIZE, make_data, make_experiment, options_of
 

@@ -16,9 +16,10 @@ from dist_defend.config import load_experiment
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import GradientStep, Objective
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from dist_defend.methods.measure.probe import Config, FeatureBatches, TaskConfig
 from dist_defend.methods.pretrain import classifier

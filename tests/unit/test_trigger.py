@@ -17,7 +17,7 @@ from dist_defend.attacks.trigger import (
     white_square,
 )
 from dist_defend.errors import UserError
-from dist_defend.models.encoder import Normalize
+from dist_defend.models.pixel_space import Normalize
 from tests.numerics.det import golden
 
 

@@ -22,8 +22,8 @@ from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.objective import NonFiniteError, Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
-from dist_defend.engine.step import NonFiniteError, Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, evaluate_classifier, percents

@@ -18,8 +18,9 @@ from dist_defend.data.cutmix import CutMixConfig, CutMixLoader
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.graphed import GraphMode
+from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep, Objective, at_least_float32
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT, Later, check_defence, check_selection
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig

@@ -26,8 +26,8 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.features import FrozenFeatures
+from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.evaluate import (
@@ -37,9 +37,10 @@ from dist_defend.evaluate import (
     knn_classes,
     warn_near_chance,
 )
-from dist_defend.models.encoder import Encoder, SimCLR
+from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack
+from dist_defend.models.pixel_space import Encoder
 
 log = logging.getLogger(__name__)
 

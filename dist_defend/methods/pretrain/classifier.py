@@ -20,8 +20,8 @@ from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.evaluate import percents, warn_near_chance

@@ -19,9 +19,9 @@ from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.ops.collectives import all_reduce_sum, world_size
 from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann
 from dist_defend.ops.second_order import CheapSecondOrder
+from dist_defend.ops.streams import Stream, draws
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # logits, reference logits -> this rank's share of the loss
-_STREAM = 0x5E1F  # keeps the draws here apart from others
 _SMALL = 1e-3  # deviation of delta's start
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's
 
@@ -56,7 +56,7 @@ class SelfRetrospection:
         shape = (1, 3, image_size, image_size)
         if self.config.delta_init == "zero":
             return torch.zeros(shape, dtype=torch.float64)
-        generator = np.random.default_rng([self.seed, _STREAM, 0, number])
+        generator = draws(self.seed, Stream.RETROSPECTION, 0, number)
         return torch.from_numpy(_SMALL * generator.standard_normal(shape))
 
     def patched(self, own: slice, *place: int) -> Tensor:
@@ -64,7 +64,7 @@ class SelfRetrospection:
 
         Drawn from (seed, place) over the global batch; float64 on the CPU.
         """
-        generator = np.random.default_rng([self.seed, _STREAM, 1, *place])
+        generator = draws(self.seed, Stream.RETROSPECTION, 1, *place)
         mask = np.zeros((self.batch_size, 1, 1, 1))
         mask[generator.choice(self.batch_size, self.config.num_patched(self.batch_size), replace=False)] = 1
         return torch.from_numpy(mask[own])

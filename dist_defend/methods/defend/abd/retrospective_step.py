@@ -10,8 +10,8 @@ from torch import Tensor
 from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
-from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.defend.abd.options import RetrospectionConfig
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection

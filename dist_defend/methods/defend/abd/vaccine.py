@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +18,13 @@ from dist_defend.methods.defend.abd.options import VaccineConfig
 from dist_defend.models.wide_resnet import WideResNet
 from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum, rank, world_size
 from dist_defend.ops.losses import divergence_rows
+from dist_defend.ops.streams import Stream, draws
 
 log = logging.getLogger(__name__)
 
 MOST_SCORINGS = 8
 LEAST_TAIL_RATIO = 0.02
 _FLOOR = 1e-12  # of a divergence whose logarithm is taken: 0 would make mean and deviation infinite
-_STREAM = 0x5AFF1E  # keeps the draw of permutations apart from other draws
 
 
 class ShuffledEnsemble:
@@ -57,7 +56,8 @@ class ShuffledEnsemble:
 
     def _tail(self, member: nn.Module, features: Tensor) -> Tensor:
         if self.first_group is None:
-            return member(features)
+            logits: Tensor = member(features)
+            return logits
         assert isinstance(member, WideResNet)
         return member.layers_from(features, self.first_group)[1]
 
@@ -73,8 +73,8 @@ class ShuffledEnsemble:
 
     def permutation(self, member: int, layer: int, channels: int) -> Tensor:
         """The next order of a layer's input channels, (channels,) int64."""
-        generator = np.random.default_rng([self.seed, _STREAM, self.shuffles, member, layer])
-        return torch.from_numpy(generator.permutation(channels))
+        order = draws(self.seed, Stream.SHUFFLES, self.shuffles, member, layer).permutation(channels)
+        return torch.from_numpy(order)
 
     def restore(self, shuffles: int) -> None:
         """Shuffle afresh until it has been done so often."""

@@ -12,13 +12,14 @@ from dist_defend.data.augment import apply_augment
 from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.step import Objective, Step, at_least_float32
+from dist_defend.engine.objective import Objective, at_least_float32
+from dist_defend.engine.step import Step
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.methods.defend.cmi.options import Config
 from dist_defend.methods.defend.cmi.synthesis import Synthesis
 from dist_defend.ops.losses import distillation
+from dist_defend.ops.streams import Stream, draws
 
-_STREAM = 0xC32  # keeps the draws here apart from others
 _CLASSES, _ORDER = range(2)
 _POOL_VIEW = 2  # after the two of the synthesis
 NO_LABEL = -1
@@ -37,7 +38,7 @@ class CmiBatches:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's shares, from the start_batch-th on."""
         size, iterations = self.config.synthesis.batch_size, self.config.synthesis.iterations
-        classes = np.sort(self._random(_CLASSES, epoch).integers(self.num_classes, size=size))
+        classes = np.sort(draws(self.seed, Stream.CMI_BATCHES, _CLASSES, epoch).integers(self.num_classes, size=size))
         for _ in range(start_batch, iterations):
             yield self._share(classes, np.arange(size))
         rows = self.pool_rows(epoch)
@@ -48,15 +49,13 @@ class CmiBatches:
         """Rows of the pool for each step of an epoch, (distillation_steps, batch_size)."""
         held, batch = (epoch + 1) * self.config.synthesis.batch_size, self.config.update.batch_size
         wanted = self.config.distillation_steps * batch
-        passes = (self._random(_ORDER, epoch, number).permutation(held) for number in range(-(-wanted // held)))
-        return np.concatenate(list(passes))[:wanted].reshape(-1, batch)
+        count = -(-wanted // held)
+        passes = [draws(self.seed, Stream.CMI_BATCHES, _ORDER, epoch, n).permutation(held) for n in range(count)]
+        return np.concatenate(passes)[:wanted].reshape(-1, batch)
 
     def _share(self, labels: np.ndarray, rows: np.ndarray) -> Batch:
         own = rank_slice(len(rows), self.ranks.rank, self.ranks.world_size)
         return Batch((), torch.from_numpy(labels[own]), torch.from_numpy(rows[own]))
-
-    def _random(self, *place: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, _STREAM, *place])
 
 
 class PoolObjective(Objective):

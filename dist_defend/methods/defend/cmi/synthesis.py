@@ -11,8 +11,8 @@ from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, crop_and_flip
 from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
-from dist_defend.engine.step import NonFiniteError
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT
 from dist_defend.methods.defend.abd.pair import Pair
@@ -31,8 +31,8 @@ from dist_defend.methods.defend.cmi.options import SynthesisConfig
 from dist_defend.models.generator import CMIGenerator
 from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum, convert_sync_batchnorm
 from dist_defend.ops.hypergrad import all_reduce_together
+from dist_defend.ops.streams import Stream, draws
 
-_STREAM = 0xC31  # keeps the draws here apart from others
 _START, _BANK = range(2)  # of latent codes, and of rows of the bank
 _GLOBAL_VIEW, _LOCAL_VIEW = range(2)
 
@@ -179,9 +179,10 @@ class Synthesis:
     @torch.no_grad()
     def _restart(self, epoch: int) -> None:
         """A generator and codes that know nothing, of (seed, epoch)."""
-        draws = torch.Generator().manual_seed(int(self._random(_START, epoch).integers(2**62)))
-        reset(self.generator, draws)
-        self.codes.copy_(torch.randn(self.codes.shape, generator=draws, dtype=torch.float64))
+        first = draws(self.seed, Stream.CMI_SYNTHESIS, _START, epoch).integers(2**62)
+        generator = torch.Generator().manual_seed(int(first))
+        reset(self.generator, generator)
+        self.codes.copy_(torch.randn(self.codes.shape, generator=generator, dtype=torch.float64))
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
@@ -197,11 +198,9 @@ class Synthesis:
     def _earlier(self) -> Tensor:
         """Rows of the bank to tell the new ones from (n, 2 D), drawn without replacement; none at first."""
         count = min(self.bank.filled, self.config.contrast.negatives)
-        chosen = self._random(_BANK, self.iterations).choice(self.bank.filled, count, replace=False)
+        draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, self.iterations)
+        chosen = draw.choice(self.bank.filled, count, replace=False)
         return self.bank.rows[torch.from_numpy(chosen).to(self.device)]
-
-    def _random(self, *place: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, _STREAM, *place])
 
     def _draw(self, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
         """Parameters (b, NUM_PARAMETERS) of this iteration's views."""
@@ -216,12 +215,12 @@ class Synthesis:
 
 
 @torch.no_grad()
-def reset(generator: nn.Module, draws: torch.Generator) -> None:
+def reset(generator: nn.Module, random: torch.Generator) -> None:
     """Fresh weights: N(0, 0.02) of convolutions and linear layers, N(1, 0.02) of batch norms, no biases."""
     for module in generator.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            noise = torch.randn(module.weight.shape, generator=draws, dtype=torch.float64)
+            noise = torch.randn(module.weight.shape, generator=random, dtype=torch.float64)
             module.weight.copy_(0.02 * noise + is_norm)
             if module.bias is not None:
                 module.bias.zero_()

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.graphed import GraphedUpdate
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import build_optimizer, load_optimizer
-from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
@@ -25,8 +25,7 @@ from dist_defend.ops.hypergrad import (
     neumann,
 )
 from dist_defend.ops.second_order import CheapSecondOrder
-
-_STREAM = 0x1BA0  # keeps the draw of patched images apart from other draws
+from dist_defend.ops.streams import Stream, draws
 
 
 class UnlearningStep:
@@ -152,7 +151,7 @@ class UnlearningStep:
     def _patched(self, round_: int, number: int) -> Tensor:
         """1 for the images of this rank's share that carry delta, (B, 1, 1, 1)."""
         size, own = self.rounds.size(number), self.rounds.own(number)
-        generator = np.random.default_rng([self.seed, _STREAM, round_, number])
+        generator = draws(self.seed, Stream.PATCHED, round_, number)
         mask = np.zeros(size)
         mask[generator.choice(size, self.config.num_patched(size), replace=False)] = 1
         share = np.zeros((self.rounds.share, 1, 1, 1))

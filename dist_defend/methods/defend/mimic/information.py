@@ -15,16 +15,17 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.context import Context, Place
+from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
-from dist_defend.engine.step import NonFiniteError, Objective
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR
-from dist_defend.ops.mutual_info import Club, DonskerVaradhan, InfoNCE
+from dist_defend.ops.mutual_info import Club, Critic, DonskerVaradhan, InfoNCE
+from dist_defend.ops.streams import Stream, draws
 
 log = logging.getLogger(__name__)
 
-_ESTIMATORS = {"dv": DonskerVaradhan, "club": Club, "infonce": InfoNCE}
+_ESTIMATORS: dict[str, type[Critic]] = {"dv": DonskerVaradhan, "club": Club, "infonce": InfoNCE}
 _LAYERS = 4
 
 
@@ -126,7 +127,7 @@ class LayerInformation:
         return [bounded(m, self.config.max_inputs).numel() for m in maps], feature.shape[1]
 
     @cached_property
-    def critics(self) -> dict[int, Any]:
+    def critics(self) -> dict[int, Critic]:
         """Own layers' critics; the same start on any number of ranks."""
         kind, made = _ESTIMATORS[self.config.estimator], {}
         for layer in self.own:
@@ -233,8 +234,8 @@ class LayerInformation:
         return layer_weights(self.estimates(), self.config)
 
     def _permutation(self, layer: int, epoch: int, number: int, length: int, phase: int) -> Tensor:
-        generator = np.random.default_rng([self.seed, layer, epoch, number, phase])
-        return torch.from_numpy(generator.permutation(length)).to(self.context.ranks.device)
+        order = draws(self.seed, Stream.CRITICS, layer, epoch, number, phase).permutation(length)
+        return torch.from_numpy(order).to(self.context.ranks.device)
 
     def state_dict(self) -> dict[str, Any]:
         own = {

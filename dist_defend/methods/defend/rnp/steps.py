@@ -11,7 +11,7 @@ from torch.nn import functional
 from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
-from dist_defend.engine.step import NonFiniteError
+from dist_defend.engine.objective import NonFiniteError
 
 _MOMENTUM = 0.9  # of both phases, as published
 

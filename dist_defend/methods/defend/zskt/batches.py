@@ -2,14 +2,12 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
-
-_STREAM = 0x25C7  # keeps these draws apart from others
+from dist_defend.ops.streams import Stream, draws
 
 
 class LatentBatches:
@@ -32,5 +30,5 @@ class LatentBatches:
 
     def draw(self, number: int) -> torch.Tensor:
         """All rows of a pseudo-batch's z."""
-        generator = np.random.default_rng([self.seed, _STREAM, number])
-        return torch.from_numpy(generator.standard_normal((self.batch_size, self.z_dim)))
+        rows = draws(self.seed, Stream.ZSKT_INPUTS, number).standard_normal((self.batch_size, self.z_dim))
+        return torch.from_numpy(rows)

@@ -11,8 +11,8 @@ from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate
+from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
-from dist_defend.engine.step import NonFiniteError
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.abd.vaccine import Vaccine, suppression
 from dist_defend.methods.defend.zskt.options import Config

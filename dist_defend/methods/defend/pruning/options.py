@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, by_number, by_threshold, neuron_count
@@ -18,7 +18,7 @@ class PruningConfig(ABC):
 
     model: str  # model folder of a classifier
     test: DatasetConfig
-    attack: PoisonConfig | None = None  # null: the model card's; without one only accuracy is measured
+    attack: AttackConfig | None = None  # null: the model card's; without one only accuracy is measured
     prune_beta: bool = False  # a pruned channel then passes nothing instead of the constant beta
     selection: str = "defence_data"
     max_accuracy_drop: float = 0.02  # of the accuracy on the defender's images, relative; for defence_data

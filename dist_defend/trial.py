@@ -5,6 +5,7 @@ counts before and after, and makes the rows, the metrics and the card of the res
 half: the test set, and what an attack makes of it.
 """
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dist_defend.evaluate import (
     per_class_accuracy,
     percents,
     predict,
+    told,
 )
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
@@ -38,6 +40,7 @@ LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
 REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
+log = logging.getLogger(__name__)
 _PICTURED = 8  # test images shown in the report
 
 
@@ -161,6 +164,7 @@ class Trial:
         self._move(self.model)
         self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
         self.suspect: dict[str, Any] = {"folder": folder, "sha256": self.sha256, "guessed": list(self.card.guessed)}
+        self.before: dict[str, Count] = {}
         self.latest: dict[str, Count] = {}
 
     def _move(self, model: Classifier) -> None:
@@ -211,7 +215,14 @@ class Trial:
         elif self.card.attack:
             attack = attack_from(self.card.attack)
         self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
+        self.context.at_start.append(self.measure_before)
         return self.examination
+
+    def measure_before(self) -> None:
+        """Count what the suspect does, before anything is changed, and say so. No random number is drawn."""
+        self.before = self.examination.measure(self.model)
+        if self.context.ranks.is_main:
+            log.info("%s on %s, before: %s", self.folder, self.examination.task, told(self.before))
 
     def look(self, dataset: PreparedDataset | None = None, rows: np.ndarray | None = None) -> None:
         """Classify a few clean images before anything starts, and say so where the suspect gets most of them wrong.
@@ -264,7 +275,7 @@ class Trial:
         """
         context, attack = self.context, self.examination.attack
         kind = context.method + variant
-        before = before or self.examination.measure(self.original())
+        before = before or self.before or self.examination.measure(self.original())
         after = after or self.latest or self.examination.measure(model)
         card = replace(
             defended_card(self.card, kind, attack, before, after),

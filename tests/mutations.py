@@ -204,6 +204,14 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("importing the package imports torch", "tv_compat.py",
              "import sys\nfrom importlib", "import sys\n\nimport torch  # noqa: F401\nfrom importlib",
              "unit/test_cli.py::test_the_package_imports_next_to_nothing"),
+    Mutation("an evaluation is written into the progress bar", "terminal.py",
+             "bars.tqdm.external_write_mode(unguarded(sys.stderr))", "contextlib.nullcontext()",
+             "unit/test_progress.py::test_a_terminal_shows_scalars_evaluations_and_the_outcome"),
+    Mutation("a resume measures what is half done as the suspect", "engine/trainer.py",
+             "if self.position == Position():", "if at_start:",
+             "unit/test_progress.py::test_a_resume_does_not_take_what_is_half_done_for_the_suspect"),
+    Mutation("trackers get shares for percent", "engine/tracking.py",
+             "100 * row[name]", "row[name]", "unit/test_progress.py::test_trackers_get_the_final_metrics"),
 )  # fmt: skip
 
 

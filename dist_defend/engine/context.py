@@ -73,6 +73,7 @@ class Context:
     method: str = ""  # its name: the section of its keys, and the kind of its rows
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
     notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
+    at_start: list[Callable[[], None]] = field(default_factory=list)  # what is measured before the first step
     has_content: ClassVar[bool] = True  # of weights and images; `dist-defend plan` only pretends to have some
 
     def dataset(

@@ -46,7 +46,7 @@ class StagePlan:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     add_experiment(parser)
     parser.add_argument("--world-size", type=int, default=1)
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp")

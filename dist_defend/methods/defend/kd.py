@@ -99,4 +99,5 @@ def build(config: Config, context: Context) -> Plan:
     )
     pair.trial.look(data, rows)
     stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
+    stage.shown = "loss", "kl"
     return Plan([stage], lambda: pair.result({"images": len(rows)}))

@@ -284,7 +284,9 @@ class TrainedHeads:
         batches = FeatureBatches(config, labels, context, features.take)
         step = context.gradient_step(ProbeObjective(self.stack, context.ranks), config.update, batches.num_batches)
         name = f"probe/{task}"
-        self.stages = [Stage(name, batches, step, config.update.epochs, finish=features.forget, is_kept=True)]
+        self.stages = [
+            Stage(name, batches, step, config.update.epochs, finish=features.forget, is_kept=True, shown=("mean_loss",))
+        ]
 
     def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
         """By seed: the classes (N,) that this head of the encoder-th encoder gives to each of the features (N, D)."""

@@ -165,6 +165,7 @@ def build(config: Config, context: Context) -> Plan:
         return percents(examination.measure(model))
 
     stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
+    stage.shown = "loss", "train_acc"
     return Plan([stage], result)
 
 

@@ -43,6 +43,7 @@ def build(config: Config, context: Context) -> Plan:
         return trial.result(model, metrics=metrics, provenance=provenance)
 
     stage = Stage("ibau", rounds, step, config.rounds, lambda _: trial.evaluate(model), config.evaluate_every)
+    stage.shown = "outer_loss", "delta_norm"
     return Plan([stage], result)
 
 

@@ -151,7 +151,7 @@ def build(config: Config, context: Context) -> Plan:
         student, teacher, config.temperature, config.attention_weights, config.clone_weight, config.contrastive_weight
     )
     step = context.gradient_step(objective, config.update, loader.num_batches)
-    stages = [Stage("mimic", loader, step, config.update.epochs)]
+    stages = [Stage("mimic", loader, step, config.update.epochs, shown=("loss", "clone"))]
     if config.information.estimator != "fixed":
 
         def finish() -> None:

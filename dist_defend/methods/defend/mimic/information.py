@@ -158,7 +158,15 @@ class LayerInformation:
             for name in ("activations", "critics", "optimizers", "objectives"):  # gigabytes
                 self.__dict__.pop(name, None)
 
-        return Stage("information", batches, self, self.config.epochs, evaluate=self.evaluate, finish=done)
+        return Stage(
+            "information",
+            batches,
+            self,
+            self.config.epochs,
+            evaluate=self.evaluate,
+            finish=done,
+            shown=("critic_loss",),
+        )
 
     @cached_property
     @torch.no_grad()

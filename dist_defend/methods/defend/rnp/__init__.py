@@ -71,9 +71,10 @@ class Phases:
             masked.load_state_dict(unlearned.state_dict())
 
         epochs = config.unlearning_epochs + config.epochs_inclusive
+        shown = "loss", "accuracy"
         self.stages = [
-            Stage("unlearn", loader, self.unlearn, epochs, stop_when=self._is_unlearned, finish=finish),
-            Stage("recover", loader, recover, config.recovering_epochs),
+            Stage("unlearn", loader, self.unlearn, epochs, stop_when=self._is_unlearned, finish=finish, shown=shown),
+            Stage("recover", loader, recover, config.recovering_epochs, shown=shown),
         ]
 
     def _is_unlearned(self) -> bool:

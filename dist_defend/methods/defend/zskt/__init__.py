@@ -57,6 +57,7 @@ def build(config: Config, context: Context) -> Plan:
         return pair.defended_result(step.vaccine, is_second_order, metrics)
 
     stage = Stage("zskt", latents, step, config.pseudo_batches, pair.evaluate, config.evaluate_every)
+    stage.shown = "student_loss", "generator_loss"
     return Plan([stage], result)
 
 

@@ -80,6 +80,7 @@ class Context:
     seed: int
     loader_config: LoaderConfig
     folder: Path
+    method: str = ""  # its name: the section of its keys, and the kind of its rows
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
     notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
     at_start: list[Callable[[], None]] = field(default_factory=list)  # what is measured before the first step

@@ -102,8 +102,8 @@ class DistillationObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """One stage: distil on labelled images."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context)
-    data, rows = pair.trial.dataset("train", config.data)
-    pair.check_augment(config.augment, "kd.augment")
+    data, rows = pair.trial.dataset("defence", config.data)
+    pair.check_augment(config.augment)
     loader = context.train_loader(
         data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
     )
@@ -113,4 +113,4 @@ def build(config: Config, context: Context) -> Plan:
     pair.trial.look(data, rows)
     stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
     stage.shown = "loss", "kl"
-    return Plan([stage], lambda: pair.result("kd", {"images": len(rows)}))
+    return Plan([stage], lambda: pair.result({"images": len(rows)}))

@@ -152,8 +152,8 @@ class SelectingStep:
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a second one if there is retrospection."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
-    data, rows = pair.trial.dataset("train", config.data, is_labelled=False)
-    pair.check_augment(config.augment, "ood.augment")
+    data, rows = pair.trial.dataset("defence", config.data, is_labelled=False)
+    pair.check_augment(config.augment)
     batch_size, epochs = config.update.batch_size, config.update.epochs
     plain = context.train_loader(data, rows, batch_size, (View(config.augment),))
     loader = CutMixLoader(plain, config.cutmix, context.seed)
@@ -184,6 +184,6 @@ def build(config: Config, context: Context) -> Plan:
     pair.trial.look()
 
     def result() -> dict[str, Any]:
-        return pair.defended_result("ood", vaccine, config.retrospection is not None, {"images": len(rows)})
+        return pair.defended_result(vaccine, config.retrospection is not None, {"images": len(rows)})
 
     return Plan(stages, result)

@@ -146,7 +146,7 @@ class MimicObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
     teacher, suspect, teacher_sha256 = context.load_encoder(config.teacher)
-    dataset, rows = context.dataset("train", config.data)
+    dataset, rows = context.dataset("defence", config.data)
     view = View(config.augment)
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)
@@ -187,8 +187,8 @@ def build(config: Config, context: Context) -> Plan:
             attack=next((card.attack for card in cards if card.attack), None),
             parent_sha256=teacher_sha256,
             guessed=cards[-1].guessed,
-            defended_by="mimic",
-            provenance={"method": "mimic", "data": context.digests, "seed": context.seed},
+            defended_by=context.method,
+            provenance={"method": context.method, "data": context.digests, "seed": context.seed},
         )
         weights = {f"attention_weight{i + 1}": w for i, w in enumerate(objective.attention_weights.tolist())}
         return {"model_sha256": context.save_model(student, card), "metrics": weights}

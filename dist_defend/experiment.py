@@ -73,7 +73,7 @@ def _run(experiment: Experiment, dry_run: bool) -> Finished | None:
             log.info("%s is finished; delete the folder to run it again", folder)
             return Finished(folder, found)
     identity = Identity.begin(inputs, ranks.world_size)
-    context = Context(ranks, experiment.seed, experiment.loader, folder)
+    context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = find_method(experiment.method).build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)

@@ -139,7 +139,8 @@ class Examination:
             return np.zeros_like(image)
         candidates = self.test.images(rows)
         apart = [np.square(candidate.astype(np.float32) - image).sum() for candidate in candidates]
-        return candidates[int(np.argmin(apart))]
+        nearest: np.ndarray = candidates[int(np.argmin(apart))]
+        return nearest
 
     def save_examples(self) -> None:
         """examples.safetensors in the run folder, for the report: images without and with the trigger."""

@@ -92,11 +92,12 @@ class NpzImages(PreparedDataset):
         return sha256_file(self.path)
 
     def image(self, row: int) -> np.ndarray:
-        return self.images(np.array([row]))[0]
+        image: np.ndarray = self.images(np.array([row]))[0]
+        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         if not self.resize:
-            return self._x[rows]
+            return np.asarray(self._x[rows])
         return np.stack([resized(image, (self.resize, self.resize)) for image in self._x[rows]])
 
 

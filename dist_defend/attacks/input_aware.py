@@ -50,7 +50,9 @@ class Generator(nn.Sequential):
             into = width
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).tanh() / (2 + _EPSILON) + 0.5
+        for layer in self:
+            images = layer(images)
+        return images.tanh() / (2 + _EPSILON) + 0.5
 
 
 class _Block(nn.Sequential):
@@ -73,11 +75,13 @@ class Generators(nn.Module):
 
     def mask(self, images: Tensor) -> Tensor:
         """The mask network's output, pushed towards 0 and 1."""
-        return (20 * self.net_m(self.normalize(images)) - 10).tanh() / (2 + _EPSILON) + 0.5
+        values: Tensor = self.net_m(self.normalize(images))
+        return (20 * values - 10).tanh() / (2 + _EPSILON) + 0.5
 
     def pattern(self, images: Tensor) -> Tensor:
         """The pattern network's output, an image in pixel space."""
-        return self.net_g(self.normalize(images))
+        pattern: Tensor = self.net_g(self.normalize(images))
+        return pattern
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,8 @@ class PoisonedDataset(PreparedDataset):
 
     def image(self, row: int) -> np.ndarray:
         """One image, (H, W, 3) uint8."""
-        return self.images(np.array([row]))[0]
+        image: np.ndarray = self.images(np.array([row]))[0]
+        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images (B, H, W, 3) uint8 in the order of ``rows``."""

@@ -67,9 +67,8 @@ class Pair:
 
         def baseline() -> float:
             first = self.batches[0]
-            return self.reference.outer_step(
-                self.theirs, self.optimizer, delta, first, first, patched, steps=self.config.K
-            )
+            step = self.reference.outer_step
+            return float(step(self.theirs, self.optimizer, delta, first, first, patched, steps=self.config.K))
 
         def ours() -> float:
             return self.step.outer(images, labels, mask, weights)["outer_loss"].item()

@@ -87,7 +87,7 @@ class Pair:
         train, test = open_dataset(self.folder / "train"), open_dataset(self.folder / "test")
         kept = np.flatnonzero(test.labels != self.poison.target_class)
 
-        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader:
+        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader[Any]:
             return DataLoader(self.reference.ImageSet(images, labels, mean, std, dtype), **options)
 
         stamped = triggered(test, self.poison).images(kept)

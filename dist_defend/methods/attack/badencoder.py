@@ -29,7 +29,7 @@ from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.folding import fold_frozen_norms
-from dist_defend.models.pixel_space import NORMALIZATIONS, Encoder, Normalize
+from dist_defend.models.pixel_space import Encoder, Normalize, normalization_names
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,10 @@ class Config:
         for key in ("lambda1", "lambda2"):
             if getattr(self, key) < 0:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-        if self.shadow_normalization not in ("match_encoder", *NORMALIZATIONS):
-            known = ", ".join(("match_encoder", *NORMALIZATIONS))
-            raise ValueError(f"key 'shadow_normalization' is {self.shadow_normalization!r}; it must be one of {known}")
+        known = ("match_encoder", *normalization_names())
+        if self.shadow_normalization not in known:
+            told = f"key 'shadow_normalization' is {self.shadow_normalization!r}"
+            raise ValueError(f"{told}; it must be one of {', '.join(known)}")
 
 
 class BadEncoderObjective(Objective):

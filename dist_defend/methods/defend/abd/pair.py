@@ -63,7 +63,8 @@ class Pair:
     def taught(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, C)."""
         with self.context.ranks.accelerator.autocast():
-            return self.teacher(images)
+            logits: Tensor = self.teacher(images)
+        return logits
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Of the student, in percent, for the log."""

@@ -26,6 +26,7 @@ from dist_defend.methods import find_method, method_names
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
+_RENAMED = {"poison": "attack", "trigger": "attack.trigger"}  # keys of earlier versions
 T = TypeVar("T")
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
@@ -201,6 +202,9 @@ def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str
     for key in raw:
         if key not in names:
             told = printable(key, 100)
+            if _RENAMED.get(key, "").split(".")[0] in names:
+                told, now = prefix + told, prefix + _RENAMED[key]
+                raise UserError(f"{path}: key '{told}' is called '{now}' now: write that, with 'name' in each trigger")
             near = difflib.get_close_matches(told, [*names, *extra], n=1, cutoff=0.4)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
             raise UserError(f"{path}: unknown key '{prefix}{told}'; {hint}")

@@ -50,7 +50,7 @@ def trained(packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "arch": "tiny_net",
         "normalization": "tiny_images",
         "augment": {"crop": "none"},
-        "poison": {"trigger": {"name": "badnets", "size": 4}, "target_class": 1, "rate": 0.2},
+        "attack": {"trigger": {"name": "badnets", "size": 4}, "target_class": 1, "rate": 0.2},
         "update": UPDATE | {"epochs": 12},
     }
     dist_defend("run", str(make_experiment(folder, "classifier", options)), packages=packages)

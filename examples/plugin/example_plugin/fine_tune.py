@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
@@ -39,7 +39,7 @@ class Config:
     model: str
     data: DatasetConfig
     test: DatasetConfig
-    attack: PoisonConfig | None = None
+    attack: AttackConfig | None = None
     smoothing: float = 0.0
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
     update: UpdateConfig = field(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context
@@ -29,7 +29,7 @@ class Pair:
         teacher: str,
         student: str,
         test: DatasetConfig,
-        attack: PoisonConfig | None,
+        attack: AttackConfig | None,
         context: Context,
         second_order: bool = False,
     ) -> None:

@@ -127,22 +127,25 @@ def _defence_data(config: Config, trial: Trial) -> tuple[PreparedDataset, np.nda
         data = replace(data, fraction=config.ratio or _RATIO, subset="random")
     dataset, rows = trial.dataset("defence", data)
     if config.index is not None:
-        rows = dataset.rows_of(_read_index(config.index, dataset.num_source_rows))
+        rows = dataset.rows_of(read_index(config.index, dataset.num_source_rows, "rnp.index"))
     return dataset, rows
 
 
-def _read_index(path: str, count: int) -> np.ndarray:
-    """Rows (M,) int64, ascending, of a text file of the source's row numbers, as BackdoorBench's log/index.txt is."""
+def read_index(path: str, count: int, key: str) -> np.ndarray:
+    """Rows (M,) int64, ascending, of a text file of the source's row numbers, as BackdoorBench's log/index.txt is.
+
+    key: what names the file in a configuration, for messages. UserError for a file that is none.
+    """
     numbers = array("q")
     try:
         for word in re.finditer(rb"\S+", read_regular(path, _MOST_BYTES)):
             numbers.append(int(word[0]))
     except (OSError, ValueError, OverflowError) as error:
         told = printable(str(error), 100)
-        raise UserError(f"key 'rnp.index': {path} is no text file of row numbers ({told}); write one a line") from error
+        raise UserError(f"key '{key}': {path} is no text file of row numbers ({told}); write one a line") from error
     rows = np.unique(np.frombuffer(numbers, np.int64)) if numbers else np.empty(0, np.int64)
     if not len(rows) or rows[0] < 0 or rows[-1] >= count:
-        raise UserError(f"key 'rnp.index': {path} must name rows 0 to {count - 1} of the data, at least one")
+        raise UserError(f"key '{key}': {path} must name rows 0 to {count - 1} of the data, at least one")
     return rows
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dist_defend import experiment, methods, plugins
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.config import build_experiment, build_section
 from dist_defend.data.in_memory import Images
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
@@ -39,7 +39,6 @@ from dist_defend.session import session
 from dist_defend.trial import Trial
 
 Data: TypeAlias = tuple[Images, Any] | Images | Dataset[Any] | str | Path | Mapping[str, Any]
-AttackConfig = PoisonConfig
 
 
 @dataclass(frozen=True)
@@ -320,7 +319,7 @@ def train(
 
 
 _AROUND = ("seed", "precision", "trainer", "loader")  # keys beside the method's section
-_NAMES = {"model": ("model", "teacher"), "data": ("data",), "test": ("test",), "attack": ("attack", "poison")}
+_NAMES = {"model": ("model", "teacher"), "data": ("data",), "test": ("test",), "attack": ("attack",)}
 
 
 def _is_defence(method: str) -> bool | None:

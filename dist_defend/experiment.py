@@ -13,13 +13,14 @@ import torch
 import torch.distributed
 
 from dist_defend.config import Experiment, dump
-from dist_defend.engine import dist, signals
+from dist_defend.engine import dist, signals, tracking
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.identity import Identity, digests_of
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
+from dist_defend.evaluate import Count, told
 from dist_defend.methods import find_method
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.classifier import Classifier
@@ -72,7 +73,7 @@ def _run(experiment: Experiment, dry_run: bool) -> Finished | None:
             log.info("%s is finished; delete the folder to run it again", folder)
             return Finished(folder, found)
     identity = Identity.begin(inputs, ranks.world_size)
-    context = Context(ranks, experiment.seed, experiment.loader, folder)
+    context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = find_method(experiment.method).build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
@@ -87,17 +88,20 @@ def _run(experiment: Experiment, dry_run: bool) -> Finished | None:
     try:
         _on_main(ranks, lambda: run_folder.open(experiment.resolved(), dump(experiment)))
         if trackers:
-            ranks.accelerator.init_trackers("dist_defend", config={"config_sha256": experiment.digest()})
-        trainer.fit(plan.stages)
+            tracking.start(ranks.accelerator, folder, {**experiment.resolved(), "config_sha256": experiment.digest()})
+        trainer.fit(plan.stages, context.at_start)
         with contextlib.ExitStack() as stack:
             for stage in plan.stages:
                 stack.enter_context(plain_weights(stage.step))
             entries = plan.result()
+        tracking.finish(ranks.accelerator, entries, trainer.position.step)
         result = provenance(experiment.method, experiment.digest(), context, identity) | entries
         run_folder.finish(result)
         ranks.accelerator.wait_for_everyone()
         ranks.accelerator.end_training()  # leaves the process group
         log.info("finished %s in %.0f s", folder, identity.lives[-1].wall_seconds)
+        if outcome := _outcome(entries):
+            log.info("%s", outcome)
         return Finished(folder, json.loads(json.dumps(result)))  # as it is read
     finally:
         run_folder.close()
@@ -143,6 +147,18 @@ def provenance(method: str, config_sha256: str, context: Context, identity: Iden
 def log_to_terminal(is_main: bool) -> None:
     """The log goes to standard error, once the input has been found to be good (see terminal)."""
     hold_log(logging.INFO if is_main else logging.ERROR)
+
+
+def _outcome(entries: dict[str, Any]) -> str:
+    """What the run has counted, in a line: of a defence before and after, of many rows where they are found."""
+    rows, metrics = entries.get("rows", []), entries.get("metrics", {})
+    before = {name: metrics[f"{name}_before"] for name in ("acc", "asr") if f"{name}_before" in metrics}
+    if len(rows) > 1 and not before:
+        return f"{len(rows)} rows: dist-defend report shows them"
+    if not rows:
+        return ""
+    counts = {name: Count(**rows[0][name]) for name in ("acc", "asr")}
+    return f"{rows[0]['kind']} on {rows[0]['task']}: {told(counts, before)}"
 
 
 def _describe(experiment: Experiment, plan: Plan, context: Context) -> None:

@@ -29,7 +29,7 @@ _MOST_NAMES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     add = parser.add_argument
     add(
         "source",

@@ -1,12 +1,13 @@
 """What the commands write on a terminal: text from files acts on none, no terminal is too poor, errors come first.
 
 ``guarded`` stands around a whole command. What means to move the cursor or to colour writes to ``unguarded(stream)``.
+On a terminal a run shows a ``Progress`` bar, and log lines stand above it.
 """
 
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from dist_defend.screen import printable
@@ -79,7 +80,9 @@ class HeldLog(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, or keep it."""
         if self.held is None:
-            super().emit(record)
+            bars = sys.modules.get("tqdm")
+            with contextlib.nullcontext() if bars is None else bars.tqdm.external_write_mode(unguarded(sys.stderr)):
+                super().emit(record)
         else:
             self.held.append(record)
 
@@ -88,6 +91,39 @@ class HeldLog(logging.StreamHandler[Any]):
         held, self.held = self.held or [], None
         for record in held:
             super().emit(record)
+
+
+class Progress:
+    """A bar on standard error that counts steps and shows scalars; nothing where that is no terminal."""
+
+    def __init__(self, name: str, begun: int, total: int, shown: Sequence[str]) -> None:
+        """begun, total: steps. shown: names of the scalars, in this order."""
+        from tqdm import tqdm
+
+        self._latest = dict.fromkeys(shown, "")
+        self._bar = tqdm(
+            total=total,
+            initial=begun,
+            desc=printable(name),
+            file=unguarded(sys.stderr),
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def step(self) -> None:
+        """One step more."""
+        self._bar.update()
+
+    def show(self, scalars: Mapping[str, float]) -> bool:
+        """Show the newest value of each at the bar's end. False where there is no bar."""
+        known = self._latest.keys() & scalars.keys()
+        self._latest.update({name: f"{printable(name)} {scalars[name]:.4g}" for name in known})
+        self._bar.set_postfix_str(", ".join(filter(None, self._latest.values())))
+        return not self._bar.disable
+
+    def close(self) -> None:
+        """Leave the bar as it is; lines follow below."""
+        self._bar.close()
 
 
 def hold_log(level: int = logging.WARNING) -> None:

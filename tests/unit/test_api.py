@@ -234,8 +234,9 @@ def test_an_encoder_is_backdoored_purified_and_probed(tmp_path: Path) -> None:
     optimizer = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
     update = {"batch_size": 8, "epochs": 1, "optimizer": optimizer}
     reference = {"dataset": (images, labels), "target_class": 1}
+    attack = dd.attack("badnets", size=4, margin=1)
     backdoored = dd.train(
-        "badencoder", clean_encoder=clean, shadow=images, reference=reference, trigger={"size": 4}, update=update
+        "badencoder", clean_encoder=clean, shadow=images, reference=reference, attack=attack, update=update
     )
     assert backdoored.metrics["clean_cosine"] > 0 and backdoored.after is None
     information = {"epochs": 1, "last_epochs": 1, "batch_size": 5, "hidden": 8}
@@ -245,7 +246,7 @@ def test_an_encoder_is_backdoored_purified_and_probed(tmp_path: Path) -> None:
         "probe",
         encoders={"backdoored": backdoored.model, "purified": purified.model},
         tasks={"bright": {"train": (images, labels), "test": (images[:9], labels[:9]), "target_class": 1}},
-        trigger={"size": 4},
+        attack=attack,
         update={"batch_size": 8, "epochs": 2, "optimizer": {"name": "adam", "lr": 0.01}},
         hidden=(4,),
     )

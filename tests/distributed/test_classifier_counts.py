@@ -45,8 +45,9 @@ def measure(data: str, model_folder: str, batch_size: int, poison: PoisonConfig,
             for each in (dataset, triggered(dataset, poison))
         ]
         model = load_classifier(model_folder)[0].to(ranks.dtype)
-        classes, labels, rows = evaluate.predict(model, loaders[0], ranks)
-        counts = evaluate.evaluate_classifier(model, *loaders, ranks, poison)
+        clean, attacked = loaders
+        classes, labels, rows = evaluate.predict(model, clean, ranks)
+        counts = evaluate.evaluate_classifier(model, clean, attacked, ranks, poison)
         assert model.training  # as it was
         return {
             "classes": classes.tolist(),

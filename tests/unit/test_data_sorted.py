@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def section(config: str, method: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / config).read_text())[method]
+    options: dict[str, Any] = yaml.safe_load((CONFIGS / config).read_text())[method]
+    return options
 
 
 def opened(folder: Path, config: DatasetConfig, share: float) -> tuple[PreparedDataset, np.ndarray]:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import dacite
 
+from dist_defend import plugins
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
@@ -25,22 +26,34 @@ from dist_defend.methods import find_method, method_names
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
+_RENAMED = {"poison": "attack", "trigger": "attack.trigger"}  # keys of earlier versions
 T = TypeVar("T")
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What every experiment file holds beside the section named after its method."""
+    """What every experiment file holds beside the section named after its method.
+
+    Keys:
+        method: name of a method (`dist-defend methods`); the section of that name holds its keys
+        output: folder of the run; the same command goes on from the checkpoint that is there
+        seed: of all random draws
+        world_size: number of ranks without which the run refuses to start; null: any
+        precision: of weights and arithmetic: fp64, fp32, or mixed with bf16 or fp16
+        trainer: logging and checkpoints
+        loader: who makes the batches
+        options: the section of the method
+    """
 
     method: str
     output: str
     seed: int = 100
-    world_size: int | None = None  # refuse to start on any other number of ranks
+    world_size: int | None = None
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    options: Any = None  # the method's own Config
+    options: Any = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -74,6 +87,12 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
+    return build_experiment(raw, path)
+
+
+def build_experiment(raw: dict[str, Any], path: Path) -> Experiment:
+    """The experiment that a file's content describes. UserError as load_experiment's; path: what it names the file."""
+    plugins.allow(raw)
     name = raw.get("method")
     if name not in method_names():
         raise UserError(f"{path}: key 'method' is {_shown(name)}; it must be one of {', '.join(method_names())}")
@@ -199,6 +218,9 @@ def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str
     for key in raw:
         if key not in names:
             told = printable(key, 100)
+            if _RENAMED.get(key, "").split(".")[0] in names:
+                told, now = prefix + told, prefix + _RENAMED[key]
+                raise UserError(f"{path}: key '{told}' is called '{now}' now: write that, with 'name' in each trigger")
             near = difflib.get_close_matches(told, [*names, *extra], n=1, cutoff=0.4)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
             raise UserError(f"{path}: unknown key '{prefix}{told}'; {hint}")

@@ -5,6 +5,7 @@ counts before and after, and makes the rows, the metrics and the card of the res
 half: the test set, and what an attack makes of it.
 """
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
-from dist_defend.attacks.poison import PoisonConfig, check_classes, poison_from
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context
@@ -29,6 +30,7 @@ from dist_defend.evaluate import (
     per_class_accuracy,
     percents,
     predict,
+    told,
 )
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
@@ -38,6 +40,7 @@ LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
 REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
+log = logging.getLogger(__name__)
 _PICTURED = 8  # test images shown in the report
 
 
@@ -48,7 +51,7 @@ class Examination:
         self,
         test: PreparedDataset,
         rows: np.ndarray,
-        attack: PoisonConfig | None,
+        attack: AttackConfig | None,
         num_classes: int,
         context: Context,
         batch_size: int = 512,
@@ -154,13 +157,14 @@ class Examination:
 class Trial:
     """A suspect in a model folder, on the ranks' device, and the data that it is defended and tested with."""
 
-    def __init__(self, folder: str, context: Context, key: str = "attack") -> None:
-        """key: where the configuration has the attack, for messages. UserError for a folder without a classifier."""
-        self.folder, self.context, self.key = folder, context, key
+    def __init__(self, folder: str, context: Context) -> None:
+        """UserError for a folder without a classifier."""
+        self.folder, self.context = folder, context
         self.model, self.card, self.sha256 = context.load_classifier(folder)
         self._move(self.model)
         self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
         self.suspect: dict[str, Any] = {"folder": folder, "sha256": self.sha256, "guessed": list(self.card.guessed)}
+        self.before: dict[str, Count] = {}
         self.latest: dict[str, Count] = {}
 
     def _move(self, model: Classifier) -> None:
@@ -190,7 +194,7 @@ class Trial:
     def test_on(
         self,
         config: DatasetConfig,
-        attack: PoisonConfig | None,
+        attack: AttackConfig | None,
         without: tuple[PreparedDataset, np.ndarray] | None = None,
         batch_size: int = 512,
     ) -> Examination:
@@ -206,11 +210,19 @@ class Trial:
                     f"{config.path}: all test images are the defender's; leave some of the data set to test"
                 )
         if attack is not None:
-            check_classes(attack, self.model.num_classes, f"{self.key}.")
-        elif self.card.trigger:
-            attack = poison_from(self.card.trigger)
+            section = f"{self.context.method}." if self.context.method else ""
+            check_classes(attack, self.model.num_classes, f"{section}attack.")
+        elif self.card.attack:
+            attack = attack_from(self.card.attack)
         self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
+        self.context.at_start.append(self.measure_before)
         return self.examination
+
+    def measure_before(self) -> None:
+        """Count what the suspect does, before anything is changed, and say so. No random number is drawn."""
+        self.before = self.examination.measure(self.model)
+        if self.context.ranks.is_main:
+            log.info("%s on %s, before: %s", self.folder, self.examination.task, told(self.before))
 
     def look(self, dataset: PreparedDataset | None = None, rows: np.ndarray | None = None) -> None:
         """Classify a few clean images before anything starts, and say so where the suspect gets most of them wrong.
@@ -247,21 +259,23 @@ class Trial:
 
     def result(
         self,
-        kind: str,
         model: Classifier,
         after: dict[str, Count] | None = None,
         before: dict[str, Count] | None = None,
         *,
+        variant: str = "",
         chosen_by: str | None = None,
         metrics: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Save what the defence ``kind`` made of the suspect; the entries of result.json.
+        """Save what the run's method made of the suspect; the entries of result.json.
 
-        after, before: the counts, where they have been made already. chosen_by: what the outcome was chosen by.
+        after, before: the counts, where they have been made already. variant: what the method's name in rows and card
+        ends in. chosen_by: what the outcome was chosen by.
         """
         context, attack = self.context, self.examination.attack
-        before = before or self.examination.measure(self.original())
+        kind = context.method + variant
+        before = before or self.before or self.examination.measure(self.original())
         after = after or self.latest or self.examination.measure(model)
         card = replace(
             defended_card(self.card, kind, attack, before, after),
@@ -289,31 +303,31 @@ def rates(before: dict[str, Count], after: dict[str, Count]) -> dict[str, float]
 
 
 def defended_card(
-    card: ModelCard, method: str, attack: PoisonConfig | None, before: dict[str, Count], after: dict[str, Count]
+    card: ModelCard, method: str, attack: AttackConfig | None, before: dict[str, Count], after: dict[str, Count]
 ) -> ModelCard:
     """The suspect's card after a defence. It stays backdoored until something measured says otherwise.
 
     With ASR ``after`` of OPEN_ASR or more it is backdoored. With REMOVED_ASR or less it is not, if the attack measured
     is the one that the card names, or, where the card names none, opened the suspect before. Else it is what it was.
-    The trigger stays, so that later runs can measure it; a card without one gets the attack that opened the model.
+    The attack stays, so that later runs can measure it; a card without one gets the attack that opened the model.
     """
-    is_backdoored, trigger, asr = card.backdoored, card.trigger, after["asr"]
+    is_backdoored, named, asr = card.backdoored, card.attack, after["asr"]
     if attack is not None and asr.n:
         did_open = before["asr"].percent >= OPEN_ASR
         if asr.percent >= OPEN_ASR:
             is_backdoored = True
-        elif asr.percent <= REMOVED_ASR and (_is_same(attack, poison_from(trigger)) if trigger else did_open):
+        elif asr.percent <= REMOVED_ASR and (_is_same(attack, attack_from(named)) if named else did_open):
             is_backdoored = False
-        if not trigger and attack.trigger is not None and (did_open or asr.percent >= OPEN_ASR):
-            trigger = asdict(attack)
+        if not named and attack.trigger is not None and (did_open or asr.percent >= OPEN_ASR):
+            named = asdict(attack)
     counts = {
         when: {name: count.plain() for name, count in found.items()}
         for when, found in (("before", before), ("after", after))
     }
-    return replace(card, backdoored=is_backdoored, trigger=trigger, defended_by=method, counts=counts)
+    return replace(card, backdoored=is_backdoored, attack=named, defended_by=method, counts=counts)
 
 
-def _is_same(attack: PoisonConfig, named: PoisonConfig) -> bool:
+def _is_same(attack: AttackConfig, named: AttackConfig) -> bool:
     """Whether both stamp and want the same; which training images were poisoned does not matter."""
     return all(getattr(attack, key) == getattr(named, key) for key in ("trigger", "labels", "target_class", "shift"))
 

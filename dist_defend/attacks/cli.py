@@ -10,7 +10,7 @@ from dist_defend.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     commands = parser.add_subparsers(title="attack commands", required=True, metavar="COMMAND")
     gallery = commands.add_parser("gallery", help="one PNG that shows every trigger")
     gallery.add_argument("--out", required=True, type=Path, metavar="OUT.png")
@@ -45,7 +45,7 @@ def _gallery(args: argparse.Namespace) -> int:
 def _trojan_nn(args: argparse.Namespace) -> int:
     from dist_defend.attacks.drawn import oval
     from dist_defend.attacks.pattern_file import read_pattern
-    from dist_defend.attacks.poison import to_bytes, to_images
+    from dist_defend.attacks.stamping import to_bytes, to_images
     from dist_defend.attacks.trojan_nn import last_linear, optimise_trigger
     from dist_defend.models.artifact import load_classifier
 

@@ -85,7 +85,7 @@ class Generators(nn.Module):
 
 
 @dataclass(frozen=True)
-class InputAwareStamp:
+class InputAwareTrigger:
     """x + (pattern(x) - x) mask(x); generators in eval mode."""
 
     generators: Generators
@@ -101,8 +101,10 @@ class InputAwareStamp:
     def _stamped(self, images: Tensor, sources: Tensor) -> Tensor:
         return images + (self.generators.pattern(sources) - images) * self.generators.mask(sources)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "InputAwareStamp":
-        return InputAwareStamp(copy.deepcopy(self.generators).to(device, dtype))
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "InputAwareTrigger":
+        own = next(self.generators.parameters())
+        is_there = (own.device, own.dtype) == (torch.device(device), dtype)
+        return self if is_there else InputAwareTrigger(copy.deepcopy(self.generators).to(device, dtype))
 
     @property
     def image_size(self) -> tuple[int, int]:

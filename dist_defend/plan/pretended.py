@@ -146,7 +146,7 @@ class PretendedContext(Context):
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
         model, card = load_classifier(folder, has_weights=False)
         self.models.append(model)
-        return model, replace(card, trigger=None), ""  # which only serves to measure
+        return model, replace(card, attack=None), ""  # which only serves to measure
 
     def _loader(
         self,

@@ -17,16 +17,16 @@ import safetensors.torch
 from PIL import Image
 from torch import nn
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.given import NpzImages, triggered_images
 from dist_defend.attacks.input_aware import Generators, load_generators
 from dist_defend.attacks.own_trigger import Corner, FromFile
 from dist_defend.attacks.pattern_file import open_images, read_mask
 from dist_defend.attacks.patterns import Blended, TrojanNN
-from dist_defend.attacks.poison import PoisonConfig
-from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
+from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.engine.sharding import launched_sharding
-from dist_defend.methods.defend.rnp import _read_index
-from dist_defend.methods.defend.rnp.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
+from dist_defend.methods.defend.pruning.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
+from dist_defend.methods.defend.pruning.plan import read_index
 from dist_defend.methods.measure.zeroshot import _class_names
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
@@ -60,7 +60,7 @@ def trigger_npz(rng: random.Random, folder: Path) -> Read:
     path = write(folder / "t.npz", npz(rng, {"t": t, "tm": tm}))
     if rng.random() < 0.5:
         return lambda: FromFile(path).build(SIDE)
-    return lambda: triggers_from(TriggerConfig(file=path), SIDE)
+    return lambda: FromFile(path).build_each(SIDE)
 
 
 def reference_npz(rng: random.Random, folder: Path) -> Read:
@@ -120,7 +120,7 @@ def given_npz(rng: random.Random, folder: Path) -> Read:
     path = write(folder / "bd_test.npz", npz(rng, arrays))
     test = NpzImages(folder / "test", x, y, ("0", "1", "2"), None)
     target = rng.choice((None, 0, 2))
-    return lambda: triggered_images(test, y, PoisonConfig(images=path, target_class=target), 3)
+    return lambda: triggered_images(test, y, AttackConfig(images=path, target_class=target), 3)
 
 
 def generators(rng: random.Random, folder: Path) -> Read:
@@ -142,7 +142,7 @@ def mask_values(rng: random.Random, folder: Path) -> Read:
 def row_numbers(rng: random.Random, folder: Path) -> Read:
     data = b"\n".join(b"%d" % rng.choice((0, 1, 5, 99, 10**19, -1)) for _ in range(rng.randrange(50)))
     path = write(folder / "index.txt", mutate_bytes(rng, data))
-    return lambda: _read_index(path, 100)
+    return lambda: read_index(path, 100, "rnp.index")
 
 
 def class_names(rng: random.Random, folder: Path) -> Read:

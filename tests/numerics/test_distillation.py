@@ -41,7 +41,8 @@ def plan_of(method: Any, folder: Path, **changes: Any) -> Plan:
         **changes,
     }
     config = load_experiment(make_experiment(folder, name, options))
-    plan: Plan = method.build(config.options, Context(dist.start("fp64", None), 3, config.loader, folder / "run"))
+    context = Context(dist.start("fp64", None), 3, config.loader, folder / "run", config.method)
+    plan: Plan = method.build(config.options, context)
     return plan
 
 

@@ -12,6 +12,8 @@ LAYERS = [
     {
         "arguments",
         "errors",
+        "plugins",
+        "keys",
         "screen",
         "files",
         "lock",
@@ -27,9 +29,20 @@ LAYERS = [
     {"engine", "evaluate"},
     {"trial"},
     {"methods"},
-    {"config", "experiment", "results"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
-    {"cli", "__main__"},
+    {"config", "experiment", "results", "given", "session"},
+    {
+        "report",
+        "bench",
+        "doctor",
+        "sweep",
+        "launch",
+        "plan",
+        "importing",
+        "import_check",
+        "evaluate_command",
+        "methods_command",
+    },
+    {"cli", "api", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_defend import evaluate
+from dist_defend import counts as counting
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
@@ -47,8 +47,8 @@ def measure(data: str, model_folder: str, batch_size: int, poison: AttackConfig,
         ]
         model = load_classifier(model_folder)[0].to(ranks.dtype)
         clean, attacked = loaders
-        classes, labels, rows = evaluate.predict(model, clean, ranks)
-        counts = evaluate.evaluate_classifier(model, clean, attacked, ranks, poison)
+        classes, labels, rows = counting.predict(model, clean, ranks)
+        counts = counting.evaluate_classifier(model, clean, attacked, ranks, poison)
         assert model.training  # as it was
         return {
             "classes": classes.tolist(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_defend import evaluate
+from dist_defend import counts as counting
 from dist_defend.attacks.trigger import white_square
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
@@ -166,7 +166,7 @@ def ranks_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
         ordered = [part for own in gathered for part in own]
         return tuple(torch.cat(column) for column in zip(*ordered, strict=True))
 
-    patch.setattr(evaluate, "gather_in_order", gather)
+    patch.setattr(counting, "gather_in_order", gather)
 
 
 def measure(data: str, model_folder: str, batch_size: int, mutate: Mutation = none) -> dict[str, Any]:
@@ -185,12 +185,12 @@ def measure(data: str, model_folder: str, batch_size: int, mutate: Mutation = no
         assert dataset.image_shape is not None
         encoder = load_simclr(model_folder)[0].f.to(ranks.dtype)
         trigger = white_square(dataset.image_shape[0], 8).to("cpu", ranks.dtype)
-        clean, labels, rows = evaluate.extract_features(encoder, loader, ranks)
-        stamped, _, _ = evaluate.extract_features(encoder, loader, ranks, trigger)
+        clean, labels, rows = counting.extract_features(encoder, loader, ranks)
+        stamped, _, _ = counting.extract_features(encoder, loader, ranks, trigger)
         head = HeadStack(encoder.feature_dim, CLASSES, seeds=[3]).to(ranks.dtype)
         predicted = head.predict(0, clean), head.predict(0, stamped)
-        counts = evaluate.backdoor_counts(*predicted, labels, target=int(predicted[1].mode().values))
-        knn = evaluate.knn_count(clean, labels, clean, labels, k=5, temperature=0.5)
+        counts = counting.backdoor_counts(*predicted, labels, target=int(predicted[1].mode().values))
+        knn = counting.knn_count(clean, labels, clean, labels, k=5, temperature=0.5)
         return {
             "features": clean,
             "labels": labels.tolist(),

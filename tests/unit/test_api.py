@@ -1,7 +1,7 @@
 """The package from Python: networks that it has never seen, and the same numbers as the command line's."""
 
-from dist_defend.models.encoder import SimCLR
 import json
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import dist_defend as dd
 from dist_defend.cli import main
 from dist_defend.models.artifact import load_artifact, read_card
 from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.models.encoder import SimCLR
 from tests.runs import CLASSES, SIZE, make_classifier, make_model
 
 CORNER = (slice(None), slice(None), slice(-3, None), slice(-3, None))
@@ -320,3 +321,10 @@ def test_a_checkpoint_of_others_is_imported_and_its_images_kept(tmp_path: Path) 
     other = dd.load(tmp_path / "attack_result.pt", normalization="none")
     assert isinstance(other, Classifier) and other.normalization == "none"
     assert all(a.equal(b) for a, b in zip(net.state_dict().values(), other.net.state_dict().values(), strict=True))
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """An imported module is an attribute of its package."""
+    modules = {module.name for module in pkgutil.iter_modules(dd.__path__)}
+    assert len(modules) > 20 and not modules & {"attack", "defend", "evaluate", "load", "save", "train", "wrap"}
+    assert {"attack", "defend", "evaluate", "load", "save", "train", "wrap"} <= set(dir(dd))

@@ -5,6 +5,7 @@ counts before and after, and makes the rows, the metrics and the card of the res
 half: the test set, and what an attack makes of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
@@ -25,6 +26,7 @@ from dist_defend.evaluate import (
     agreeing,
     attack_counts,
     der,
+    extract_features,
     only_accuracy,
     per_class_accuracy,
     percents,
@@ -39,6 +41,7 @@ MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it sho
 REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
 _PICTURED = 8  # test images shown in the report
+_SCATTERED = 500  # test features kept for the report's scatter plot
 
 
 class Examination:
@@ -52,10 +55,15 @@ class Examination:
         num_classes: int,
         context: Context,
         batch_size: int = 512,
+        task: str | None = None,
     ) -> None:
-        """rows (N,) of the test set count. UserError for an attack that does not fit its images or classes."""
+        """rows (N,) of the test set count. task: its name in rows; None: the data set's.
+
+        UserError for an attack that does not fit its images or classes.
+        """
         self.test, self.rows, self.attack, self.context = test, rows, attack, context
-        self.task = test.manifest.name
+        self.task = task or test.manifest.name
+        self.scatter: dict[str, Tensor] = {}
         self.made: TriggeredImages | None = None
         self.triggered = None
         self.clean = context.eval_loader(test, rows, batch_size)
@@ -75,7 +83,7 @@ class Examination:
         """acc, asr, asr_all, ra on all images."""
         return self.counts(*self.predict(model))
 
-    def counts(self, on_clean: Tensor, on_triggered: Tensor | None) -> dict[str, Count]:
+    def counts(self, on_clean: Tensor, on_triggered: Tensor | None = None) -> dict[str, Count]:
         """Count from the classes (N,), (M,) int64 that were predicted on the loaders' images, in their order."""
         acc = agreeing(on_clean, self.labels.to(on_clean.device))
         if on_triggered is None or self.made is None:
@@ -142,13 +150,55 @@ class Examination:
         nearest: np.ndarray = candidates[int(np.argmin(apart))]
         return nearest
 
+    def features(self, kind: str, encoder: nn.Module) -> list[Tensor]:
+        """L2-normalised features (N, D) of the clean and, with an attack, (M, D) of the triggered images.
+
+        Some of them are kept for the report, as those of this kind of model (clean, backdoored, ...).
+        """
+        loaders = [loader for loader in (self.clean, self.triggered) if loader is not None]
+        found = [extract_features(encoder, loader, self.context.ranks)[0] for loader in loaders]
+        count = min(_SCATTERED, *map(len, found), len(self.labels))
+        kept = {name: part.float() for name, part in zip(("clean", "triggered"), found, strict=False)}
+        for name, part in {**kept, "labels": self.labels}.items():
+            self.scatter[f"{kind}/{self.task}/{name}"] = part[:count].cpu()
+        return found
+
+    def examples(self) -> dict[str, Tensor]:
+        """Images without and with the trigger, for the report; nothing without an attack."""
+        pairs = self.pairs()
+        if pairs is None:
+            return {}
+        clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
+        return {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
+
     def save_examples(self) -> None:
-        """examples.safetensors in the run folder, for the report: images without and with the trigger."""
-        pairs = self.pairs() if self.context.ranks.is_main else None
-        if pairs is not None:
-            clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
-            tensors = {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
-            save_file(tensors, self.context.folder / "examples.safetensors")
+        """examples.safetensors in the run folder."""
+        save_pictures([self])
+
+
+def save_pictures(examinations: Sequence[Examination]) -> None:
+    """What the report shows of one run: examples.safetensors and features.safetensors, each unless it is empty."""
+    context = examinations[0].context
+    examples = {key: value for one in examinations for key, value in one.examples().items()}
+    features = {key: value for one in examinations for key, value in one.scatter.items()}
+    for name, tensors in (("examples", examples), ("features", features)):
+        if tensors and context.ranks.is_main:
+            save_file(tensors, context.folder / f"{name}.safetensors")
+
+
+def named_attack(cards: dict[str, ModelCard]) -> AttackConfig | None:
+    """The attack that the cards of these folders name, if any; whatever class it wants, which downstream tasks say.
+
+    UserError if they name several.
+    """
+    named = {folder: attack_from(card.attack) for folder, card in cards.items() if card.attack}
+    if not named:
+        return None
+    (first, attack), *others = named.items()
+    for folder, other in others:
+        if not _is_same(attack, replace(other, target_class=attack.target_class)):
+            raise UserError(f"the cards of {first} and {folder} name different attacks: say which one as 'attack'")
+    return attack
 
 
 class Trial:

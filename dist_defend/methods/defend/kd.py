@@ -89,7 +89,7 @@ class DistillationObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """One stage: distil on labelled images."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context)
-    data, rows = pair.trial.dataset("train", config.data)
+    data, rows = pair.trial.dataset("defence", config.data)
     pair.check_augment(config.augment, "kd.augment")
     loader = context.train_loader(
         data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation

@@ -134,7 +134,7 @@ class SelectingStep:
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a second one if there is retrospection."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
-    data, rows = pair.trial.dataset("train", config.data, is_labelled=False)
+    data, rows = pair.trial.dataset("defence", config.data, is_labelled=False)
     pair.check_augment(config.augment, "ood.augment")
     batch_size, epochs = config.update.batch_size, config.update.epochs
     plain = context.train_loader(data, rows, batch_size, (View(config.augment),))

@@ -85,10 +85,8 @@ class Pair:
         return self.result(f"{kind}+sr" if has_retrospection else kind, metrics)
 
     def result(self, method: str, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Save the student; entries for result.json with the student's and the teacher's counts."""
-        teacher = self.test.measure(self.teacher)
-        told = {f"teacher_{name}": count.percent for name, count in teacher.items() if count.n}
-        return self.trial.result(method, self.student, before=teacher, metrics={**told, **metrics})
+        """Save the student; entries for result.json: before are the teacher's counts, after are the student's."""
+        return self.trial.result(method, self.student, before=self.test.measure(self.teacher), metrics=metrics)
 
 
 def _family(arch: str) -> str:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def build(config: Config, context: Context) -> Plan:
     """One stage whose epochs are rounds."""
     trial = Trial(config.model, context, "ibau.attack")
-    data, rows = trial.dataset("defender", config.data)
+    data, rows = trial.dataset("defence", config.data)
     model = trial.model
     _check(config, model.image_size)
     trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both

@@ -132,7 +132,7 @@ class MimicObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
     teacher, suspect, teacher_sha256 = context.load_encoder(config.teacher)
-    dataset, rows = context.dataset("train", config.data)
+    dataset, rows = context.dataset("defence", config.data)
     view = View(config.augment)
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)

@@ -21,7 +21,7 @@ _SHOWN_CLASSES = 20  # of the table by class; of more, the worst
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     parser.add_argument("model", metavar="MODEL", help="model folder of a classifier")
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared test set, clean and labelled")
     attack = parser.add_mutually_exclusive_group()

@@ -5,6 +5,7 @@ counts before and after, and makes the rows, the metrics and the card of the res
 half: the test set, and what an attack makes of it.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from dist_defend.evaluate import (
     per_class_accuracy,
     percents,
     predict,
+    told,
 )
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
@@ -40,6 +42,7 @@ LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
 REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
+log = logging.getLogger(__name__)
 _PICTURED = 8  # test images shown in the report
 _SCATTERED = 500  # test features kept for the report's scatter plot
 
@@ -204,13 +207,14 @@ def named_attack(cards: dict[str, ModelCard]) -> AttackConfig | None:
 class Trial:
     """A suspect in a model folder, on the ranks' device, and the data that it is defended and tested with."""
 
-    def __init__(self, folder: str, context: Context, key: str = "attack") -> None:
-        """key: where the configuration has the attack, for messages. UserError for a folder without a classifier."""
-        self.folder, self.context, self.key = folder, context, key
+    def __init__(self, folder: str, context: Context) -> None:
+        """UserError for a folder without a classifier."""
+        self.folder, self.context = folder, context
         self.model, self.card, self.sha256 = context.load_classifier(folder)
         self._move(self.model)
         self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
         self.suspect: dict[str, Any] = {"folder": folder, "sha256": self.sha256, "guessed": list(self.card.guessed)}
+        self.before: dict[str, Count] = {}
         self.latest: dict[str, Count] = {}
 
     def _move(self, model: Classifier) -> None:
@@ -256,11 +260,19 @@ class Trial:
                     f"{config.path}: all test images are the defender's; leave some of the data set to test"
                 )
         if attack is not None:
-            check_classes(attack, self.model.num_classes, f"{self.key}.")
+            section = f"{self.context.method}." if self.context.method else ""
+            check_classes(attack, self.model.num_classes, f"{section}attack.")
         elif self.card.attack:
             attack = attack_from(self.card.attack)
         self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
+        self.context.at_start.append(self.measure_before)
         return self.examination
+
+    def measure_before(self) -> None:
+        """Count what the suspect does, before anything is changed, and say so. No random number is drawn."""
+        self.before = self.examination.measure(self.model)
+        if self.context.ranks.is_main:
+            log.info("%s on %s, before: %s", self.folder, self.examination.task, told(self.before))
 
     def look(self, dataset: PreparedDataset | None = None, rows: np.ndarray | None = None) -> None:
         """Classify a few clean images before anything starts, and say so where the suspect gets most of them wrong.
@@ -297,21 +309,23 @@ class Trial:
 
     def result(
         self,
-        kind: str,
         model: Classifier,
         after: dict[str, Count] | None = None,
         before: dict[str, Count] | None = None,
         *,
+        variant: str = "",
         chosen_by: str | None = None,
         metrics: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Save what the defence ``kind`` made of the suspect; the entries of result.json.
+        """Save what the run's method made of the suspect; the entries of result.json.
 
-        after, before: the counts, where they have been made already. chosen_by: what the outcome was chosen by.
+        after, before: the counts, where they have been made already. variant: what the method's name in rows and card
+        ends in. chosen_by: what the outcome was chosen by.
         """
         context, attack = self.context, self.examination.attack
-        before = before or self.examination.measure(self.original())
+        kind = context.method + variant
+        before = before or self.before or self.examination.measure(self.original())
         after = after or self.latest or self.examination.measure(model)
         card = replace(
             defended_card(self.card, kind, attack, before, after),

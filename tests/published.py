@@ -264,7 +264,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      {"ibau.data.max_samples": 100}),
     # RNP
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), {"rnp.ratio": 0.01}),
-    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.rnp:_RATIO",), {"": 0.01}),
+    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.pruning.plan:_RATIO",), {"": 0.01}),
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official", RNP_DEFAULTS), below("rnp", {
         "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
         "epochs_inclusive": True, "clean_threshold": 0.20, "alpha": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20,

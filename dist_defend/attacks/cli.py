@@ -10,7 +10,7 @@ from dist_defend.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     commands = parser.add_subparsers(title="attack commands", required=True, metavar="COMMAND")
     gallery = commands.add_parser("gallery", help="one PNG that shows every trigger")
     gallery.add_argument("--out", required=True, type=Path, metavar="OUT.png")

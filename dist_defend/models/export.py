@@ -17,7 +17,7 @@ _NAMES = {arch: name for name, arch in BACKDOORBENCH_ARCHS.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     parser.add_argument("source", type=Path, help="model folder of a classifier")
     parser.add_argument("--out", type=Path, required=True, help="file to write, defense_result.pt for BackdoorBench")
     parser.set_defaults(main=main)

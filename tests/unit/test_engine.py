@@ -321,6 +321,11 @@ def test_the_printed_configuration_is_one_that_runs(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
+def _hparams_folders(run: Path) -> set[Path]:
+    """TensorBoard's own, one for each set of hyperparameters."""
+    return {path.parent for path in (run / "dist_defend").glob("*/*tfevents*")}
+
+
 def test_tensorboard_gets_what_metrics_get(tmp_path: Path) -> None:
     status, run = simclr_run(tmp_path, trainer={"log_every": 1, "trackers": ["tensorboard"]})
     assert status == 0
@@ -330,6 +335,12 @@ def test_tensorboard_gets_what_metrics_get(tmp_path: Path) -> None:
     found = [(event.step, event.value) for event in accumulator.Scalars("simclr/loss")]
     assert [step for step, _ in found] == [1, 2, 3, 4]
     assert [value for _, value in found] == pytest.approx([row["loss"] for row in metrics(run)], rel=1e-6)
+    (written,) = (run / "dist_defend").glob("*/hparams.yml")
+    hparams = yaml.safe_load(written.read_text())
+    assert (hparams["run"], hparams["method"], hparams["seed"]) == ("run", "simclr", 100)
+    assert (hparams["simclr.update.optimizer.lr"], hparams["trainer.trackers"]) == (0.01, '["tensorboard"]')
+    assert len(hparams["config_sha256"]) == 64
+    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {run / "dist_defend", *_hparams_folders(run)}
 
 
 def test_bf16_trains_float32_weights_on_a_cpu(tmp_path: Path) -> None:

@@ -244,8 +244,8 @@ def build(config: Config, context: Context) -> Plan:
         return percents(counts())
 
     stages = [
-        Stage("mask", loader, mask_step, config.mask_epochs),
-        Stage("joint", loader, joint_step, config.epochs, evaluate, config.evaluate_every),
+        Stage("mask", loader, mask_step, config.mask_epochs, shown=("loss", "mask_density")),
+        Stage("joint", loader, joint_step, config.epochs, evaluate, config.evaluate_every, shown=("loss", "train_asr")),
     ]
     return Plan(stages, result)
 

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def build(config: Config, context: Context) -> Plan:
     """One stage whose epochs are rounds."""
-    trial = Trial(config.model, context, "ibau.attack")
+    trial = Trial(config.model, context)
     data, rows = trial.dataset("defence", config.data)
     model = trial.model
     _check(config, model.image_size)
@@ -40,9 +40,10 @@ def build(config: Config, context: Context) -> Plan:
 
     def result() -> dict[str, Any]:
         metrics, provenance = {"defence_images": len(rows)}, {"rounds": config.rounds}
-        return trial.result("ibau", model, metrics=metrics, provenance=provenance)
+        return trial.result(model, metrics=metrics, provenance=provenance)
 
     stage = Stage("ibau", rounds, step, config.rounds, lambda _: trial.evaluate(model), config.evaluate_every)
+    stage.shown = "outer_loss", "delta_norm"
     return Plan([stage], result)
 
 

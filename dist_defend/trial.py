@@ -189,18 +189,23 @@ def save_pictures(examinations: Sequence[Examination]) -> None:
             save_file(tensors, context.folder / f"{name}.safetensors")
 
 
-def named_attack(cards: dict[str, ModelCard]) -> AttackConfig | None:
-    """The attack that the cards of these folders name, if any; whatever class it wants, which downstream tasks say.
+def attack_to_measure(
+    configured: AttackConfig | None, cards: dict[str, ModelCard], context: Context
+) -> AttackConfig | None:
+    """The configured attack, else the one that the cards of these folders name, if any. Classes do not matter here.
 
-    UserError if they name several.
+    Tells of a card that names another attack than the configured one. UserError if none is configured and cards differ.
     """
-    named = {folder: attack_from(card.attack) for folder, card in cards.items() if card.attack}
-    if not named:
-        return None
-    (first, attack), *others = named.items()
-    for folder, other in others:
-        if not _is_same(attack, replace(other, target_class=attack.target_class)):
-            raise UserError(f"the cards of {first} and {folder} name different attacks: say which one as 'attack'")
+    attack = configured
+    for folder, card in cards.items():
+        if card.attack:
+            named = attack_from(card.attack)
+            attack = attack or named
+            if not _is_same(attack, replace(named, target_class=attack.target_class)):
+                told = f"{folder} names another attack in its card than is to be measured"
+                if configured is None:
+                    raise UserError(f"{told}, which is another encoder's: say which one as 'attack'")
+                context.tell(f"{told}: say 'attack: null' to measure the named one")
     return attack
 
 

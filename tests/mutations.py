@@ -163,7 +163,7 @@ MUTATIONS: tuple[Mutation, ...] = (
              "(images * 255 + ROUNDING).floor()", "(images * 255).round()",
              "unit/test_stamping.py::test_pixels_are_truncated_as_published"),
     Mutation("a probe of another trigger than the card's", "methods/measure/probe.py",
-             "config.attack or named_attack(", "None and named_attack(",
+             "attack_to_measure(config.attack, cards", "attack_to_measure(AttackConfig(BadNets()), cards",
              "unit/test_any_attack.py::test_a_probe_measures_the_attack_that_the_card_names"),
     Mutation("BadEncoder's card forgets the class of its reference", "methods/attack/badencoder.py",
              "replace(config.attack, target_class=int(classes[0]), rate=1.0)", "replace(config.attack, rate=1.0)",

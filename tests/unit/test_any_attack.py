@@ -124,7 +124,7 @@ def attacked_encoder(folder: Path, attack: dict[str, Any] | None) -> str:
 
 def test_a_probe_measures_the_attack_that_the_card_names(tmp_path: Path) -> None:
     options = options_of("probe", tmp_path)
-    del options["attack"]
+    options["attack"] = None
     named = {"trigger": blended(tmp_path), "target_class": 1, "rate": 1.0}
     encoder = attacked_encoder(tmp_path / "clean", named)
     options |= {"encoders": {"backdoored": encoder}, "kind": "knn", "knn": {"k": 1, "temperature": 0.5}}
@@ -153,7 +153,7 @@ def test_a_probe_measures_the_attack_that_the_card_names(tmp_path: Path) -> None
 
 def test_a_probe_of_clean_encoders_counts_accuracy_alone(tmp_path: Path) -> None:
     options = options_of("probe", tmp_path) | {"kind": "knn"}
-    del options["attack"]
+    options["attack"] = None
     assert main(["run", str(make_experiment(tmp_path, "probe", options))]) == 0
     rows = json.loads((tmp_path / "run/result.json").read_text())["rows"]
     assert [row["acc"]["n"] for row in rows] == [21, 21] and {row["asr"]["n"] for row in rows} == {0}
@@ -166,7 +166,7 @@ def test_a_probe_takes_triggered_images_of_others(tmp_path: Path) -> None:
     options = options_of("probe", tmp_path)
     x = np.random.default_rng(4).integers(0, 256, (9, SIZE, SIZE, 3), dtype=np.uint8)
     np.savez(tmp_path / "bd.npz", x=x, y=np.arange(9) % CLASSES)
-    options |= {"attack": {"images": str(tmp_path / "bd.npz")}, "kind": "knn"}
+    options |= {"attack": {"trigger": None, "images": str(tmp_path / "bd.npz")}, "kind": "knn"}
     assert main(["run", str(make_experiment(tmp_path, "probe", options))]) == 0
     rows = json.loads((tmp_path / "run/result.json").read_text())["rows"]
     assert {(row["acc"]["n"], row["asr_all"]["n"], row["asr"]["n"]) for row in rows} == {(21, 9, 6)}
@@ -174,15 +174,20 @@ def test_a_probe_takes_triggered_images_of_others(tmp_path: Path) -> None:
 
 def test_cards_of_several_attacks_need_one_to_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = options_of("probe", tmp_path)
-    del options["attack"]
+    options["attack"] = None
     square = {"trigger": {"name": "badnets", "size": 4}, "target_class": 1}
     attacked_encoder(tmp_path / "clean", {"trigger": blended(tmp_path)})
     attacked_encoder(tmp_path / "other", square)
     config = str(make_experiment(tmp_path, "probe", options))
     assert main(["run", config]) == 2
-    assert "clean and " in (told := capsys.readouterr().err) and "name different attacks: say which one" in told
+    told = capsys.readouterr().err
+    assert "other names another attack in its card than is to be measured, which is another encoder's" in told
     attacked_encoder(tmp_path / "clean", square | {"target_class": 2, "rate": 1.0})  # classes are the tasks' own
     assert main(["run", config, "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main(["run", config, "--dry-run", "probe.attack={trigger: {name: sig}}"]) == 0
+    told = capsys.readouterr().err
+    assert told.count("another attack in its card than is to be measured: say 'attack: null'") == 2
 
 
 @pytest.mark.parametrize("method", ["ibau", "rnp"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import BadNets
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
@@ -33,7 +34,7 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack
 from dist_defend.models.pixel_space import Encoder
-from dist_defend.trial import Examination, named_attack, save_pictures
+from dist_defend.trial import Examination, attack_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Config:
     Keys:
         encoders: kind (clean, backdoored, purified, ...) -> model folder
         tasks: name -> a downstream task
-        attack: what is measured; the target class is each task's. null: the attack that the encoders' cards name
+        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
         kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
             neither seeds nor any key from hidden on is read
         knn: of kind knn; null: its defaults
@@ -92,7 +93,7 @@ class Config:
 
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    attack: AttackConfig | None = None
+    attack: AttackConfig | None = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
     kind: Literal["head", "knn"] = "head"
     knn: KnnConfig | None = None
     seeds: tuple[int, ...] = (100,)
@@ -197,7 +198,8 @@ def build(config: Config, context: Context) -> Plan:
     """One stage per task, none for kNN; evaluation on clean and triggered test images at the end."""
     loaded = {kind: context.load_encoder(folder) for kind, folder in config.encoders.items()}
     models = {kind: model for kind, (model, _, _) in loaded.items()}
-    attack = config.attack or named_attack({config.encoders[kind]: card for kind, (_, card, _) in loaded.items()})
+    cards = {config.encoders[kind]: card for kind, (_, card, _) in loaded.items()}
+    attack = attack_to_measure(config.attack, cards, context)
     for model in models.values():
         model.to(context.ranks.device, context.ranks.dtype)
     widths = {model.f.feature_dim for model in models.values()}

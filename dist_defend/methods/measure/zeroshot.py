@@ -5,7 +5,7 @@ There is nothing to train. A backdoored image tower is measured against the text
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import BadNets
 from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
@@ -22,7 +23,7 @@ from dist_defend.files import read_regular, sha256_file
 from dist_defend.models.clip import TextTower, class_features, load_text_tower
 from dist_defend.models.encoder import SimCLR
 from dist_defend.screen import printable
-from dist_defend.trial import Examination, named_attack, save_pictures
+from dist_defend.trial import Examination, attack_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,14 @@ class Config:
         clip: the clean CLIP, whose text tower classifies
         encoders: kind (clean, backdoored, purified, ...) -> model folder of an image tower
         tasks: name -> a downstream task
-        attack: what is measured; the target class is each task's. null: the attack that the encoders' cards name
+        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
         batch_size: images of a forward pass, over all ranks
     """
 
     clip: ClipConfig
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    attack: AttackConfig | None = None
+    attack: AttackConfig | None = field(default_factory=lambda: AttackConfig(BadNets(size=50, margin=1)))
     batch_size: int = 512
 
     def __post_init__(self) -> None:
@@ -117,7 +118,8 @@ def build(config: Config, context: Context) -> Plan:
     tower = load_text_tower(config.clip.arch, config.clip.weights).to(ranks.device, ranks.dtype)
     loaded = {kind: context.load_encoder(folder) for kind, folder in config.encoders.items()}
     models = {kind: model for kind, (model, _, _) in loaded.items()}
-    attack = config.attack or named_attack({config.encoders[kind]: card for kind, (_, card, _) in loaded.items()})
+    cards = {config.encoders[kind]: card for kind, (_, card, _) in loaded.items()}
+    attack = attack_to_measure(config.attack, cards, context)
     for kind, model in models.items():
         model.to(ranks.device, ranks.dtype)
         if model.f.feature_dim != tower.feature_dim:

@@ -43,6 +43,8 @@ AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
 RNP_STEPS = f"{BUILT}::test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_weights"
 STARTS = "numerics/test_abd_steps.py::test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step"
 MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
+COMPAT = "unit/test_compat_backdoorbench.py"
+SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("RNP chooses a stop by the test images", "methods/defend/pruning/outcome.py",
              "self._predict(order, stops, self.defence)", "self._predict(order, stops, self.test.clean)",
@@ -57,7 +59,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("DER of the report takes |.| of the change of accuracy", "report/tables.py",
              "rating(asr / 100, acc / 100)", "rating(asr / 100, abs(acc) / 100)",
              "unit/test_report.py::test_a_gain_of_accuracy_is_neither_rewarded_nor_punished"),
-    Mutation("DER adds the loss of accuracy, as BackdoorBench's code does", "evaluate.py",
+    Mutation("DER adds the loss of accuracy, as BackdoorBench's code does", "counts.py",
              "max(0.0, gain) - max(0.0, loss)", "max(0.0, gain) + max(0.0, loss)",
              "unit/test_report.py::test_a_gain_of_accuracy_is_neither_rewarded_nor_punished"),
     Mutation("DER of a sweep takes |.| of the change of accuracy", "sweep/collect.py",
@@ -105,7 +107,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("the monitor takes another k", "methods/pretrain/simclr.py",
              "bank_labels, monitor.k, monitor.temperature", "bank_labels, monitor.k + 1, monitor.temperature",
              MONITOR),
-    Mutation("the monitor's features are not normalised", "evaluate.py",
+    Mutation("the monitor's features are not normalised", "counts.py",
              "return functional.normalize(features.to(ranks.dtype), dim=1)", "return features.to(ranks.dtype)",
              MONITOR),
     Mutation("amsgrad is Adam", "engine/optim.py",
@@ -230,6 +232,18 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("importing the package imports torch", "tv_compat.py",
              "import sys\nfrom importlib", "import sys\n\nimport torch  # noqa: F401\nfrom importlib",
              "unit/test_cli.py::test_the_package_imports_next_to_nothing"),
+    Mutation("BackdoorBench's interface has its yaml file's ratio for the documented one", "compat/backdoorbench.py",
+             '"ratio": 0.1,', '"ratio": 0.01,', f"{COMPAT}::test_defaults_are_the_documented_ones[rnp]"),
+    Mutation("BackdoorBench's RC is the ASR", "compat/backdoorbench.py", '"RC": counts.ra', '"RC": counts.asr', SCRIPT),
+    Mutation("BackdoorBench's yaml file wins over the command line", "compat/parameters.py",
+             "{**read, **given}.items()", "{**given, **read}.items()",
+             f"{COMPAT}::test_a_yaml_file_stands_between_flags_and_documentation"),
+    Mutation("index.txt has the rows of the prepared data, not the source's", "compat/backdoorbench.py",
+             "train.source_rows[self._chosen(train)]", "self._chosen(train)",
+             f"{COMPAT}::test_i_bau_takes_the_images_of_an_index"),
+    Mutation("BackdoorBench's table by number has what is pruned for what it says", "compat/backdoorbench.py",
+             'stop["pruned"] - math.ceil(self.args.pruning_step)', 'stop["pruned"]',
+             f"{COMPAT}::test_the_table_by_number_is_counted_as_there"),
     Mutation("an evaluation is written into the progress bar", "terminal.py",
              "bars.tqdm.external_write_mode(unguarded(sys.stderr))", "contextlib.nullcontext()",
              "unit/test_progress.py::test_a_terminal_shows_scalars_evaluations_and_the_outcome"),

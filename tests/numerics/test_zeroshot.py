@@ -74,7 +74,7 @@ def unnormalised_pixels(patch: pytest.MonkeyPatch) -> None:
 
 
 def raw_image_features(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dist_defend.evaluate.functional.normalize", lambda x, dim: 2 * x if len(x) > CLASSES else x)
+    patch.setattr("dist_defend.counts.functional.normalize", lambda x, dim: 2 * x if len(x) > CLASSES else x)
 
 
 def trigger_at_the_edge(patch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.batch import Batch
+from dist_defend.counts import extract_features, knn_classes, warn_near_chance
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
 from dist_defend.data.store import PreparedDataset
@@ -29,7 +30,6 @@ from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import extract_features, knn_classes, warn_near_chance
 from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack

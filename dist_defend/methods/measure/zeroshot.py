@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
+from dist_defend.counts import warn_near_chance
 from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
-from dist_defend.evaluate import warn_near_chance
 from dist_defend.files import read_regular, sha256_file
 from dist_defend.models.clip import TextTower, class_features, load_text_tower
 from dist_defend.models.encoder import SimCLR

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dist_defend.attacks.attack import AttackConfig, attack_from
 from dist_defend.attacks.input_aware import Generators, save_generators
+from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.patterns import (
     BadNets,
     Blended,
     Bpp,
-    FromFile,
     InputAware,
     L0Inv,
     L2Inv,
@@ -68,7 +68,8 @@ class Seen(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         self.images = images.detach()
-        return self.layer(images.mean((2, 3)))
+        features: Tensor = self.layer(images.mean((2, 3)))
+        return features
 
 
 @pytest.mark.parametrize("options", TRIGGERS, ids=lambda options: options.name)

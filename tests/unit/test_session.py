@@ -64,7 +64,7 @@ def state() -> dict[str, Any]:
     logger = logging.getLogger("dist_defend")
     return {
         "torch": torch.get_rng_state().tolist(),
-        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[union-attr, index]
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
         "random": random.getstate(),
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")),
         "default": (torch.get_default_dtype(), torch.get_default_device()),

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import SIGINT
 from typing import Any, Protocol
@@ -19,9 +19,9 @@ from dist_defend.engine import checkpoint, signals
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.identity import Identity
 from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.resume import Position, Saved, check_position, restore
+from dist_defend.engine.resume import Saved, check_position, restore
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import Step, plain_weights
+from dist_defend.engine.step import Position, Step, plain_weights
 from dist_defend.terminal import release_log, unguarded
 
 log = logging.getLogger(__name__)
@@ -106,11 +106,10 @@ class Trainer:
                 raise self._stopped(signals.pending() == SIGINT)
 
     def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
-        stage, at = stages[number], self.position
-        total = stage.epochs * stage.loader.num_batches
+        stage, at, num_batches = stages[number], self.position, stages[number].loader.num_batches
         bar = tqdm(
-            total=total,
-            initial=at.epoch * stage.loader.num_batches + at.batch,
+            total=stage.epochs * num_batches,
+            initial=at.done(num_batches),
             desc=stage.name,
             file=unguarded(sys.stderr),
             disable=not (self.ranks.is_main and sys.stderr.isatty()),
@@ -119,11 +118,11 @@ class Trainer:
         while not is_over:
             for batch in stage.loader.epoch(at.epoch, at.batch):
                 try:
-                    scalars = stage.step(self._move(batch))
+                    scalars = stage.step(self._move(batch), at)
                 except NonFiniteError as error:
                     place = f"stage {stage.name}, step {at.step + 1}, rank {self.ranks.rank}"
                     raise NonFiniteError(f"{error}: {place}") from None
-                at.batch, at.step = at.batch + 1, at.step + 1
+                at = self.position = replace(at, batch=at.batch + 1, step=at.step + 1)
                 self._add(scalars, len(batch.labels))
                 bar.update()
                 if at.step % self.config.log_every == 0:
@@ -133,7 +132,7 @@ class Trainer:
                     self._save(stages)
                 if wish >= _STOP:
                     raise self._stopped(wish == _INTERRUPT)
-            at.epoch, at.batch = at.epoch + 1, 0
+            at = self.position = replace(at, epoch=at.epoch + 1, batch=0)
             is_over = at.epoch == stage.epochs or (stage.stop_when is not None and stage.stop_when())
             is_due = is_over or at.epoch % stage.evaluate_every == 0
             if stage.evaluate is not None and is_due:

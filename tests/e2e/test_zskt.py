@@ -15,6 +15,7 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.zskt import build
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.models.artifact import load_artifact
@@ -142,7 +143,7 @@ def test_rates_follow_their_schedules(schedule: dict[str, Any], factors: list[fl
     step: Any = stage.step
     for epoch in range(4):
         (batch,) = stage.loader.epoch(epoch)
-        step(batch)
+        step(batch, Position(epoch=epoch))
         optimizers = [step.players[name].optimizer for name in ("generator", "student")]
         found.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
         steps.append(int(next(iter(optimizers[1].state.values()))["step"]))

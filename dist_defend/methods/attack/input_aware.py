@@ -24,6 +24,7 @@ from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import NonFiniteError, Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, evaluate_classifier, percents
@@ -143,11 +144,11 @@ class JointStep:
         self, model: Classifier, generators: Generators, config: Config, ranks: Ranks, steps_per_epoch: int
     ) -> None:
         self.model, self.generators, self.config, self.ranks = model, generators, config, ranks
-        self.steps_per_epoch, self.step = steps_per_epoch, 0
+        self.steps_per_epoch = steps_per_epoch
         kinds = ((model, config.optimizer), (generators.net_g, config.generator_optimizer))
         self.optimizers = [(build_optimizer(module.parameters(), options), options) for module, options in kinds]
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         self.model.train()
         self.generators.net_g.train()
         self.generators.net_m.eval()
@@ -157,12 +158,12 @@ class JointStep:
         if self.ranks.device.type == "cpu" and not torch.isfinite(terms["loss"]):
             raise NonFiniteError("the loss is not finite")
         for optimizer, options in self.optimizers:
-            factor = lr_factor(options, self.step, self.steps_per_epoch, self.steps_per_epoch * self.config.epochs)
+            total = self.steps_per_epoch * self.config.epochs
+            factor = lr_factor(options, at.done(self.steps_per_epoch), self.steps_per_epoch, total)
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * factor
             optimizer.step()
             optimizer.zero_grad()
-        self.step += 1
         nonfinite = (~torch.isfinite(terms["loss"])).float()
         return {**{key: value.detach() for key, value in terms.items()}, "nonfinite": nonfinite.detach()}
 
@@ -171,7 +172,6 @@ class JointStep:
             "model": self.model.state_dict(),
             "generators": self.generators.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -179,7 +179,6 @@ class JointStep:
         self.generators.load_state_dict(state["generators"])
         for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_optimizer(optimizer, saved)
-        self.step = state["step"]
 
 
 def build(config: Config, context: Context) -> Plan:

@@ -12,6 +12,7 @@ from dist_defend.data.order import rank_slice
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.abd.options import RetrospectionConfig
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
@@ -37,11 +38,13 @@ class RetrospectiveStep:
         divergence: Share,
         *,
         batch_size: int,
-        total_steps: int,
+        steps_per_epoch: int,
+        epochs: int,
         graph: GraphMode,
     ) -> None:
         self.pair, self.config, self.loss = pair, config, loss
-        self.ranks, self.total_steps = pair.context.ranks, total_steps
+        self.ranks = pair.context.ranks
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * epochs
         device, dtype = self.ranks.device, self.ranks.dtype
         pair.student.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_twice_differentiable(pair.student.net, pair.image_size, f"the student {pair.student.arch}")
@@ -57,24 +60,22 @@ class RetrospectiveStep:
         self.graphed = GraphedUpdate("retrospection", self.update, self._changed, device, graph)
         self.rate = torch.tensor(rate, device=device)  # a graph reads a tensor; on the host a float is the exact one
         self._prepare()
-        self.step = 0
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
-        device, dtype = self.ranks.device, self.ranks.dtype
-        rate = self.schedule.lr * lr_factor(self.schedule, self.step, self.total_steps, self.total_steps)
+        device, dtype, number = self.ranks.device, self.ranks.dtype, at.done(self.steps_per_epoch)
+        rate = self.schedule.lr * lr_factor(self.schedule, number, self.total_steps, self.total_steps)
         self.rate.fill_(rate)
         if not self.graphed.is_graphed:
             self.optimizer.param_groups[0]["lr"] = rate
-        start = self.retrospection.start(self.pair.image_size, self.step).to(device, dtype)
-        patched = self.retrospection.patched(self.own, self.step).to(device, dtype)
+        start = self.retrospection.start(self.pair.image_size, number).to(device, dtype)
+        patched = self.retrospection.patched(self.own, number).to(device, dtype)
         self.pair.student.train()
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient  # the step before this stage may have left none
         scalars = self.graphed(batch.images, start, patched)
         if device.type == "cpu" and scalars["nonfinite"]:
             raise NonFiniteError("the hypergradient is not finite")
-        self.step += 1
         return scalars
 
     def update(self, images: Tensor, start: Tensor, patched: Tensor) -> dict[str, Tensor]:
@@ -103,14 +104,12 @@ class RetrospectiveStep:
         return {
             "student": self.pair.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pair.student.load_state_dict(state["student"])
         load_optimizer(self.optimizer, state["optimizer"])
         self._prepare()
-        self.step = state["step"]
 
     def _prepare(self) -> None:
         if self.graphed.is_graphed:

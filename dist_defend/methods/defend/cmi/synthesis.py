@@ -13,6 +13,7 @@ from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.step import Position
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT
 from dist_defend.methods.defend.abd.pair import Pair
@@ -75,35 +76,37 @@ class Synthesis:
         self.best = torch.full((), float("inf"), device=self.device, dtype=self.dtype)
         self.best_images = torch.zeros(batch, 3, size, size, device=self.device, dtype=self.dtype)
         self.best_features = torch.zeros(batch, 2 * dim, device=self.device, dtype=self.dtype)
-        self.iterations = 0  # over all epochs
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """One iteration. batch.labels (b,): the classes wanted; index (b,): places in the global batch.
 
-        Raises NonFiniteError on a CPU, with the weights as they were.
+        at.epoch: of the run; at.batch: iterations that the epoch's images have had. Raises NonFiniteError on a CPU,
+        with the weights as they were.
         """
-        epoch, position = divmod(self.iterations, self.config.iterations)
-        if position == 0:
-            self._restart(epoch)
-        selecting = self._selecting
-        if selecting is not None and self.iterations == selecting.config.selection_batches:
-            selecting.select()
+        number = at.done(self.config.iterations)
+        if at.batch == 0:
+            self._restart(at.epoch)
+        if self._selecting is not None and number == self._selecting.config.selection_batches:
+            self._selecting.select()
+        keeper = self._selecting if number >= FIRST_KEPT else None
         places = batch.index.cpu().numpy()
-        whole = self._draw(places, _GLOBAL_VIEW, self.config.global_view)
-        local = self._draw(places, _LOCAL_VIEW, self.config.local_view)
-        scalars = self.update(batch.labels, whole, local, self._earlier())
+        whole = self._draw(number, places, _GLOBAL_VIEW, self.config.global_view)
+        local = self._draw(number, places, _LOCAL_VIEW, self.config.local_view)
+        scalars = self.update(batch.labels, whole, local, self._earlier(number), keeper)
         if self.device.type == "cpu" and scalars["nonfinite"]:
             raise NonFiniteError("the gradient of the synthesis is not finite")
-        self.iterations += 1
-        if position == self.config.iterations - 1:
+        if at.batch == self.config.iterations - 1:
             self.pool.add(all_gather_rows(self.best_images))
             self.bank.add(all_gather_rows(self.best_features))
         return scalars
 
-    def update(self, targets: Tensor, whole: Tensor, local: Tensor, earlier: Tensor) -> dict[str, Tensor]:
+    def update(
+        self, targets: Tensor, whole: Tensor, local: Tensor, earlier: Tensor, keeper: Vaccine | None = None
+    ) -> dict[str, Tensor]:
         """One step of generator, codes and projection.
 
         targets (b,) int64; whole, local: the two views' parameters (b, NUM_PARAMETERS); earlier: rows of the bank.
+        keeper: the vaccine that is to be chosen by these images, if it is.
         """
         config, pair, total = self.config, self.pair, self.config.batch_size
         teacher, world_size = pair.teacher, pair.context.ranks.world_size
@@ -116,8 +119,8 @@ class Synthesis:
                 terms["suppression"] = -self.vaccine.config.weight * suppression(logits, shuffled)
             else:
                 logits = teacher.net(x)
-        if self._selecting is not None and self.iterations >= FIRST_KEPT:
-            self._selecting.keep(x)
+        if keeper is not None:
+            keeper.keep(x)
         terms["bn"] = config.bn * statistics_distance(self.norms, inputs) / world_size
         terms["one_hot"] = config.one_hot * F.cross_entropy(logits, targets, reduction="sum") / total
         if config.adversarial:
@@ -154,7 +157,6 @@ class Synthesis:
             "pool": self.pool.state_dict(),
             "bank": self.bank.state_dict(),
             "best": [self.best, all_gather_rows(self.best_images), all_gather_rows(self.best_features)],
-            "iterations": self.iterations,
             "vaccine": None if self.vaccine is None else self.vaccine.state_dict(),
         }
 
@@ -172,7 +174,6 @@ class Synthesis:
         self.best.copy_(best)
         self.best_images.copy_(images[self.own])
         self.best_features.copy_(seen[self.own])
-        self.iterations = state["iterations"]
         if self.vaccine is not None:
             self.vaccine.load_state_dict(state["vaccine"])
 
@@ -195,17 +196,17 @@ class Synthesis:
         for kept, new in ((self.best, loss), (self.best_images, images), (self.best_features, seen)):
             kept.copy_(torch.where(is_better, new, kept))
 
-    def _earlier(self) -> Tensor:
+    def _earlier(self, number: int) -> Tensor:
         """Rows of the bank to tell the new ones from (n, 2 D), drawn without replacement; none at first."""
         count = min(self.bank.filled, self.config.contrast.negatives)
-        draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, self.iterations)
+        draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, number)
         chosen = draw.choice(self.bank.filled, count, replace=False)
         return self.bank.rows[torch.from_numpy(chosen).to(self.device)]
 
-    def _draw(self, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
-        """Parameters (b, NUM_PARAMETERS) of this iteration's views."""
+    def _draw(self, number: int, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
+        """Parameters (b, NUM_PARAMETERS) of an iteration's views."""
         size = self.pair.image_size
-        params = draw(self.seed, self.iterations, places, view, config, size, size)
+        params = draw(self.seed, number, places, view, config, size, size)
         return torch.from_numpy(params).to(self.device, self.dtype)
 
     @property

@@ -12,6 +12,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine.graphed import GraphedUpdate
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import build_optimizer, load_optimizer
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
@@ -59,24 +60,21 @@ class UnlearningStep:
         for optimizer in (self.optimizer, self.inner_optimizer):
             optimizer.param_groups[0]["capturable"] = self.outer.is_graphed
             optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
-        self.calls = 0
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
-        round_, position = divmod(self.calls, self.rounds.num_batches)
-        number = position % self.rounds.batches
+        number = at.batch % self.rounds.batches
         images, labels, weights = self.rounds.padded(batch, number)
-        if position == 0:
+        if at.batch == 0:
             self._restart()
-        if position < self.rounds.batches:
+        if at.batch < self.rounds.batches:
             scalars = self.inner(images, weights)
             if number == self.rounds.batches - 1:
                 self._project()
         else:
-            scalars = self.outer(images, labels, self._patched(round_, number), weights)
+            scalars = self.outer(images, labels, self._patched(at.epoch, number), weights)
             if self.ranks.device.type == "cpu" and scalars["nonfinite"]:
                 raise NonFiniteError("the hypergradient is not finite")
-        self.calls += 1
         return scalars
 
     def ascend(self, images: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -124,13 +122,12 @@ class UnlearningStep:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, delta, both optimizers, and how far the round is."""
+        """The weights, delta and both optimizers."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "delta": self.delta.detach(),
             "inner_optimizer": self.inner_optimizer.state_dict(),
-            "calls": self.calls,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,7 +136,6 @@ class UnlearningStep:
         with torch.no_grad():
             self.delta.copy_(state["delta"])
         load_optimizer(self.inner_optimizer, state["inner_optimizer"])
-        self.calls = state["calls"]
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """This rank's share of the mean over the global batch."""

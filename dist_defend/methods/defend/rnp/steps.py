@@ -12,6 +12,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.objective import NonFiniteError
+from dist_defend.engine.step import Position
 
 _MOMENTUM = 0.9  # of both phases, as published
 
@@ -47,14 +48,12 @@ class CrossEntropyStep:
         for parameter in self.parameters:  # zero is what the first step starts from: no first step of another kind
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.correct, self.seen = torch.zeros(2, dtype=torch.float64, device=ranks.device).unbind()
-        self.step = 0
         self.graphed = GraphedUpdate(f"rnp's {type(self).__name__}", self.update, self.changed, ranks.device, graph)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         scalars = self.graphed(batch.images, batch.labels)
         if batch.labels.device.type == "cpu" and scalars["nonfinite"]:
             raise NonFiniteError("the loss is not finite")
-        self.step += 1
         return scalars
 
     def update(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -116,7 +115,6 @@ class CrossEntropyStep:
             "model": self.model.state_dict(),
             "momentum": [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters],
             "counts": [self.correct, self.seen],
-            "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -125,7 +123,6 @@ class CrossEntropyStep:
         buffers = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
         for own, saved in zip([*buffers, self.correct, self.seen], [*state["momentum"], *state["counts"]], strict=True):
             own.copy_(saved)
-        self.step = state["step"]
 
 
 class UnlearnStep(CrossEntropyStep):
@@ -143,20 +140,18 @@ class UnlearnStep(CrossEntropyStep):
         lr: float = 0.01,
         weight_decay: float = 5e-4,
         schedule: Sequence[int] = (10, 20),
-        steps_per_epoch: int = 1,
         max_grad_norm: float | None = None,
         graph: GraphMode = "off",
     ) -> None:
         super().__init__(
             model, list(model.parameters()), ranks, scale=-1.0, lr=lr, weight_decay=weight_decay, graph=graph
         )
-        self.lr, self.schedule, self.steps_per_epoch = lr, tuple(schedule), steps_per_epoch
+        self.lr, self.schedule = lr, tuple(schedule)
         self.max_grad_norm = max_grad_norm
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        epoch = self.step // self.steps_per_epoch
-        _set_rate(self.optimizer, self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule))
-        return super().__call__(batch)
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        _set_rate(self.optimizer, self.lr * 0.1 ** sum(at.epoch >= milestone for milestone in self.schedule))
+        return super().__call__(batch, at)
 
     def _before_update(self) -> None:
         if self.max_grad_norm is not None:

@@ -13,6 +13,7 @@ from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.abd.vaccine import Vaccine, suppression
 from dist_defend.methods.defend.zskt.options import Config
@@ -63,7 +64,6 @@ class TransferStep:
             "generator": _Player(generator, config.generator_optimizer, self.make.is_graphed),
             "student": _Player(student, config.student_optimizer, self.make.is_graphed),
         }
-        self.calls = 0
 
     def _make_buffers(self) -> None:
         """Where a pseudo-batch's images, the teacher's answers to them and delta stay."""
@@ -77,9 +77,9 @@ class TransferStep:
         is_kept = self.vaccine is not None and self.vaccine.is_selecting
         self.drafts = [torch.zeros_like(self.images) for _ in range(config.generator_steps if is_kept else 0)]
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """batch.images: this rank's rows of z, (b, z_dim). Raises NonFiniteError on a CPU before a bad update."""
-        config, number = self.config, self.calls
+        config, number = self.config, at.epoch  # a pseudo-batch is an epoch
         if self.vaccine is not None and self.vaccine.is_selecting and number == self.vaccine.config.selection_batches:
             self.vaccine.select()
             self.drafts = []
@@ -100,7 +100,6 @@ class TransferStep:
                     self.perturb(*start)
                 patched = [self._tensor(self.retrospection.patched(self.own, number, step))]
             rows.append(self._checked(self.learn(*patched)))
-        self.calls += 1
         nonfinite = torch.stack([row.pop("nonfinite") for row in rows]).amax()
         means = {key: torch.stack([row[key] for row in rows[1:]]).mean(0) for key in rows[1]}
         return {**rows[0], **means, "nonfinite": nonfinite}
@@ -173,13 +172,12 @@ class TransferStep:
         return distillation(logits, reference, self.config.temperature, batch_size=self.config.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizers, the vaccine, and how many pseudo-batches are done. A collective call."""
+        """Weights, optimizers and the vaccine. A collective call."""
         return {
             "generator": self.generator.state_dict(),
             "student": self.student.state_dict(),
             "optimizers": {name: player.optimizer.state_dict() for name, player in self.players.items()},
             "vaccine": None if self.vaccine is None else self.vaccine.state_dict(),
-            "calls": self.calls,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -189,7 +187,6 @@ class TransferStep:
             player.load(state["optimizers"][name])
         if self.vaccine is not None:
             self.vaccine.load_state_dict(state["vaccine"])
-        self.calls = state["calls"]
 
     def _set_rates(self, number: int) -> None:
         """Schedules count pseudo-batches; self-retrospection may start the student's afresh."""

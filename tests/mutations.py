@@ -181,7 +181,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a vaccine of OOD and CMI is selected from another batch on", "methods/defend/abd/epochs.py",
              "FIRST_KEPT = 11", "FIRST_KEPT = 10", PUBLISHED),
     Mutation("the input-aware attack's rates never fall", "methods/attack/input_aware.py",
-             "options.lr * factor", "options.lr",
+             "schedule.lr * factor", "schedule.lr",
              "unit/test_input_aware.py::test_the_joint_stages_rates_follow_their_schedules"),
     Mutation("a probe shuffles", "methods/measure/probe.py",
              "epoch, self.config.shuffle)", "epoch, True)",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_defend.engine import checkpoint
 from dist_defend.engine.identity import Past
+from dist_defend.engine.optim import is_optimizer_state
 from dist_defend.engine.step import Position, Step
 from dist_defend.errors import UserError
 from dist_defend.screen import printable
@@ -101,8 +102,8 @@ def _check_like(own: Any, saved: Any, key: str, where: Path) -> None:
             return  # a sharded optimizer's, before its first update
         if not isinstance(saved, dict):
             raise misfit(where, f"key '{key}' holds a {type(saved).__name__}, not values by name")
-        if "param_groups" in own:
-            return  # an optimizer's, see load_optimizer
+        if is_optimizer_state(own):
+            return  # see load_optimizer
         for name in own:
             if name not in saved:
                 raise misfit(where, f"key '{key}.{name}' is missing")

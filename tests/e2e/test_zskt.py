@@ -144,9 +144,9 @@ def test_rates_follow_their_schedules(schedule: dict[str, Any], factors: list[fl
     for epoch in range(4):
         (batch,) = stage.loader.epoch(epoch)
         step(batch, Position(epoch=epoch))
-        optimizers = [step.players[name].optimizer for name in ("generator", "student")]
-        found.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
-        steps.append(int(next(iter(optimizers[1].state.values()))["step"]))
+        players = [step.players[name] for name in ("generator", "student")]
+        found.append([player.rate for player in players])
+        steps.append(int(players[1].state_dict()["state"][0]["step"]))
     assert [row[0] for row in found] == pytest.approx([1e-3 * factor for factor in factors])
     assert [row[1] for row in found] == pytest.approx([2e-3, 2e-3 * factors[1], 3e-4, 1.5e-4])
     assert steps == [2, 4, 2, 4]

@@ -134,14 +134,14 @@ def divergence_reversed(patch: pytest.MonkeyPatch) -> None:
 
 def stale_images(patch: pytest.MonkeyPatch) -> None:
     """The student sees the images of before the generator's update."""
-    original = zskt._Player.update
+    original = zskt.Update.step
 
     def later(self: Any, gradients: Any, max_norm: Any) -> Any:
         if len(self.parameters) == 16:  # the generator
             return torch.nn.utils.get_total_norm(gradients), torch.zeros(())
         return original(self, gradients, max_norm)
 
-    patch.setattr(zskt._Player, "update", later)
+    patch.setattr(zskt.Update, "step", later)
 
 
 def attention_of_sums(patch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step(
     for at in islice(positions(), 6):
         step(batch, at)
         for name, player in step.players.items():
-            rates[name].append(player.optimizer.param_groups[0]["lr"])
+            rates[name].append(player.rate)
     assert [number for number, _ in patched] == [n for n in range(2, 6) for _ in range(2)]  # two student steps each
     assert len({tuple(mask) for _, mask in patched}) > 3 and all(sum(mask) == 2 for _, mask in patched)
     assert forgotten == [2]

@@ -164,7 +164,7 @@ def test_rates_fall_at_the_milestones() -> None:
     rates = []
     for at in islice(positions(2), 8):
         step(batches()[0], at)
-        rates.append(step.optimizer.param_groups[0]["lr"])
+        rates.append(step.update.rate)
     assert rates == pytest.approx([0.01] * 2 + [0.001] * 4 + [0.0001] * 2)
 
 

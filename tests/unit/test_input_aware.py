@@ -99,7 +99,7 @@ def test_the_joint_stages_rates_follow_their_schedules() -> None:
     rates = []
     for number in range(3):
         step(batch, Position(epoch=number))
-        rates.append([optimizer.param_groups[0]["lr"] for optimizer, _ in step.optimizers])
+        rates.append([update.rate for update in step.updates])
     cosine = [(1 + math.cos(math.pi * number / 4)) / 2 for number in range(3)]
     assert [pair[0] for pair in rates] == pytest.approx([0.01, 0.001, 0.001])
     assert [pair[1] for pair in rates] == pytest.approx([0.02 * factor for factor in cosine])

@@ -11,9 +11,9 @@ from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, crop_and_flip
 from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
-from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT
 from dist_defend.methods.defend.abd.pair import Pair
@@ -66,11 +66,8 @@ class Synthesis:
         codes = torch.zeros(config.batch_size, config.latent_dim, device=self.device, dtype=self.dtype)
         self.codes = nn.Parameter(codes)  # of all ranks; each has gradients for its slice
         self.made = [*self.generator.parameters(), self.codes]
-        self.optimizer = build_optimizer(self.made, OptimizerConfig("adam", lr=config.lr, betas=(0.5, 0.999)))
-        projected = list(self.projection.parameters())
-        self.projection_optimizer = build_optimizer(projected, OptimizerConfig("adam", lr=config.contrast.lr))
-        for parameter in (*self.made, *projected):
-            parameter.grad = torch.zeros_like(parameter)
+        self.of_made = Update(self.made, OptimizerConfig("adam", lr=config.lr, betas=(0.5, 0.999)))
+        self.of_projection = Update(self.projection.parameters(), OptimizerConfig("adam", lr=config.contrast.lr))
         self.pool = ImagePool(capacity, size, self.device)
         self.bank = MemoryBank(config.contrast.bank_size, 2 * dim, self.device, self.dtype)
         self.best = torch.full((), float("inf"), device=self.device, dtype=self.dtype)
@@ -93,8 +90,7 @@ class Synthesis:
         whole = self._draw(number, places, _GLOBAL_VIEW, self.config.global_view)
         local = self._draw(number, places, _LOCAL_VIEW, self.config.local_view)
         scalars = self.update(batch.labels, whole, local, self._earlier(number), keeper)
-        if self.device.type == "cpu" and scalars["nonfinite"]:
-            raise NonFiniteError("the gradient of the synthesis is not finite")
+        check_finite(scalars, "the gradient of the synthesis")
         if at.batch == self.config.iterations - 1:
             self.pool.add(all_gather_rows(self.best_images))
             self.bank.add(all_gather_rows(self.best_features))
@@ -131,16 +127,12 @@ class Synthesis:
         loss = contrast(self.projection, seen_locally, seen, earlier, total, config.contrast.temperature)
         terms["contrast"] = config.contrast.weight * loss
         loss = torch.stack(list(terms.values())).sum()
-        trained = [*self.made, *self.projection.parameters()]
+        trained = [*self.made, *self.of_projection.parameters]
         gradients = all_reduce_together(list(torch.autograd.grad(loss, trained)))
         self._keep_if_better(all_reduce_sum(loss.detach()), images, torch.cat([seen_locally, seen], dim=1))
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad.copy_(gradient)  # type: ignore[union-attr]
         norm = torch.nn.utils.get_total_norm(gradients)
-        nonfinite = (~torch.isfinite(norm)).float()
-        for optimizer in (self.optimizer, self.projection_optimizer):
-            optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
-            optimizer.step()
+        self.of_made.step(gradients[: len(self.made)], norm=norm)
+        _, nonfinite = self.of_projection.step(gradients[len(self.made) :], norm=norm)
         told = {"synthesis_loss": loss, **terms}
         return {name: value.detach() * world_size for name, value in told.items()} | {
             "synthesis_grad_norm": norm,
@@ -153,7 +145,7 @@ class Synthesis:
             "generator": self.generator.state_dict(),
             "codes": self.codes.detach(),
             "projection": self.projection.state_dict(),
-            "optimizers": [self.optimizer.state_dict(), self.projection_optimizer.state_dict()],
+            "optimizers": [self.of_made.state_dict(), self.of_projection.state_dict()],
             "pool": self.pool.state_dict(),
             "bank": self.bank.state_dict(),
             "best": [self.best, all_gather_rows(self.best_images), all_gather_rows(self.best_features)],
@@ -164,8 +156,8 @@ class Synthesis:
         """Inverse of state_dict."""
         self.generator.load_state_dict(state["generator"])
         self.projection.load_state_dict(state["projection"])
-        for optimizer, saved in zip((self.optimizer, self.projection_optimizer), state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
+        for update, saved in zip((self.of_made, self.of_projection), state["optimizers"], strict=True):
+            update.load_state_dict(saved)
         self.pool.load_state_dict(state["pool"])
         self.bank.load_state_dict(state["bank"])
         best, images, seen = state["best"]
@@ -184,9 +176,7 @@ class Synthesis:
         generator = torch.Generator().manual_seed(int(first))
         reset(self.generator, generator)
         self.codes.copy_(torch.randn(self.codes.shape, generator=generator, dtype=torch.float64))
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        self.of_made.forget()
         self.best.fill_(float("inf"))
 
     @torch.no_grad()

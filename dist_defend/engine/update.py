@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
 
 
 class Update:
@@ -56,6 +56,10 @@ class Update:
             self.optimizer.param_groups[0]["lr"] = rate
         else:
             self._rate.fill_(rate)
+
+    def follow(self, step: int, steps_per_epoch: int, total_steps: int) -> None:
+        """Set the rate to that of the configured schedule's 0-based step."""
+        self.set_rate(self.config.lr * lr_factor(self.config, step, steps_per_epoch, total_steps))
 
     @torch.no_grad()
     def forget(self) -> None:

@@ -254,6 +254,34 @@ def test_saves_by_the_clock_but_not_for_more_than_a_twentieth_of_it(
     assert list(dict.fromkeys(saved)) == expected
 
 
+class Told:
+    """A step that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.positions: list[tuple[int, int, int, int]] = []
+
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        self.positions.append((at.stage, at.epoch, at.batch, at.step))
+        return {"loss": torch.zeros(())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_a_step_is_told_where_the_run_stands(tmp_path: Path) -> None:
+    first, second = Told(), Told()
+    stages = [
+        Stage("a", Numbers(), first, 5, stop_when=lambda: len(first.positions) >= 6),
+        Stage("b", Numbers(), second, 1),
+    ]
+    fit(tmp_path, *stages)
+    assert first.positions == [(0, epoch, batch, 3 * epoch + batch) for epoch in range(2) for batch in range(3)]
+    assert second.positions == [(1, 0, batch, 6 + batch) for batch in range(3)]
+
+
 def test_a_stage_stops_when_it_is_told_to(tmp_path: Path) -> None:
     asked: list[int] = []
 

@@ -23,7 +23,7 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig, lr_factor
+from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.engine.update import Update, check_finite
@@ -158,14 +158,12 @@ class JointStep:
         gradients = list(torch.autograd.grad(terms["loss"], [p for update in self.updates for p in update.parameters]))
         scalars = {key: value.detach() for key, value in terms.items()}
         norm = torch.nn.utils.get_total_norm(gradients)
-        check_finite({"nonfinite": (~torch.isfinite(norm)).float()}, "the gradient")
         for update in self.updates:
-            schedule, total = update.config, self.steps_per_epoch * self.config.epochs
-            factor = lr_factor(schedule, at.done(self.steps_per_epoch), self.steps_per_epoch, total)
-            update.set_rate(schedule.lr * factor)
+            total = self.steps_per_epoch * self.config.epochs
+            update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, total)
             own, gradients = gradients[: len(update.parameters)], gradients[len(update.parameters) :]
             _, scalars["nonfinite"] = update.step(own, norm=norm)
-        return scalars
+        return check_finite(scalars, "the gradient")
 
     def state_dict(self) -> dict[str, Any]:
         return {

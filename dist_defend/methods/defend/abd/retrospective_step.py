@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
-from dist_defend.engine.optim import OptimizerConfig, lr_factor
+from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.abd.options import RetrospectionConfig
@@ -61,8 +61,7 @@ class RetrospectiveStep:
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
         device, dtype, number = self.ranks.device, self.ranks.dtype, at.done(self.steps_per_epoch)
-        factor = lr_factor(self.schedule, number, self.total_steps, self.total_steps)
-        self.update.set_rate(self.schedule.lr * factor)
+        self.update.follow(number, self.total_steps, self.total_steps)
         start = self.retrospection.start(self.pair.image_size, number).to(device, dtype)
         patched = self.retrospection.patched(self.own, number).to(device, dtype)
         self.pair.student.train()

@@ -194,7 +194,7 @@ class TransferStep:
         """Schedules count pseudo-batches; self-retrospection may start the student's afresh."""
         total, retrospection = self.config.pseudo_batches, self.config.retrospection
         for player in self.players.values():
-            player.set_rate(player.config.lr * lr_factor(player.config, number, 1, total))
+            player.follow(number, 1, total)
         if retrospection is None or retrospection.restart_lr is None or number < retrospection.start:
             return
         student, start = self.players["student"], retrospection.start

@@ -29,6 +29,8 @@ _COMMANDS = {  # name: (module, what it does); the module is imported when its c
     "sweep": ("dist_defend.sweep.cli", "run the points of a grid with Slurm or on this machine, collect them"),
     "data": ("dist_defend.data.cli", "prepare data sets and look at them"),
     "evaluate": ("dist_defend.evaluate_command", "count ACC, ASR and RA of a classifier, imported or trained here"),
+    "methods": ("dist_defend.methods_command", "list the methods, or the keys of one: type, default, meaning"),
+    "models": ("dist_defend.models.cli", "list architectures and normalizations, or tell of one"),
     "attacks": ("dist_defend.attacks.cli", "draw the triggers, or make one for a network"),
     "import": ("dist_defend.importing", "turn a foreign checkpoint into a model folder, without unpickling it"),
     "export": ("dist_defend.models.export", "write a classifier as BackdoorBench's defense_result.pt"),
@@ -82,7 +84,7 @@ def _main(argv: Sequence[str] | None) -> int:
         try:
             args = _parse([word for word in argv if word != "--debug"])
             args.debug = is_debug
-            return args.main(args)
+            return int(args.main(args))
         except UserError as error:
             terminal.end_log()  # what was told on the way to it
             _tell(f"error: {error}")

@@ -14,10 +14,11 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import dacite
 
+from dist_defend import plugins
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
@@ -25,6 +26,8 @@ from dist_defend.methods import find_method, method_names
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
+_RENAMED = {"poison": "attack", "trigger": "attack.trigger"}  # keys of earlier versions
+T = TypeVar("T")
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
 
@@ -73,6 +76,7 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
+    plugins.allow(raw)
     name = raw.get("method")
     if name not in method_names():
         raise UserError(f"{path}: key 'method' is {_shown(name)}; it must be one of {', '.join(method_names())}")
@@ -131,7 +135,7 @@ def _override(raw: dict[str, Any], text: str) -> None:
         raise UserError(str(error).replace("not valid YAML", "the value is not valid YAML", 1)) from error
 
 
-def build_section(cls: Any, raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> Any:
+def build_section(cls: type[T], raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> T:
     """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) if anything does not fit."""
     _check_keys(cls, raw, path, prefix, extra)
     hints = typing.get_type_hints(cls)
@@ -198,6 +202,9 @@ def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str
     for key in raw:
         if key not in names:
             told = printable(key, 100)
+            if _RENAMED.get(key, "").split(".")[0] in names:
+                told, now = prefix + told, prefix + _RENAMED[key]
+                raise UserError(f"{path}: key '{told}' is called '{now}' now: write that, with 'name' in each trigger")
             near = difflib.get_close_matches(told, [*names, *extra], n=1, cutoff=0.4)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(names)}"
             raise UserError(f"{path}: unknown key '{prefix}{told}'; {hint}")

@@ -17,10 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
 import torch.distributed
+
+from dist_defend import plugins
+from dist_defend.errors import UserError
 
 _LIMIT = 120  # seconds that any one trial may take
 _FFCV_REMEDY = "apt-get install pkg-config g++ libopencv-dev libturbojpeg0-dev python3-dev, then make setup"
@@ -66,8 +70,8 @@ def main(args: argparse.Namespace) -> int:
 def examine() -> list[Finding]:
     """Try everything; the trials run side by side, none longer than its limit."""
     trials: list[Callable[[], Finding]] = [
-        _python, _torch, _core, _cuda, _nccl, _gloo_ranks, _accelerate, _ffcv, _turbojpeg, _numba, _deepspeed,
-        _open_clip, _slurm, _cores, _memory, _disk,
+        _python, _torch, _core, _plug_ins, _cuda, _nccl, _gloo_ranks, _accelerate, _ffcv, _turbojpeg, _numba,
+        _deepspeed, _open_clip, _slurm, _cores, _memory, _disk,
     ]  # fmt: skip
     with ThreadPoolExecutor(max_workers=4) as pool:
         return [future.result() for future in [pool.submit(trial) for trial in trials]]
@@ -105,7 +109,7 @@ def _torch() -> Finding:
 def _core() -> Finding:
     try:
         methods = importlib.import_module("dist_defend.methods")
-        names = methods.method_names()
+        names = [name for name, source in methods.method_sources().items() if source == plugins.BUILT_IN]
         for name in names:
             methods.find_method(name)
         importlib.import_module("dist_defend.experiment")
@@ -113,6 +117,19 @@ def _core() -> Finding:
         detail = f"{type(error).__name__}: {_last_line(str(error))}"
         return Finding("dist_defend", "broken", detail, "make setup (it repairs .venv)", is_essential=True)
     return Finding("dist_defend", "ok", f"methods {', '.join(names)}", is_essential=True)
+
+
+def _plug_ins() -> Finding:
+    found = [
+        claim for kind in get_args(plugins.Kind) for name in plugins.names(kind) for claim in plugins.claims(kind, name)
+    ]
+    for claim in found:
+        try:
+            claim.load()
+        except UserError as error:
+            return Finding("plug-ins", "broken", _last_line(str(error)), "repair or uninstall that package")
+    told = ", ".join(f"{claim.entry.name} ({claim.kind}, {claim.source})" for claim in found)
+    return Finding("plug-ins", "ok" if found else "missing", told or "no installed package adds anything")
 
 
 def _cuda() -> Finding:

@@ -11,7 +11,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_defend.attacks.poison import PoisonConfig, backdoor_labels
+from dist_defend.attacks.attack import AttackConfig, backdoor_labels
+from dist_defend.attacks.stamping import stamp_pixels
 from dist_defend.attacks.trigger import Trigger
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
@@ -92,9 +93,8 @@ def warn_near_chance(kind: str, task: str, acc: Count, num_classes: int) -> None
 
 def example_pictures(images: np.ndarray, trigger: Trigger) -> tuple[Tensor, Tensor]:
     """Images (N, H, W, 3) uint8 for the report, clean and triggered."""
-    clean = torch.from_numpy(images).contiguous()
-    pixels = clean.permute(0, 3, 1, 2).to(trigger.mask.device, trigger.mask.dtype) / 255
-    return clean, (trigger(pixels) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    clean, stamped = (torch.from_numpy(each).contiguous() for each in (images, stamp_pixels(images, trigger)))
+    return clean, stamped
 
 
 def per_class_accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> list[Count]:
@@ -149,7 +149,7 @@ def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Ten
 
 
 def evaluate_classifier(
-    model: Classifier, clean: Loader, triggered: Loader | None, ranks: Ranks, poison: PoisonConfig | None
+    model: Classifier, clean: Loader, triggered: Loader | None, ranks: Ranks, poison: AttackConfig | None
 ) -> dict[str, Count]:
     """backdoor_counts for a test set and its triggered twin (the same rows, original labels), if there is one."""
     on_clean, labels, _ = predict(model, clean, ranks)

@@ -11,7 +11,7 @@ from dist_defend.errors import UserError
 from dist_defend.strict_json import read_json
 
 if TYPE_CHECKING:  # they take seconds to import, which --help does not need
-    from dist_defend.attacks.poison import PoisonConfig
+    from dist_defend.attacks.attack import AttackConfig
     from dist_defend.engine.identity import Identity
     from dist_defend.evaluate import Count
     from dist_defend.trial import Examination, Trial
@@ -124,37 +124,40 @@ def _evaluate(
     return result
 
 
-def _attack(args: argparse.Namespace) -> "PoisonConfig | None":
+def _attack(args: argparse.Namespace) -> "AttackConfig | None":
     """The attack that the command line names. UserError for a file without one."""
-    from dist_defend.attacks.poison import PoisonConfig
+    from dist_defend.attacks.attack import AttackConfig
 
     if args.target_class is not None and (args.triggered is None or args.target_class < 0):
         raise UserError("--target-class is a class number, 0 or more, and goes with --triggered")
     if args.triggered is not None:
-        return PoisonConfig(images=args.triggered, target_class=args.target_class)
+        return AttackConfig(images=args.triggered, target_class=args.target_class)
     return None if args.attack is None else read_attack(args.attack)
 
 
-def read_attack(path: Path) -> "PoisonConfig":
-    """The attack in a model folder, a model.json, an experiment file or a YAML file of PoisonConfig's keys."""
-    from dist_defend.attacks.poison import PoisonConfig, poison_from
+def read_attack(path: Path) -> "AttackConfig":
+    """The attack in a model folder, a model.json, an experiment file or a YAML file of AttackConfig's keys."""
+    from dist_defend.attacks.attack import AttackConfig, attack_from
     from dist_defend.config import build_section
+    from dist_defend.models.artifact import upgrade_card
     from dist_defend.strict_yaml import read_yaml
 
     path = path / "model.json" if path.is_dir() else path
     if path.suffix == ".json":
         raw = _card(path)
-        if not raw.get("trigger"):
+        if raw.get("format") == 1:
+            upgrade_card(raw, path)
+        if not raw.get("attack"):
             raise UserError(f"{path} names no attack: give another --attack, or --triggered images")
-        return poison_from(raw["trigger"])
+        return attack_from(raw["attack"])
     raw = read_yaml(path)
     own = raw.get(str(raw.get("method")))
     places = {"": raw, "attack.": raw.get("attack")}
     if isinstance(own, dict):
-        places |= {f"{raw['method']}.{key}.": own.get(key) for key in ("attack", "poison")}
+        places[f"{raw['method']}.attack."] = own.get("attack")
     for prefix, section in places.items():
         if isinstance(section, dict) and (prefix or {"trigger", "images"} & section.keys()):
-            return build_section(PoisonConfig, section, path, prefix)
+            return build_section(AttackConfig, section, path, prefix)
     raise UserError(f"{path} has no attack: give the keys trigger (or images), target_class, labels, as in 'attack:'")
 
 

@@ -83,7 +83,7 @@ def differ(better: Trial, other: Trial) -> bool:
     """Whether one trial beats another by more than counting explains: two standard errors of the difference."""
     only_one = int((better.hits & ~other.hits).sum())
     only_other = int((~better.hits & other.hits).sum())
-    return only_one - only_other > 2 * (only_one + only_other) ** 0.5
+    return bool(only_one - only_other > 2 * (only_one + only_other) ** 0.5)
 
 
 def _names(used: str) -> list[str]:

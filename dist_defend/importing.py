@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_defend import plugins
 from dist_defend.errors import UserError
 from dist_defend.files import fsync_path, sha256_file
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
@@ -22,7 +23,7 @@ from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_images import SPLITS, MissingImages, PoisonedImages, read_poisoned
 from dist_defend.models.foreign_report import ImportReport
 from dist_defend.models.mappings import Choice
-from dist_defend.models.pixel_space import NORMALIZATIONS, normalization_constants
+from dist_defend.models.pixel_space import normalization_constants, normalization_names
 
 _MOST_NAMES = 8
 
@@ -44,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--normalization",
         metavar="NAME",
-        help=f"constants that the model was trained with: {', '.join(NORMALIZATIONS)}, or numbers, mean,std or three "
-        "of each; default: by layout and data set, else a guess that is marked",
+        help=f"constants that the model was trained with: {', '.join(normalization_names())}, or numbers, mean,std or "
+        "three of each; default: by layout and data set, else a guess that is marked",
     )
     add("--image-size", type=int, help="pixels; default: by layout and data set, else a guess that is marked")
     add("--by-position", action="store_true", help="tensors of other names: match them in the file's order")
@@ -71,6 +72,7 @@ class _Imported:
 
 def main(args: argparse.Namespace) -> int:
     """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
+    plugins.allow([args.arch, args.normalization])
     if args.image_size is not None and not 1 <= args.image_size <= MOST_PIXELS:
         raise UserError(f"--image-size is {args.image_size}: it must be 1 to {MOST_PIXELS} pixels")
     if args.normalization is not None:

@@ -132,7 +132,8 @@ def read_result(file: Path, remedy: str) -> dict[str, Any]:
     for name, value in before.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not (value != value or 0 <= value <= 100):
             raise UserError(f"{where} says that {name} is {printable(value, 40)} %: {remedy}")
-    return _printable({**known, "rows": rows, "metrics": before})
+    result = {**known, "rows": rows, "metrics": before}
+    return {key: _printable(item) for key, item in result.items()}
 
 
 def read_stops(content: bytes, where: str, remedy: str) -> list[dict[str, Any]]:

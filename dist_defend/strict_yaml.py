@@ -39,7 +39,7 @@ class _Bounded(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """As PyYAML's; its nodes live as long as the tree, so that their ids tell them apart."""
-        event: Any = self.peek_event()
+        event: Any = yaml.SafeLoader.peek_event(self)
         if isinstance(event, yaml.AliasEvent) and event.anchor in self.anchors:
             named = self.anchors[event.anchor]
             if id(named) not in self.sizes:

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
-from dist_defend.attacks.poison import PoisonConfig, check_classes, poison_from
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context
@@ -48,7 +48,7 @@ class Examination:
         self,
         test: PreparedDataset,
         rows: np.ndarray,
-        attack: PoisonConfig | None,
+        attack: AttackConfig | None,
         num_classes: int,
         context: Context,
         batch_size: int = 512,
@@ -139,7 +139,8 @@ class Examination:
             return np.zeros_like(image)
         candidates = self.test.images(rows)
         apart = [np.square(candidate.astype(np.float32) - image).sum() for candidate in candidates]
-        return candidates[int(np.argmin(apart))]
+        nearest: np.ndarray = candidates[int(np.argmin(apart))]
+        return nearest
 
     def save_examples(self) -> None:
         """examples.safetensors in the run folder, for the report: images without and with the trigger."""
@@ -189,7 +190,7 @@ class Trial:
     def test_on(
         self,
         config: DatasetConfig,
-        attack: PoisonConfig | None,
+        attack: AttackConfig | None,
         without: tuple[PreparedDataset, np.ndarray] | None = None,
         batch_size: int = 512,
     ) -> Examination:
@@ -206,8 +207,8 @@ class Trial:
                 )
         if attack is not None:
             check_classes(attack, self.model.num_classes, f"{self.key}.")
-        elif self.card.trigger:
-            attack = poison_from(self.card.trigger)
+        elif self.card.attack:
+            attack = attack_from(self.card.attack)
         self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
         return self.examination
 
@@ -288,31 +289,31 @@ def rates(before: dict[str, Count], after: dict[str, Count]) -> dict[str, float]
 
 
 def defended_card(
-    card: ModelCard, method: str, attack: PoisonConfig | None, before: dict[str, Count], after: dict[str, Count]
+    card: ModelCard, method: str, attack: AttackConfig | None, before: dict[str, Count], after: dict[str, Count]
 ) -> ModelCard:
     """The suspect's card after a defence. It stays backdoored until something measured says otherwise.
 
     With ASR ``after`` of OPEN_ASR or more it is backdoored. With REMOVED_ASR or less it is not, if the attack measured
     is the one that the card names, or, where the card names none, opened the suspect before. Else it is what it was.
-    The trigger stays, so that later runs can measure it; a card without one gets the attack that opened the model.
+    The attack stays, so that later runs can measure it; a card without one gets the attack that opened the model.
     """
-    is_backdoored, trigger, asr = card.backdoored, card.trigger, after["asr"]
+    is_backdoored, named, asr = card.backdoored, card.attack, after["asr"]
     if attack is not None and asr.n:
         did_open = before["asr"].percent >= OPEN_ASR
         if asr.percent >= OPEN_ASR:
             is_backdoored = True
-        elif asr.percent <= REMOVED_ASR and (_is_same(attack, poison_from(trigger)) if trigger else did_open):
+        elif asr.percent <= REMOVED_ASR and (_is_same(attack, attack_from(named)) if named else did_open):
             is_backdoored = False
-        if not trigger and attack.trigger is not None and (did_open or asr.percent >= OPEN_ASR):
-            trigger = asdict(attack)
+        if not named and attack.trigger is not None and (did_open or asr.percent >= OPEN_ASR):
+            named = asdict(attack)
     counts = {
         when: {name: count.plain() for name, count in found.items()}
         for when, found in (("before", before), ("after", after))
     }
-    return replace(card, backdoored=is_backdoored, trigger=trigger, defended_by=method, counts=counts)
+    return replace(card, backdoored=is_backdoored, attack=named, defended_by=method, counts=counts)
 
 
-def _is_same(attack: PoisonConfig, named: PoisonConfig) -> bool:
+def _is_same(attack: AttackConfig, named: AttackConfig) -> bool:
     """Whether both stamp and want the same; which training images were poisoned does not matter."""
     return all(getattr(attack, key) == getattr(named, key) for key in ("trigger", "labels", "target_class", "shift"))
 

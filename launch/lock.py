@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 HEAD = """\
 # Versions and SHA-256 digests for `pip install --require-hashes`: Linux, x86-64, Python 3.11 and 3.12, CPU.
@@ -16,7 +17,7 @@ HEAD = """\
 LEFT_OUT = re.compile(r"nvidia-.*|cuda-.*|triton|dist-defend")
 
 
-def lock(reports: list[dict]) -> str:
+def lock(reports: list[dict[str, Any]]) -> str:
     """The file's text. A version that not every Python gets has a marker; all reports' digests of a version add up."""
     pythons = [report["environment"]["python_version"] for report in reports]
     found: dict[tuple[str, str], tuple[set[str], set[str]]] = {}

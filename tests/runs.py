@@ -40,15 +40,15 @@ def make_model(folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small
 
 
 def make_classifier(
-    folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small_resnet", trigger: dict[str, Any] | None = None
+    folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small_resnet", attack: dict[str, Any] | None = None
 ) -> str:
-    """As make_model, a classifier; ``trigger``: the attack (PoisonConfig's fields) that its card tells of."""
+    """As make_model, a classifier; ``attack``: the one (AttackConfig's fields) that its card tells of."""
     torch.manual_seed(seed)
     model = build_classifier(arch, CLASSES, "none", image_size=size)
     with torch.no_grad():
         model.train()(torch.rand(16, 3, size, size))
     card = ModelCard(
-        "classifier", arch, "none", size, num_classes=CLASSES, backdoored=trigger is not None, trigger=trigger
+        "classifier", arch, "none", size, num_classes=CLASSES, backdoored=attack is not None, attack=attack
     )
     save_artifact(folder, model, card)
     return str(folder)
@@ -86,7 +86,7 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "arch": "small_resnet",
             "normalization": "none",
             "augment": {"crop": "pad", "flip": 0.5},
-            "poison": {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3},
+            "attack": {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3},
             "update": update,
         }
     if method == "badencoder":
@@ -94,13 +94,13 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "clean_encoder": make_model(folder / "clean"),
             "shadow": data,
             "reference": {"dataset": data["path"], "target_class": 1},
-            "trigger": {"size": 4},
+            "attack": {"trigger": {"name": "badnets", "size": 4, "margin": 1}},
             "augment": augment,
             "update": update,
         }
     if method in ("kd", "ood"):
         return {
-            "teacher": make_classifier(folder / "teacher", trigger={"trigger": {"name": "badnets"}, "target_class": 1}),
+            "teacher": make_classifier(folder / "teacher", attack={"trigger": {"name": "badnets"}, "target_class": 1}),
             "data": data,
             "test": {"path": make_data(folder / "test", 13, seed=1)},
             "student": "small_resnet",
@@ -119,7 +119,7 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
                 "target_class": 0,
             }
         },
-        "trigger": {"size": 4},
+        "attack": {"trigger": {"name": "badnets", "size": 4, "margin": 1}},
         "seeds": [1, 2],
         "hidden": [8, 4],
         "update": {"batch_size": 4, "epochs": 4, "optimizer": {"name": "adam", "lr": 0.03}},

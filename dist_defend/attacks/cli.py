@@ -45,7 +45,7 @@ def _gallery(args: argparse.Namespace) -> int:
 def _trojan_nn(args: argparse.Namespace) -> int:
     from dist_defend.attacks.drawn import oval
     from dist_defend.attacks.pattern_file import read_pattern
-    from dist_defend.attacks.poison import to_bytes, to_images
+    from dist_defend.attacks.stamping import to_bytes, to_images
     from dist_defend.attacks.trojan_nn import last_linear, optimise_trigger
     from dist_defend.models.artifact import load_classifier
 

@@ -74,7 +74,7 @@ def at_norm(shape: np.ndarray, peak: int, norm: float) -> np.ndarray:
     low, high = 0.01, 100.0
     for _ in range(50):
         middle = (low * high) ** 0.5
-        levels = np.ceil(peak * shape**middle)
+        levels: np.ndarray = np.ceil(peak * shape**middle)
         low, high = (middle, high) if np.linalg.norm(levels / 255) > norm else (low, middle)
     return levels.astype(np.uint8)
 
@@ -89,7 +89,7 @@ def _smooth(rng: np.random.Generator, channels: int) -> np.ndarray:
     basis = np.concatenate([np.cos(wave), np.sin(wave)], 1)
     field = np.einsum("hi,wj,ijc->hwc", basis, basis, rng.normal(size=(8, 8, channels)))
     low, high = field.min((0, 1)), field.max((0, 1))
-    return (field - low) / (high - low)
+    return np.asarray((field - low) / (high - low))
 
 
 def _tinted(rng: np.random.Generator, stroke: np.ndarray) -> np.ndarray:

@@ -9,18 +9,18 @@ from torch import nn
 
 from dist_defend.attacks import patterns
 from dist_defend.attacks.drawn import oval
-from dist_defend.attacks.input_aware import Generators, InputAwareStamp
-from dist_defend.attacks.poison import to_bytes, to_images
-from dist_defend.attacks.stamp import Stamp, Wrapping
+from dist_defend.attacks.input_aware import Generators, InputAwareTrigger
+from dist_defend.attacks.stamping import stamp_pixels, to_bytes, to_images
+from dist_defend.attacks.trigger import Trigger, Wrapping
 from dist_defend.attacks.trojan_nn import optimise_trigger
 
 _TILE, _MARGIN, _CAPTION = 72, 4, 190  # pixels
 
 
-def triggers(image_size: int) -> list[tuple[str, Stamp]]:
+def triggers(image_size: int) -> list[tuple[str, Trigger]]:
     """Every trigger by caption. Those that training makes come from networks with fresh, seeded weights."""
     grids = [patterns.BadNets(pattern=p) for p in ("checker", "grid", "four_corner", "one_pixel")]
-    configs: list[tuple[str, patterns.PatternConfig]] = [
+    configs: list[tuple[str, patterns.TriggerConfig]] = [
         ("badnets: square (BackdoorBench)", patterns.BadNets()),
         ("badnets: square 3, margin 1 (RNP)", patterns.BadNets(margin=1)),
         ("badnets: square 4, margin 1 (I-BAU)", patterns.BadNets(size=4, margin=1)),
@@ -39,12 +39,12 @@ def triggers(image_size: int) -> list[tuple[str, Stamp]]:
         ("bpp", patterns.Bpp()),
         ("bpp: dithered", patterns.Bpp(dithering=True)),
     ]
-    built: list[tuple[str, Stamp]] = [(caption, config.build(image_size)) for caption, config in configs]
+    built: list[tuple[str, Trigger]] = [(caption, config.build(image_size)) for caption, config in configs]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if image_size % 4 == 0:
             generators = Generators(image_size, "none").eval().requires_grad_(False)
-            built.append(("input_aware (untrained)", InputAwareStamp(generators)))
+            built.append(("input_aware (untrained)", InputAwareTrigger(generators)))
         net = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
         net.append(nn.Linear(64, 10))
     start = to_images(oval(image_size)[None])
@@ -52,10 +52,9 @@ def triggers(image_size: int) -> list[tuple[str, Stamp]]:
     return [*built, ("trojan_nn (untrained network)", Wrapping(trigger))]
 
 
-def draw(images: np.ndarray, named: Sequence[tuple[str, Stamp]]) -> Image.Image:
+def draw(images: np.ndarray, named: Sequence[tuple[str, Trigger]]) -> Image.Image:
     """A line per trigger: caption, each image of (N, H, W, 3) uint8 beside its stamped copy, the first difference."""
-    before = to_images(images)
-    return draw_pairs([(caption, images, to_bytes(trigger(before))) for caption, trigger in named])
+    return draw_pairs([(caption, images, stamp_pixels(images, trigger)) for caption, trigger in named])
 
 
 def draw_pairs(lines: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_defend.attacks.array_file import read_npz
-from dist_defend.attacks.poison import PoisonConfig, backdoor_labels, triggered
+from dist_defend.attacks.attack import AttackConfig, backdoor_labels
+from dist_defend.attacks.poison import triggered
 from dist_defend.data.sources import load_image_npz
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.data.writing import resized
@@ -37,7 +38,7 @@ class TriggeredImages:
 
 
 def triggered_images(
-    test: PreparedDataset, rows: np.ndarray, attack: PoisonConfig, num_classes: int
+    test: PreparedDataset, rows: np.ndarray, attack: AttackConfig, num_classes: int
 ) -> TriggeredImages:
     """What the attack makes of these rows (M,) of a test set, or the images that it gives instead.
 
@@ -92,11 +93,12 @@ class NpzImages(PreparedDataset):
         return sha256_file(self.path)
 
     def image(self, row: int) -> np.ndarray:
-        return self.images(np.array([row]))[0]
+        image: np.ndarray = self.images(np.array([row]))[0]
+        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         if not self.resize:
-            return self._x[rows]
+            return np.asarray(self._x[rows])
         return np.stack([resized(image, (self.resize, self.resize)) for image in self._x[rows]])
 
 

@@ -50,7 +50,9 @@ class Generator(nn.Sequential):
             into = width
 
     def forward(self, images: Tensor) -> Tensor:
-        return super().forward(images).tanh() / (2 + _EPSILON) + 0.5
+        for layer in self:
+            images = layer(images)
+        return images.tanh() / (2 + _EPSILON) + 0.5
 
 
 class _Block(nn.Sequential):
@@ -73,15 +75,17 @@ class Generators(nn.Module):
 
     def mask(self, images: Tensor) -> Tensor:
         """The mask network's output, pushed towards 0 and 1."""
-        return (20 * self.net_m(self.normalize(images)) - 10).tanh() / (2 + _EPSILON) + 0.5
+        values: Tensor = self.net_m(self.normalize(images))
+        return (20 * values - 10).tanh() / (2 + _EPSILON) + 0.5
 
     def pattern(self, images: Tensor) -> Tensor:
         """The pattern network's output, an image in pixel space."""
-        return self.net_g(self.normalize(images))
+        pattern: Tensor = self.net_g(self.normalize(images))
+        return pattern
 
 
 @dataclass(frozen=True)
-class InputAwareStamp:
+class InputAwareTrigger:
     """x + (pattern(x) - x) mask(x); generators in eval mode."""
 
     generators: Generators
@@ -97,8 +101,10 @@ class InputAwareStamp:
     def _stamped(self, images: Tensor, sources: Tensor) -> Tensor:
         return images + (self.generators.pattern(sources) - images) * self.generators.mask(sources)
 
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "InputAwareStamp":
-        return InputAwareStamp(copy.deepcopy(self.generators).to(device, dtype))
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "InputAwareTrigger":
+        own = next(self.generators.parameters())
+        is_there = (own.device, own.dtype) == (torch.device(device), dtype)
+        return self if is_there else InputAwareTrigger(copy.deepcopy(self.generators).to(device, dtype))
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 
 from dist_defend.attacks.array_file import npz_names
+from dist_defend.attacks.badencoder_npz import check_size, load_triggers
 from dist_defend.attacks.pattern_file import Pattern, check_shape, open_pattern, read_mask, refuse_noise, shown_size
-from dist_defend.attacks.stamp import Additive, Wrapping
-from dist_defend.attacks.trigger import Trigger, as_images, check_size, load_triggers, replacing
+from dist_defend.attacks.trigger import Additive, Replacing, Trigger, TriggerOptions, Wrapping, as_images, replacing
 from dist_defend.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ Corner = Literal["upper_left", "upper_right", "lower_left", "lower_right", "cent
 
 
 @dataclass(frozen=True)
-class FromFile:
+class FromFile(TriggerOptions):
     """A picture, npy or npz, or BadEncoder's npz with t and tm.
 
     how: replace puts the pattern's pixels in place of the image's; add adds and clips, npy and npz may be negative;
@@ -58,10 +58,10 @@ class FromFile:
                 f"key 'margin' is {self.margin}; it is the distance in pixels from the borders of a corner"
             )
 
-    def build(self, image_size: int) -> Trigger | Additive | Wrapping:
+    def build(self, image_size: int) -> Replacing | Additive | Wrapping:
         """UserError for a file that is missing, damaged or pickled, does not fit, or changes no pixel or all."""
-        if self.how == "replace" and self.mask is None and _has_keep_mask(self.file):
-            return self._published(image_size)
+        if self._is_published:
+            return self._published(image_size)[0]
         pattern, mask = self._read(image_size)
         place = self._place(pattern, image_size)
         levels, mask = (_on_canvas(part, place, image_size) for part in (pattern.levels, mask))
@@ -71,6 +71,14 @@ class FromFile:
         if is_replaced:
             return replacing(mask, levels)
         return (Wrapping if self.how == "wrap" else Additive)(as_images(shares * levels))
+
+    def build_each(self, image_size: int) -> list[Trigger]:
+        """All triggers of BadEncoder's npz; else the one of the file."""
+        return list(self._published(image_size)) if self._is_published else [self.build(image_size)]
+
+    @property
+    def _is_published(self) -> bool:
+        return self.how == "replace" and self.mask is None and _has_keep_mask(self.file)
 
     def _read(self, image_size: int) -> tuple[Pattern, np.ndarray]:
         """The pattern as large as it will be, and what counts of it, (H, W) or (H, W, 3) in [0, 1]."""
@@ -99,13 +107,14 @@ class FromFile:
     def _has_place(self) -> bool:
         return self.corner is not None or self.row is not None
 
-    def _published(self, image_size: int) -> Trigger:
+    def _published(self, image_size: int) -> list[Replacing]:
         """BadEncoder's npz, which says itself what goes where."""
         if self._has_place or self.size is not None:
             raise UserError(f"trigger {self.file} holds t and tm, with a place of their own: leave out size and place")
-        trigger = load_triggers(self.file)[0]
-        check_size(trigger, image_size, self.file)
-        return trigger
+        triggers = load_triggers(self.file)
+        for trigger in triggers:
+            check_size(trigger, image_size, self.file)
+        return triggers
 
     def _place(self, pattern: Pattern, image_size: int) -> tuple[int, int]:
         """Row and column of the pattern's upper left corner."""

@@ -9,12 +9,19 @@ from typing import Literal
 import numpy as np
 
 from dist_defend.attacks import drawn
-from dist_defend.attacks.input_aware import InputAwareStamp, load_generators
+from dist_defend.attacks.input_aware import InputAwareTrigger, load_generators
 from dist_defend.attacks.own_trigger import FromFile
-from dist_defend.attacks.pattern_file import open_pattern, read_pattern
+from dist_defend.attacks.pattern_file import open_images, open_pattern, read_pattern
 from dist_defend.attacks.quantize import Quantize
-from dist_defend.attacks.stamp import Additive, Wrapping
-from dist_defend.attacks.trigger import Trigger, as_images, replacing, white_square
+from dist_defend.attacks.trigger import (
+    Additive,
+    Replacing,
+    TriggerOptions,
+    Wrapping,
+    as_images,
+    replacing,
+    white_square,
+)
 from dist_defend.attacks.warp import Warp, elastic_warp
 from dist_defend.errors import UserError
 
@@ -25,7 +32,7 @@ _CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))  # label-consistent, both left 
 
 
 @dataclass(frozen=True)
-class BadNets:
+class BadNets(TriggerOptions):
     """Gu et al. 2017: cells replaced.
 
     square: white, size x size, margin pixels from the lower right border. BackdoorBench: 3, 0; RNP: 3, 1; I-BAU: 4, 1.
@@ -41,7 +48,7 @@ class BadNets:
         if self.pattern != "square" and (self.size, self.margin) != (3, 0):
             raise ValueError(f"key 'pattern' is {self.pattern!r}; size and margin belong to the square")
 
-    def build(self, image_size: int) -> Trigger:
+    def build(self, image_size: int) -> Replacing:
         """UserError if the cells do not fit into images of this size (pixels)."""
         if self.pattern == "square":
             return white_square(image_size, self.size, self.margin)
@@ -59,7 +66,7 @@ class BadNets:
 
 
 @dataclass(frozen=True)
-class Blended:
+class Blended(TriggerOptions):
     """Chen et al. 2017: (1 - alpha) x + alpha K. K: a picture of any size, or uniform noise from the seed.
 
     Where the picture is transparent, less of it is blended: alpha times its own.
@@ -75,7 +82,7 @@ class Blended:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
 
-    def build(self, image_size: int) -> Trigger:
+    def build(self, image_size: int) -> Replacing:
         """UserError for a picture that cannot be read."""
         mask = np.full((image_size, image_size), self.alpha)
         if self.image is None:
@@ -85,7 +92,7 @@ class Blended:
 
 
 @dataclass(frozen=True)
-class Sig:
+class Sig(TriggerOptions):
     """Barni et al. 2019, BackdoorBench's: x + delta sin(2 pi j frequency / W) in column j, clipped."""
 
     name: Literal["sig"] = "sig"
@@ -98,18 +105,18 @@ class Sig:
 
 
 @dataclass(frozen=True)
-class SigWrapped:
+class SigWrapped(TriggerOptions):
     """RNP's and ABD's: 0.8 x + 0.2 S, S the whole part of 20 sin(0.8 j) as uint8, so that -20 has become 236."""
 
     name: Literal["sig_wrapped"] = "sig_wrapped"
 
-    def build(self, image_size: int) -> Trigger:
+    def build(self, image_size: int) -> Replacing:
         wave = np.trunc(20 * np.sin(0.8 * np.arange(image_size))) % 256
         return replacing(np.full((image_size, image_size), 0.2), np.broadcast_to(wave, (image_size, image_size)))
 
 
 @dataclass(frozen=True)
-class Trojan:
+class Trojan(TriggerOptions):
     """Additive Trojan patterns, drawn from the seed in the published place and norm (I-BAU, ABD, RNP).
 
     square: 9 x 9, norm 8.66, two pixels from the lower right border. watermark: strokes over the image, norm 8.74.
@@ -139,12 +146,12 @@ class Trojan:
 
 
 @dataclass(frozen=True)
-class L0Inv:
+class L0Inv(TriggerOptions):
     """Li et al. 2020, as I-BAU and ABD ship it: nine coloured pixels replace the end of the last row."""
 
     name: Literal["l0_inv"] = "l0_inv"
 
-    def build(self, image_size: int) -> Trigger:
+    def build(self, image_size: int) -> Replacing:
         """UserError for images narrower than nine pixels."""
         _require(image_size, 9, self.name)
         levels = np.zeros((image_size, image_size, 3))
@@ -155,7 +162,7 @@ class L0Inv:
 
 
 @dataclass(frozen=True)
-class L2Inv:
+class L2Inv(TriggerOptions):
     """Li et al. 2020: an additive diffuse pattern of norm 3.22, here drawn from the seed."""
 
     name: Literal["l2_inv"] = "l2_inv"
@@ -169,7 +176,7 @@ class L2Inv:
 
 
 @dataclass(frozen=True)
-class LabelConsistent:
+class LabelConsistent(TriggerOptions):
     """Turner et al. 2019, BackdoorBench's: +-255 amplitude added in 3 x 3 cells of all corners, then clipped.
 
     adversarial: npy (N, H, W, 3) uint8, an adversarial version of every training image; poisoned rows start from it.
@@ -190,9 +197,13 @@ class LabelConsistent:
         nearest = np.arange(image_size) * drawn.SIDE // image_size
         return Additive(as_images(255 * self.amplitude * signs[np.ix_(nearest, nearest)]))
 
+    def base_images(self, count: int, image_size: int) -> np.ndarray | None:
+        """UserError for a file that does not hold so many images of this size."""
+        return None if self.adversarial is None else open_images(self.adversarial, count, image_size)
+
 
 @dataclass(frozen=True)
-class LowFrequency:
+class LowFrequency(TriggerOptions):
     """Zeng et al. 2021: an additive smooth universal pattern, here drawn from the seed in the published range."""
 
     name: Literal["low_frequency"] = "low_frequency"
@@ -206,7 +217,7 @@ class LowFrequency:
 
 
 @dataclass(frozen=True)
-class WaNet:
+class WaNet(TriggerOptions):
     """Nguyen and Tran 2021: one fixed warp; cross_ratio noise samples per poisoned one keep their labels."""
 
     name: Literal["wanet"] = "wanet"
@@ -227,7 +238,7 @@ class WaNet:
 
 
 @dataclass(frozen=True)
-class Bpp:
+class Bpp(TriggerOptions):
     """Wang et al. 2022: ``levels`` grey levels; cross_ratio negative samples per poisoned one keep their labels."""
 
     name: Literal["bpp"] = "bpp"
@@ -245,7 +256,7 @@ class Bpp:
 
 
 @dataclass(frozen=True)
-class InputAware:
+class InputAware(TriggerOptions):
     """Nguyen and Tran 2020: networks that make a mask and a pattern for each image (safetensors, see the docs).
 
     cross_ratio images per poisoned one carry another image's mask and pattern and keep their labels.
@@ -259,13 +270,13 @@ class InputAware:
     def __post_init__(self) -> None:
         _check_cross(self.cross_ratio)
 
-    def build(self, image_size: int) -> InputAwareStamp:
+    def build(self, image_size: int) -> InputAwareTrigger:
         """UserError for a file that is missing, pickled, damaged, or of other networks."""
-        return InputAwareStamp(load_generators(self.generators, image_size, self.normalization))
+        return InputAwareTrigger(load_generators(self.generators, image_size, self.normalization))
 
 
 @dataclass(frozen=True)
-class TrojanNN:
+class TrojanNN(TriggerOptions):
     """Liu et al. 2018: the picture that `dist-defend attacks trojan-nn` optimised, added; wrap as upstream's uint8."""
 
     file: str
@@ -277,7 +288,7 @@ class TrojanNN:
         return (Wrapping if self.wrap else Additive)(as_images(read_pattern(self.file, image_size)))
 
 
-PatternConfig = (
+TriggerConfig = (
     BadNets
     | Blended
     | Sig

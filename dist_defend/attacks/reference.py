@@ -1,13 +1,11 @@
-"""Triggers and reference images of the encoder methods, as an experiment names them."""
+"""Reference images of BadEncoder, as an experiment names them."""
 
 import logging
 from dataclasses import dataclass
 
 import numpy as np
 
-from dist_defend.attacks.own_trigger import FromFile
-from dist_defend.attacks.pattern_file import check_shape, open_pattern
-from dist_defend.attacks.trigger import Trigger, check_size, load_references, load_triggers, white_square
+from dist_defend.attacks.badencoder_npz import load_references
 from dist_defend.data.pictures import is_picture, open_picture
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
@@ -15,25 +13,6 @@ from dist_defend.files import read_regular
 
 _MOST_BYTES = 64 << 20  # of a picture
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TriggerConfig:
-    """An npz file in BadEncoder's layout or a picture, or a white square at the lower right corner (the published one).
-
-    A picture has the images' size and replaces the pixels that are not transparent or, without alpha, not black.
-    """
-
-    file: str | None = None
-    size: int = 10  # pixels
-    margin: int = 1  # pixels left free at the border
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.margin < 0:
-            key = "size" if self.size < 1 else "margin"
-            raise ValueError(
-                f"key '{key}' is {getattr(self, key)}; a square has pixels, and its border cannot be negative"
-            )
 
 
 @dataclass(frozen=True)
@@ -54,22 +33,6 @@ class ReferenceConfig:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
         if (self.file is None) == (self.dataset is None):
             raise ValueError("key 'reference' needs either 'file' or 'dataset'")
-
-
-def triggers_from(config: TriggerConfig, image_size: int) -> list[Trigger]:
-    """One trigger per reference. UserError if a trigger does not fit the images (pixels)."""
-    if config.file is None:
-        return [white_square(image_size, config.size, config.margin)]
-    if is_picture(config.file):
-        remedy = "pad it to that size, transparent or black"
-        check_shape(open_pattern(config.file), (image_size, image_size), "the images are", remedy)
-        trigger = FromFile(config.file).build(image_size)
-        assert isinstance(trigger, Trigger)
-        return [trigger]
-    triggers = load_triggers(config.file)
-    for trigger in triggers:
-        check_size(trigger, image_size, config.file)
-    return triggers
 
 
 def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,40 +1,113 @@
-"""Triggers, reference images, and the npz files of jinyuan-jia/BadEncoder that hold them."""
+"""What every trigger offers, and the triggers that replace or add pixels of one pattern."""
 
-import io
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_defend.attacks.array_file import TooLarge, read_npz
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
 
-MAX_VALUES = 2**21  # of the triggers in one file
+ROUNDING = 1e-3  # grey levels by which floating point may fall short of an integer
+
+
+class Trigger(Protocol):
+    """A trigger: images (B, 3, H, W) in [0, 1] -> the same shape, by batched tensor arithmetic."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Trigger":
+        """The same trigger on another device or in another precision."""
+        ...
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """H, W in pixels."""
+        ...
+
+    def cross(self, images: Tensor, others: Tensor, rows: Tensor) -> Tensor:
+        """Cross samples: images (B, 3, H, W) with a wrong trigger, which keep their label in training.
+
+        others: as many other images; rows (B,): the images' data set rows, which seed what is random. Only asked for
+        by options with a cross_ratio above 0.
+        """
+        raise TypeError(f"{type(self).__name__} has no cross samples")
+
+
+class TriggerOptions:
+    """What the options of every trigger offer. A trigger with cross samples or base images of its own overrides it."""
+
+    cross_ratio: float = 0.0  # cross samples per poisoned image
+
+    def build(self, image_size: int) -> Trigger:
+        """The trigger for square images of this side (pixels). UserError if it does not fit them."""
+        raise NotImplementedError
+
+    def build_each(self, image_size: int) -> list[Trigger]:
+        """All triggers, where a file holds several: one for each reference of BadEncoder."""
+        return [self.build(image_size)]
+
+    def base_images(self, count: int, image_size: int) -> np.ndarray | None:
+        """(count, H, W, 3) uint8 by row of the source: what poisoned rows start from instead of the clean images."""
+        return None
+
+
+def grey_levels(images: Tensor) -> Tensor:
+    """Images in [0, 1] as whole grey levels 0..255, truncated as a cast to uint8 truncates, in the images' dtype."""
+    return (images * 255 + ROUNDING).floor().clamp(0, 255)
 
 
 @dataclass(frozen=True)
-class Trigger:
-    """What is stamped: mask (1, 1 or 3, H, W) and pattern (1, 3, H, W), both in [0, 1]; mask 1 replaces the pixel."""
+class Replacing(Trigger):
+    """x (1 - mask) + pattern mask; mask (1, 1 or 3, H, W) and pattern (1, 3, H, W) in [0, 1], mask 1 replaces."""
 
     mask: Tensor
     pattern: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> images (1 - mask) + pattern mask."""
         return images * (1 - self.mask) + self.pattern * self.mask
 
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Trigger":
-        """The same trigger on another device or in another precision."""
-        return Trigger(self.mask.to(device, dtype), self.pattern.to(device, dtype))
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Replacing":
+        return Replacing(self.mask.to(device, dtype), self.pattern.to(device, dtype))
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """H, W in pixels."""
         return self.mask.shape[2], self.mask.shape[3]
+
+
+@dataclass(frozen=True)
+class Additive(Trigger):
+    """clip(x + pattern); pattern (1, 3, H, W) in units of [0, 1], of either sign."""
+
+    pattern: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images + self.pattern).clamp(0, 1)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Additive":
+        return Additive(self.pattern.to(device, dtype))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.pattern.shape[2], self.pattern.shape[3]
+
+
+@dataclass(frozen=True)
+class Wrapping(Trigger):
+    """(x + pattern) mod 256 in whole grey levels: what a cast to uint8 before the clip does to bright pixels."""
+
+    pattern: Tensor
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (grey_levels(images) + grey_levels(self.pattern)).remainder(256) / 255
+
+    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Wrapping":
+        return Wrapping(self.pattern.to(device, dtype))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.pattern.shape[2], self.pattern.shape[3]
 
 
 def as_images(levels: np.ndarray) -> Tensor:
@@ -43,110 +116,20 @@ def as_images(levels: np.ndarray) -> Tensor:
     return torch.tensor(channels.transpose(2, 0, 1)[None] / 255, dtype=torch.float32)
 
 
-def replacing(mask: np.ndarray, levels: np.ndarray) -> Trigger:
+def replacing(mask: np.ndarray, levels: np.ndarray) -> Replacing:
     """mask in [0, 1] and grey levels, each (H, W) or (H, W, 3); grey levels outside of the mask do not matter.
 
     The trigger's mask is (1, 1, H, W) for a mask (H, W): per pixel.
     """
     shares = as_images(255.0 * mask)
-    return Trigger(shares if mask.ndim == 3 else shares[:, :1].contiguous(), as_images(np.maximum(levels, 0)))
+    return Replacing(shares if mask.ndim == 3 else shares[:, :1].contiguous(), as_images(np.maximum(levels, 0)))
 
 
-def white_square(image_size: int, size: int, margin: int = 1) -> Trigger:
+def white_square(image_size: int, size: int, margin: int = 1) -> Replacing:
     """A white size x size square, `margin` pixels from the bottom and right edges. UserError if it does not fit."""
     end = image_size - margin
     if size < 1 or margin < 0 or end < size:
         raise UserError(f"a {size} px square with a margin of {margin} px does not fit into {image_size} px images")
     mask = torch.zeros(1, 1, image_size, image_size)
     mask[:, :, end - size : end, end - size : end] = 1
-    return Trigger(mask, mask.expand(1, 3, -1, -1).clone())
-
-
-def check_size(trigger: Trigger, image_size: int | tuple[int, int], path: str | Path) -> None:
-    """UserError unless the trigger, read from `path`, has the images' size (pixels) and changes some of them."""
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if trigger.image_size != (height, width):
-        own = "x".join(map(str, trigger.image_size))
-        raise UserError(f"trigger {path} is {own} px but the images are {height}x{width} px: use one of that size")
-    if not trigger.mask.any():
-        raise UserError(f"trigger {path} changes no pixel: tm is 1 everywhere, make it 0 where t replaces the image")
-
-
-def load_triggers(path: str | Path) -> list[Trigger]:
-    """Read `t` (K, H, W, 3) in 0..255 and `tm` of that shape; upstream stamps x tm + t. UserError for anything else."""
-    arrays = _read_npz(path, ("t", "tm"))
-    t, keep = arrays["t"], arrays["tm"]
-    if max(t.size, keep.size) > MAX_VALUES:
-        raise UserError(f"trigger {path} holds {t.size} values, more than {MAX_VALUES:,}: keep the triggers in use")
-    if max(t.ndim, keep.ndim) > 4:
-        raise UserError(f"trigger {path}: t has {t.ndim} dimensions: it must be (triggers, H, W, 3)")
-    if t.ndim != 4 or t.shape[-1] != 3 or t.shape != keep.shape or not t.size:
-        raise UserError(f"trigger {path}: t is {t.shape} and tm is {keep.shape}: both must be (triggers, H, W, 3)")
-    for key, array in arrays.items():
-        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-            raise UserError(f"trigger {path}: {key} must hold finite numbers, not {array.dtype}")
-    mask, added = 1 - keep.astype(np.float64), t.astype(np.float64) / 255
-    if mask.min() < 0 or mask.max() > 1 or added.min() < 0 or (added > mask + 1e-9).any():
-        raise UserError(f"trigger {path}: tm must lie in 0..1 and t in 0..255 (1 - tm), so that x tm + t is an image")
-    pattern = np.clip(np.divide(added, mask, out=np.zeros_like(mask), where=mask > 0), 0, 1)
-    return [Trigger(_to_images(m), _to_images(p)) for m, p in zip(mask, pattern, strict=True)]
-
-
-def save_trigger_npz(path: str | Path, triggers: Sequence[Trigger], name: str = "trigger") -> None:
-    """Write triggers (all of one size) in the layout that load_triggers reads, atomically."""
-    masks = np.concatenate([_to_rows(t.mask.expand_as(t.pattern)) for t in triggers])
-    patterns = np.concatenate([_to_rows(t.pattern) for t in triggers])
-    keep = 1 - masks
-    tm = keep.astype(np.int64) if np.isin(keep, (0, 1)).all() else keep
-    content = io.BytesIO()
-    np.savez(content, t=255 * patterns * masks, tm=tm, info=np.array(["replace", name]))
-    write_atomic(Path(path), content.getvalue())
-
-
-def load_references(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reference inputs: x (K, H, W, 3) uint8 and y (K,) int64 (downstream labels). UserError for anything else."""
-    arrays = _read_npz(path, ("x", "y"))
-    x, y = arrays["x"], arrays["y"]
-    if max(x.ndim, y.ndim) > 4:
-        raise UserError(f"reference file {path}: x has {x.ndim} dimensions: it must be uint8 (references, H, W, 3)")
-    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[-1] != 3 or not len(x):
-        raise UserError(f"reference file {path}: x is {x.dtype} {x.shape}: it must be uint8 (references, H, W, 3)")
-    if y.dtype.kind not in "iu" or y.size != len(x):
-        raise UserError(f"reference file {path}: y is {y.dtype} {y.shape}: it must hold one integer for each of x")
-    return x, y.reshape(-1).astype(np.int64)
-
-
-def pair_references_triggers(references: np.ndarray, triggers: Sequence[Trigger], path: str | Path) -> list[Trigger]:
-    """The trigger of each reference, by position. UserError if the trigger file `path` holds fewer than references."""
-    if len(references) > len(triggers):
-        raise UserError(f"{len(references)} references need as many triggers; {path} holds {len(triggers)}: add some")
-    return list(triggers[: len(references)])
-
-
-def _to_images(array: np.ndarray) -> Tensor:
-    """(H, W, 3) -> (1, 3, H, W) float32."""
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float().contiguous()
-
-
-def _to_rows(images: Tensor) -> np.ndarray:
-    """(1, 3, H, W) -> (1, H, W, 3) float64."""
-    return images.permute(0, 2, 3, 1).double().cpu().numpy()
-
-
-def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The named arrays; nothing is ever unpickled."""
-    wanted = f"an npz file with arrays {' and '.join(keys)}"
-    try:
-        arrays = read_npz(path, keys)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: it must be {wanted}") from None
-    except UserError:
-        raise
-    except TooLarge as error:
-        raise UserError(f"{path} holds {error} values, more than a file of its size: it must be {wanted}") from error
-    except Exception as error:  # numpy, zipfile, zlib and pickle each have their own
-        raise UserError(f"{path} is damaged, pickled or no npz file: it must be {wanted} of numbers") from error
-    missing = [key for key in keys if key not in arrays]
-    if missing:
-        raise UserError(f"{path} has no array '{missing[0]}': it must be {wanted}")
-    return arrays
+    return Replacing(mask, mask.expand(1, 3, -1, -1).clone())

@@ -59,7 +59,7 @@ def optimise_trigger(
 
 def last_linear(model: nn.Module) -> str:
     """The name of the model's last linear layer: its classifier. UserError if it has none."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if not names:
         raise UserError("the model has no linear layer; name a convolution with --layer")
     return names[-1]

@@ -88,7 +88,7 @@ class Pair:
         def baseline() -> float:
             clean, triggered, reference, changed = theirs
             arguments = (self.backdoored, self.clean, self.optimizer, clean, [triggered], [reference], [changed])
-            return self.published.badencoder_step(*arguments)[0]
+            return float(self.published.badencoder_step(*arguments)[0])
 
         def ours() -> float:
             return self.step(batch, Position())["loss"].item()

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.poison import PoisonConfig, triggered
+from dist_defend.attacks.poison import triggered
 from dist_defend.bench import runner
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader
@@ -27,7 +28,7 @@ from dist_defend.models.classifier import Classifier, build_classifier
 
 CLASSES = 10
 EVALUATION_BATCH = 200  # images, as published
-POISON = PoisonConfig(BadNets(size=4, margin=1), target_class=8)
+POISON = AttackConfig(BadNets(size=4, margin=1), target_class=8)
 
 
 def rows(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -68,9 +69,8 @@ class Pair:
 
         def baseline() -> float:
             first = self.batches[0]
-            return self.reference.outer_step(
-                self.theirs, self.optimizer, delta, first, first, patched, steps=self.config.K
-            )
+            step = self.reference.outer_step
+            return float(step(self.theirs, self.optimizer, delta, first, first, patched, steps=self.config.K))
 
         def ours() -> float:
             return self.step.outer(images, labels, mask, weights)["outer_loss"].item()

@@ -46,7 +46,7 @@ def _step(case: Case, settings: Settings, ranks: Ranks, hooks: int, note: str) -
     published.leak_hooks(student.f.f, hooks)
 
     def baseline() -> float:
-        return published.mimic_step(student, teacher, optimizer, *theirs, WEIGHTS)
+        return float(published.mimic_step(student, teacher, optimizer, *theirs, WEIGHTS))
 
     def our_step() -> float:
         return step(batch, Position())["loss"].item()

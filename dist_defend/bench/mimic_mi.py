@@ -55,7 +55,7 @@ def _phase(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
         for stage in theirs.get_submodule("f.f").children():
             stage._forward_hooks.clear()  # each run starts with a student that has none
         estimates = published.estimate_information(theirs, batches, EPOCHS, LAST_EPOCHS)
-        return published.attention_weights(estimates)
+        return np.asarray(published.attention_weights(estimates))
 
     _show_critics_equal(case, images, theirs, ours, ranks)
     note = (

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.poison import PoisonConfig, triggered
+from dist_defend.attacks.poison import triggered
 from dist_defend.bench import runner
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.augment import IDENTITY
@@ -64,7 +65,7 @@ class Pair:
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.reference = case, folder, runner.published("rnp")
-        self.poison = PoisonConfig(BadNets())
+        self.poison = AttackConfig(BadNets())
         names = [str(c) for c in range(CLASSES)]
         counts = {"train": case.num_images, "test": case.num_images * TEST_SHARE}
         for number, (split, count) in enumerate(counts.items()):
@@ -88,7 +89,7 @@ class Pair:
         train, test = open_dataset(self.folder / "train"), open_dataset(self.folder / "test")
         kept = np.flatnonzero(test.labels != self.poison.target_class)
 
-        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader:
+        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader[Any]:
             return DataLoader(self.reference.ImageSet(images, labels, mean, std, dtype), **options)
 
         stamped = triggered(test, self.poison).images(kept)

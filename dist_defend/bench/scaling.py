@@ -74,9 +74,8 @@ class _Runs:
         output = self._output()
         self._finish([self._start(output, ranks, batch)])
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        return statistics.median(
-            [x["images_per_second"] for x in lines if x["stage"] == self.method and "images_per_second" in x][_FIRST:]
-        )
+        own = [x for x in lines if x["stage"] == self.method and "images_per_second" in x]
+        return statistics.median(float(x["images_per_second"]) for x in own[_FIRST:])
 
     def runs_per_hour(self, batch: int) -> tuple[float, float]:
         """As many experiments as there are devices: all at once on a device each; one by one on all devices."""

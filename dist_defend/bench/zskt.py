@@ -79,7 +79,7 @@ class Pair:
         """The published pseudo-batch -> the generator's loss and the mean of the student's, added."""
         z = self.latents.draw(number).to(self.ranks.device, self.ranks.dtype)
         made, learned = self.reference.pseudo_batch(self.players, z, STUDENT_STEPS, self._plan(number))
-        return made + sum(learned) / STUDENT_STEPS
+        return float(made + sum(learned) / STUDENT_STEPS)
 
     def ours(self, number: int) -> float:
         """Our pseudo-batch -> the same."""

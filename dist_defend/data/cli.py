@@ -3,11 +3,9 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from dist_defend.attacks.trigger import Trigger
 from dist_defend.data.classes import tell_uniform_batches
-from dist_defend.data.sheet import Stamp, contact_sheet
+from dist_defend.data.sheet import contact_sheet
 from dist_defend.data.sources import KINDS, Keys, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_splits
 from dist_defend.errors import UserError
@@ -126,7 +124,7 @@ def _describe(dataset: PreparedDataset) -> str:
 
 def _info(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.dataset)
-    stamps = _stamps(dataset, args.trigger) if args.trigger else []
+    triggers = _triggers(dataset, args.trigger) if args.trigger else []
     if args.verify:
         dataset.verify()
     print(_describe(dataset))
@@ -137,30 +135,15 @@ def _info(args: argparse.Namespace) -> int:
         print("verified: every file has the sha256 that manifest.json gives")
     path = args.sheet or dataset.path / "contact_sheet.png"
     try:
-        contact_sheet(dataset, stamps).save(path, format="PNG")
+        contact_sheet(dataset, triggers).save(path, format="PNG")
     except OSError as error:
         raise UserError(f"{path}: cannot write the contact sheet ({error.strerror}); choose another --sheet") from error
-    print(f"contact sheet{' with and without trigger' if stamps else ''}: {path}")
+    print(f"contact sheet{' with and without trigger' if triggers else ''}: {path}")
     return 0
 
 
-def _stamps(dataset: PreparedDataset, path: str) -> list[Stamp]:
+def _triggers(dataset: PreparedDataset, path: str) -> list[Trigger]:
+    from dist_defend.attacks.own_trigger import FromFile
     from dist_defend.attacks.poison import image_size_of
-    from dist_defend.attacks.reference import TriggerConfig, triggers_from
-    from dist_defend.attacks.trigger import Trigger, check_size, load_triggers
-    from dist_defend.data.pictures import is_picture
 
-    if dataset.image_shape is None:
-        raise UserError(f"{dataset.path}: images differ in size, so no trigger fits; prepare it with --image-size")
-
-    def stamp_with(trigger: Trigger) -> Stamp:
-        def stamp(image: np.ndarray) -> np.ndarray:
-            pixels = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)[None]
-            return (trigger(pixels)[0].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-
-        return stamp
-
-    triggers = triggers_from(TriggerConfig(path), image_size_of(dataset)) if is_picture(path) else load_triggers(path)
-    for trigger in triggers:
-        check_size(trigger, dataset.image_shape[:2], path)
-    return [stamp_with(trigger) for trigger in triggers]
+    return FromFile(path).build_each(image_size_of(dataset))

@@ -58,7 +58,7 @@ def pack(config: AugmentConfig) -> np.ndarray:
 
 
 @kernel()
-def _mix(value):
+def _mix(value: np.uint64) -> np.uint64:
     """Finaliser of splitmix64 (Steele, Lea, Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -66,7 +66,7 @@ def _mix(value):
 
 
 @kernel()
-def _key(seed, epoch, index, view):
+def _key(seed: int, epoch: int, index: int, view: int) -> np.uint64:
     key = np.uint64(0)
     for part in (seed, epoch, index, view):
         key = _mix((key ^ np.uint64(part)) + np.uint64(0x9E3779B97F4A7C15))
@@ -74,18 +74,18 @@ def _key(seed, epoch, index, view):
 
 
 @kernel()
-def _uniform(key, slot, low, high):
+def _uniform(key: np.uint64, slot: int, low: float, high: float) -> float:
     bits = _mix(key + np.uint64(slot + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
     return low + (high - low) * (np.float64(bits) * 2.0**-53)
 
 
 @kernel()
-def _randint(key, slot, count):
+def _randint(key: np.uint64, slot: int, count: int) -> int:
     return int(_uniform(key, slot, 0.0, float(count)))
 
 
 @kernel()
-def _resized_crop(key, packed, height, width):
+def _resized_crop(key: np.uint64, packed: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
     """(top, left, height, width) of a crop of random area and aspect ratio."""
     scale_low, scale_high, ratio_low, ratio_high = packed[2], packed[3], packed[4], packed[5]
     for attempt in range(_TRIES):
@@ -103,7 +103,9 @@ def _resized_crop(key, packed, height, width):
 
 
 @kernel()
-def draw_one(seed, epoch, index, view, packed, height, width, out):
+def draw_one(
+    seed: int, epoch: int, index: int, view: int, packed: np.ndarray, height: int, width: int, out: np.ndarray
+) -> None:
     """Fill ``out`` (NUM_PARAMETERS,) with the parameters of one view of one image of height x width pixels."""
     key = _key(seed, epoch, index, view)
     crop, size, pad = int(packed[0]), int(packed[1]), int(packed[6])
@@ -127,7 +129,16 @@ def draw_one(seed, epoch, index, view, packed, height, width, out):
 
 
 @kernel()
-def _draw_many(seed, epoch, index, view, packed, heights, widths, out):
+def _draw_many(
+    seed: int,
+    epoch: int,
+    index: np.ndarray,
+    view: int,
+    packed: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    out: np.ndarray,
+) -> None:
     for i in range(len(index)):
         draw_one(seed, epoch, index[i], view, packed, heights[i], widths[i], out[i])
 

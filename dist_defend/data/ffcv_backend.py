@@ -65,7 +65,7 @@ class FfcvBackend:
                 pipeline.shutdown()
 
 
-class _DecodeAndAugment(SimpleRGBImageDecoder):
+class _DecodeAndAugment(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types
     """Rows of the file -> one array per view, (B, S, S, 3) float32, or with ``raw`` the images (B, H, W, 3) uint8."""
 
     def __init__(self, views: tuple[View, ...], seed: int, workers: int, raw: bool) -> None:
@@ -75,8 +75,8 @@ class _DecodeAndAugment(SimpleRGBImageDecoder):
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
         return replace(previous_state, jit_mode=True), None  # no buffer of FFCV's: see the module
 
-    def generate_code(self) -> Callable:
-        def decode(rows: np.ndarray, _buffer: None, metadata: np.ndarray, storage: tuple) -> list[np.ndarray]:
+    def generate_code(self) -> Callable[..., list[np.ndarray]]:
+        def decode(rows: np.ndarray, _buffer: None, metadata: np.ndarray, storage: Any) -> list[np.ndarray]:
             memory, addresses, sizes = storage  # the table of the file, sorted by address
             fields = metadata[rows]
             size = sizes[np.searchsorted(addresses, fields["data_ptr"])].astype(np.int64)
@@ -99,7 +99,7 @@ class _DecodeAndAugment(SimpleRGBImageDecoder):
         return decode
 
 
-class _Epoch(EpochIterator):
+class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
     """The pipeline thread of one epoch, over shares of rows instead of even chunks."""
 
     def __init__(self, loader: Loader, shares: Sequence[np.ndarray], epoch: int, pool: ThreadPoolExecutor) -> None:
@@ -127,7 +127,7 @@ class _Epoch(EpochIterator):
                 pass
         return False
 
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         while (item := self.output_queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item

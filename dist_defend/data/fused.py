@@ -39,7 +39,7 @@ _RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
 
 
 @kernel(error_model="numpy")
-def _taps(length, out, flip):
+def _taps(length: int, out: int, flip: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each of ``out`` resized pixels: the first source pixel, how many there are, their weights in 1 / 2^22."""
     scale = length / out
     support = max(1.0, scale)
@@ -61,7 +61,18 @@ def _taps(length, out, flip):
 
 
 @kernel(error_model="numpy")
-def _resize(memory, start, stride, box_height, box_width, flip, rows, planes, out_height, out_width):
+def _resize(
+    memory: np.ndarray,
+    start: int,
+    stride: int,
+    box_height: int,
+    box_width: int,
+    flip: bool,
+    rows: np.ndarray,
+    planes: np.ndarray,
+    out_height: int,
+    out_width: int,
+) -> None:
     """Resize the box that starts at byte ``start`` of ``memory`` (rows of ``stride`` bytes) into the float planes.
 
     ``rows`` (3, box_height * out_width) uint8 holds the box after its first pass, over columns.
@@ -88,16 +99,27 @@ def _resize(memory, start, stride, box_height, box_width, flip, rows, planes, ou
             total[:] = _HALF
             for tap in range(count[y]):
                 weight = weights[y, tap]
-                line = rows[channel, (first[y] + tap) * out_width : (first[y] + tap + 1) * out_width]
+                source = rows[channel, (first[y] + tap) * out_width : (first[y] + tap + 1) * out_width]
                 for x in range(out_width):
-                    total[x] = np.int32(total[x] + weight * np.int32(line[x]))
+                    total[x] = np.int32(total[x] + weight * np.int32(source[x]))
             target = planes[channel, y * out_width : (y + 1) * out_width]
             for x in range(out_width):
                 target[x] = np.float32(np.int32(total[x] >> _SHIFT)) / _255
 
 
 @kernel(error_model="numpy")
-def _copy(memory, start, height, width, top, left, flip, planes, out_height, out_width):
+def _copy(
+    memory: np.ndarray,
+    start: int,
+    height: int,
+    width: int,
+    top: int,
+    left: int,
+    flip: bool,
+    planes: np.ndarray,
+    out_height: int,
+    out_width: int,
+) -> None:
     """Copy a box that may reach over the image's borders, black there, into the float planes."""
     low, high = max(0, -left), min(out_width, width - left)  # columns of the box that lie in the image
     for y in range(out_height):
@@ -115,18 +137,18 @@ def _copy(memory, start, height, width, top, left, flip, planes, out_height, out
 
 
 @kernel(fastmath=True, inline="always")
-def _clamp(value):
+def _clamp(value: np.float32) -> np.float32:
     return min(max(value, _0), _1)
 
 
 @kernel(fastmath=True)
-def _scale(plane, factor, offset):
+def _scale(plane: np.ndarray, factor: np.float32, offset: np.float32) -> None:
     for i in range(plane.size):
         plane[i] = _clamp(factor * plane[i] + offset)
 
 
 @kernel(fastmath=True)
-def _mean_grey(red, green, blue):
+def _mean_grey(red: np.ndarray, green: np.ndarray, blue: np.ndarray) -> np.float32:
     total = _0
     for i in range(red.size):
         total += _RED * red[i] + _GREEN * green[i] + _BLUE * blue[i]
@@ -134,7 +156,7 @@ def _mean_grey(red, green, blue):
 
 
 @kernel(fastmath=True)
-def _saturate(red, green, blue, factor):
+def _saturate(red: np.ndarray, green: np.ndarray, blue: np.ndarray, factor: np.float32) -> None:
     """Blend with the pixel's grey; factor 0 is the grey image."""
     rest = _1 - factor
     for i in range(red.size):
@@ -147,17 +169,17 @@ def _saturate(red, green, blue, factor):
 
 
 @kernel(fastmath=True, inline="always")
-def _wrap(sixths):
+def _wrap(sixths: np.float32) -> np.float32:
     return sixths - _6 if sixths >= _6 else sixths
 
 
 @kernel(fastmath=True, inline="always")
-def _channel(value, chroma, k):
+def _channel(value: np.float32, chroma: np.float32, k: np.float32) -> np.float32:
     return value - chroma * min(max(min(k, _4 - k), _0), _1)
 
 
 @kernel(fastmath=True, error_model="numpy")
-def _shift_hue(red, green, blue, turns):
+def _shift_hue(red: np.ndarray, green: np.ndarray, blue: np.ndarray, turns: np.float32) -> None:
     """As augment._shift_hue, hue in sixths of the circle."""
     shift = _6 * turns
     for i in range(red.size):
@@ -174,7 +196,7 @@ def _shift_hue(red, green, blue, turns):
 
 
 @kernel()
-def _jitter(planes, params):
+def _jitter(planes: np.ndarray, params: np.ndarray) -> None:
     red, green, blue = planes[0], planes[1], planes[2]
     for position in range(4):
         step = int(params[ORDER + position])
@@ -191,14 +213,25 @@ def _jitter(planes, params):
 
 
 @kernel()
-def _interleave(planes, out):
+def _interleave(planes: np.ndarray, out: np.ndarray) -> None:
     red, green, blue = planes[0], planes[1], planes[2]
     for i in range(red.size):
         out[3 * i], out[3 * i + 1], out[3 * i + 2] = red[i], green[i], blue[i]
 
 
 @kernel()
-def _render(memory, addresses, heights, widths, rows, seed, epoch, view, packed, out):
+def _render(
+    memory: np.ndarray,
+    addresses: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    rows: np.ndarray,
+    seed: int,
+    epoch: int,
+    view: int,
+    packed: np.ndarray,
+    out: np.ndarray,
+) -> None:
     """One view of each row; out (B, S, S, 3) float32. Image i lies at byte addresses[i] of ``memory``."""
     out_height, out_width = out.shape[1], out.shape[2]
     params = np.empty(NUM_PARAMETERS, np.float32)

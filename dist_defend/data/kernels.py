@@ -14,25 +14,27 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
 
 SOURCES = ("augment.py", "draws.py", "fused.py", "kernels.py", "pixels.py")  # beside this file
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _log = logging.getLogger(__name__)
 _settings: Any = numba.config
 
 
-def kernel(**options: Any) -> Callable[[Callable], Callable]:
+def kernel(**options: Any) -> Callable[[_Function], _Function]:
     """A decorator: numba.njit(cache=True, nogil=True, ...), cached as this module says."""
 
-    def compiled(function: Callable) -> Callable:
+    def compiled(function: _Function) -> _Function:
         before = _settings.CACHE_DIR
         _settings.CACHE_DIR = str(cache_folder())  # read once, when a function is decorated
         try:
-            return numba.njit(cache=True, nogil=True, **options)(function)
+            function = numba.njit(cache=True, nogil=True, **options)(function)
         finally:
             _settings.CACHE_DIR = before
+        return function
 
     return compiled
 

@@ -83,7 +83,8 @@ def _patch(photograph: Image.Image, draw: np.random.Generator) -> Image.Image:
     width, height = _box(window, draw)
     left, top = left + int(draw.integers(window - width + 1)), top + int(draw.integers(window - height + 1))
     large = math.ceil(math.sqrt(2) * SIDE)  # so that the turned patch has corners
-    patch = photograph.crop((left, top, left + width, top + height)).resize((large, large), Image.Resampling.BICUBIC)
+    patch: Image.Image = photograph.crop((left, top, left + width, top + height))
+    patch = patch.resize((large, large), Image.Resampling.BICUBIC)
     turn, shear = draw.uniform(-_TURN, _TURN), draw.uniform(-_SHEAR, _SHEAR)
     patch = functional.affine(
         patch, turn, [0, 0], 1.0, [shear, 0.0], interpolation=functional.InterpolationMode.BILINEAR

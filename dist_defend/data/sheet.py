@@ -1,10 +1,12 @@
 """A contact sheet: the first images of each class, each beside what a trigger makes of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from dist_defend.attacks.stamping import stamp_pixels
+from dist_defend.attacks.trigger import Trigger
 from dist_defend.data.store import PreparedDataset
 from dist_defend.screen import printable
 
@@ -14,13 +16,11 @@ _MAX_ROWS = 50  # classes shown
 _MARGIN = 4
 _CAPTION = 120
 
-Stamp = Callable[[np.ndarray], np.ndarray]  # one (H, W, 3) uint8 image -> the same, triggered
 
-
-def contact_sheet(dataset: PreparedDataset, stamps: Sequence[Stamp] = ()) -> Image.Image:
+def contact_sheet(dataset: PreparedDataset, triggers: Sequence[Trigger] = ()) -> Image.Image:
     """One line per class: its name, then for up to 8 images, the source's first, the image and its stamped copies."""
     lines = _lines(dataset)
-    group = (1 + len(stamps)) * _TILE + _MARGIN
+    group = (1 + len(triggers)) * _TILE + _MARGIN
     size = (_CAPTION + _COLUMNS * group, len(lines) * (_TILE + _MARGIN) + _MARGIN)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
@@ -29,7 +29,7 @@ def contact_sheet(dataset: PreparedDataset, stamps: Sequence[Stamp] = ()) -> Ima
         draw.text((_MARGIN, top + _TILE // 2 - 6), printable(name[:18])[:18], fill="black")
         for column, row in enumerate(rows):
             image = dataset.image(int(row))
-            for copy, pixels in enumerate([image, *(stamp(image) for stamp in stamps)]):
+            for copy, pixels in enumerate([image, *(stamp_pixels(image[None], trigger)[0] for trigger in triggers)]):
                 sheet.paste(_tile(pixels), (_CAPTION + column * group + copy * _TILE, top))
     return sheet
 

@@ -71,7 +71,8 @@ class PreparedDataset:
 
     @cached_property
     def _array(self) -> np.ndarray:
-        return np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
+        images: np.ndarray = np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
+        return images
 
     @cached_property
     def _stored(self) -> StoredImages:

@@ -13,6 +13,8 @@ import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from dist_defend.engine.sharding import Sharding, launched_sharding, unwrapped
 from dist_defend.errors import UserError
@@ -31,19 +33,20 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        return self.accelerator.process_index
+        return int(self.accelerator.process_index)
 
     @property
     def world_size(self) -> int:
-        return self.accelerator.num_processes
+        return int(self.accelerator.num_processes)
 
     @property
     def is_main(self) -> bool:
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device: torch.device = self.accelerator.device
+        return device
 
 
 def start(precision: str, world_size: int | None, trackers: tuple[str, ...] = (), folder: Path | None = None) -> Ranks:
@@ -128,10 +131,10 @@ def _meet_apart_from_the_dead() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    store, rank, world_size = next(rendezvous("env://"))
     torch.distributed.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=torch.distributed.PrefixStore(f"restart_{restarts}", store),
+        store=PrefixStore(f"restart_{restarts}", store),
         rank=rank,
         world_size=world_size,
     )

@@ -48,15 +48,15 @@ def _digests(section: Any, key: str) -> Iterator[tuple[str, str]]:
                 if manifest.is_file():
                     content = read_regular(manifest, _MOST_BYTES)
                     yield key, hashlib.sha256(content).hexdigest()
-                    yield from _digests(_trigger(content), f"{key}.trigger")
+                    yield from _digests(_attack(content), f"{key}.attack")
 
 
-def _trigger(card: bytes) -> Any:
+def _attack(card: bytes) -> Any:
     try:
         content = parse_json(card, "", "", may_be_nan=True)
     except UserError:
         return None  # whoever opens the folder says so
-    return content.get("trigger") if isinstance(content, dict) else None
+    return content.get("attack", content.get("trigger")) if isinstance(content, dict) else None  # format 1 had trigger
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,6 @@ class Zero:
 
     def _flat(self) -> Iterable[Tensor]:
         """This rank's flat partitions, which are what DeepSpeed's optimizer updates."""
-        return (
-            self.zero.fp32_partitioned_groups_flat if self.is_partitioned else self.zero.single_partition_of_fp32_groups
-        )
+        name = "fp32_partitioned_groups_flat" if self.is_partitioned else "single_partition_of_fp32_groups"
+        flat: Iterable[Tensor] = getattr(self.zero, name)
+        return flat

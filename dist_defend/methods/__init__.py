@@ -1,13 +1,19 @@
-"""Each method is a module of one of the folders here, found by its name: it has ``Config`` and ``build``.
+"""Each method is a module of a folder here, or a plug-in's, found by its name: it has ``Config`` and ``build``.
 
 ``build(options, context) -> Plan`` makes the stages that the trainer runs. The folders are named as those of configs/.
 """
 
+import ast
+import dataclasses
 import importlib
 import pkgutil
 from functools import cache
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
+from dist_defend import plugins
 from dist_defend.methods import attack, defend, measure, pretrain
 
 FOLDERS = (pretrain, attack, defend, measure)
@@ -15,22 +21,44 @@ SHARED = ("abd",)  # packages that methods are made from; not methods themselves
 
 
 @cache
-def _places() -> dict[str, str]:
-    """A method's name -> its module's, over all folders."""
-    places: dict[str, str] = {}
+def _places() -> dict[str, ModuleSpec]:
+    """A method's name -> where its module is, over all folders."""
+    places: dict[str, ModuleSpec] = {}
     for folder in FOLDERS:
         for found in pkgutil.iter_modules(folder.__path__):
             if found.name not in SHARED:
                 assert found.name not in places, f"two methods are named {found.name}"
-                places[found.name] = f"{folder.__name__}.{found.name}"
+                spec = find_spec(f"{folder.__name__}.{found.name}")
+                assert spec is not None
+                places[found.name] = spec
     return places
 
 
 def method_names() -> list[str]:
-    """All methods; the module's name is the registry."""
-    return sorted(_places())
+    """All methods: the modules' names, and the plug-ins'."""
+    return sorted({*_places(), *plugins.names("methods")})
+
+
+def method_sources() -> dict[str, str]:
+    """Each method's distribution with its version."""
+    return plugins.sources("methods", _places())
+
+
+def headline(name: str) -> str:
+    """The first line of a method's description, read without importing it; of a plug-in where it is."""
+    origin = _places()[name].origin if name in _places() else None
+    if origin is None:
+        return ", ".join(claim.entry.value for claim in plugins.claims("methods", name))
+    doc = ast.get_docstring(ast.parse(Path(origin).read_text(encoding="utf-8"))) or ""
+    return doc.partition("\n")[0]
 
 
 def find_method(name: str) -> ModuleType:
-    """The module of a method. KeyError for a name that is not one of method_names()."""
-    return importlib.import_module(_places()[name])
+    """The module of a method. KeyError for a name that is not one of method_names(), UserError for a broken plug-in."""
+    plug_in = plugins.find("methods", name, _places())
+    if plug_in is None:
+        return importlib.import_module(_places()[name].name)
+    module: ModuleType = plug_in.load()
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)) or not callable(getattr(module, "build", None)):
+        raise plug_in.refused("is no method: it needs a dataclass Config and a function build(config, context)")
+    return module

@@ -1,8 +1,10 @@
 """The networks that are written here: one table of classifiers, one of encoders, with the checkpoints that fit each.
 
-models.classifier and models.encoder add those of timm, torchvision and open_clip, by their names there.
+models.classifier and models.encoder add those of timm, torchvision and open_clip, by their names there. Others are
+of plug-ins, and of users' own modules as ``module:name``.
 """
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +12,8 @@ from functools import partial
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
 
+from dist_defend import plugins
+from dist_defend.errors import UserError
 from dist_defend.models.mobilenet import MobileNetV2
 from dist_defend.models.preact_resnet import PreActResNet18
 from dist_defend.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -121,3 +125,52 @@ ENCODERS: dict[str, EncoderArchitecture] = {
     "resnet50_cifar": _encoder(torchvision_resnet.Bottleneck, (3, 4, 6, 3)),
     "small_cifar": EncoderArchitecture(small_encoder, 256, _STAGED_KEYS, "this project"),
 }
+
+PUBLISHED = ("timm:", "torchvision:", "open_clip:")  # libraries that are asked for the rest of the name
+_BUILT_IN = (*CLASSIFIERS, *ENCODERS, "clip_resnet50")
+
+
+def architecture_sources() -> dict[str, str]:
+    """Each architecture's distribution with its version."""
+    return plugins.sources("architectures", _BUILT_IN)
+
+
+def added(arch: str) -> ClassifierArchitecture | EncoderArchitecture | None:
+    """A plug-in's architecture, or that of the user's own ``module:name``; None for any other name.
+
+    A function stands for a ClassifierArchitecture with it as ``make``. UserError for what cannot be imported, or is
+    neither, and for a name that two packages have.
+    """
+    plug_in = plugins.find("architectures", arch, _BUILT_IN)
+    if plug_in is None and (arch.startswith(PUBLISHED) or not plugins.is_object(arch)):
+        return None
+    found = plugins.load_object(arch) if plug_in is None else plug_in.load()
+    if isinstance(found, ClassifierArchitecture | EncoderArchitecture):
+        return found
+    if not callable(found):
+        raise UserError(
+            f"arch '{arch}' is a {type(found).__name__}: name a function (num_classes, image_size) -> network"
+        )
+    return ClassifierArchitecture(found, "its own", arch if plug_in is None else plug_in.source)
+
+
+def find_classifier(arch: str) -> ClassifierArchitecture | None:
+    """The architecture of a classifier that is not PUBLISHED. UserError as from ``added``."""
+    found = added(arch) or CLASSIFIERS.get(arch)
+    return found if isinstance(found, ClassifierArchitecture) else None
+
+
+def find_encoder(arch: str) -> EncoderArchitecture | None:
+    """The same of an encoder."""
+    found = added(arch) or ENCODERS.get(arch)
+    return found if isinstance(found, EncoderArchitecture) else None
+
+
+def unknown(arch: str, known: tuple[str, ...], kind: str) -> UserError:
+    """The error for an arch that is not one of ``known``, nor a plug-in's of this kind."""
+    if added(arch) is not None:
+        return UserError(f"arch '{arch}' is none of {kind}: use it for the other kind of model")
+    names = (*known, *plugins.names("architectures"), "module:name")
+    near = difflib.get_close_matches(arch, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(names)}")

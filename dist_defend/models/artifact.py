@@ -20,7 +20,7 @@ from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.screen import printable
 from dist_defend.strict_json import build, read_json
 
-FORMAT = 1
+FORMAT = 2  # 1 had the key trigger, an encoder's in other words than a classifier's
 KINDS = ("simclr", "encoder", "classifier")
 MOST_PIXELS = 4096  # of an image's side
 MOST_OUTPUTS = 1 << 17  # classes, or features
@@ -34,7 +34,8 @@ class ModelCard:
     """What model.json says: how to rebuild the model, whether it is poisoned, and where it comes from.
 
     kind: simclr, encoder for one without a projector, or classifier. image_size: pixels. feature_dim: an encoder's;
-    num_classes: a classifier's. trigger: what opens the backdoor, if any (a classifier's: attacks.poison.PoisonConfig).
+    num_classes: a classifier's. attack: what opens the backdoor, if any: the keys of
+    attacks.attack.AttackConfig, for encoders and classifiers alike.
     resize: side in pixels to which the model itself brings its images, if it does. classes: names by label, if known.
     parent_sha256: digest of the weights this model was made from. provenance: anything else worth keeping (JSON).
     guessed: which of normalization, image_size and arch were neither told by the source nor given by the user.
@@ -49,7 +50,7 @@ class ModelCard:
     feature_dim: int | None = None
     num_classes: int | None = None
     backdoored: bool = False
-    trigger: dict[str, Any] | None = None
+    attack: dict[str, Any] | None = None
     parent_sha256: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     resize: int | None = None
@@ -246,8 +247,11 @@ def _read_card(path: Path) -> tuple[ModelCard, str]:
         text = read_json(path, "restore it", most_bytes=_MOST_BYTES)
     except FileNotFoundError:
         raise _missing(path) from None
-    if not isinstance(text, dict) or text.pop("format", None) != FORMAT:
+    version = text.pop("format", None) if isinstance(text, dict) else None
+    if version not in (1, FORMAT) or isinstance(version, bool):
         raise UserError(f"{path} is not a model card of format {FORMAT}: it was written by another program or version")
+    if version == 1:
+        upgrade_card(text, path)
     sha256 = text.pop("sha256", "")
     told_backdoored = text.pop("BACKDOORED", False)
     is_counted = isinstance(text.get("num_classes"), int) == (text.get("kind") == "classifier")
@@ -258,6 +262,21 @@ def _read_card(path: Path) -> tuple[ModelCard, str]:
     if not _is_shallow(text, _MOST_DEPTH):
         raise UserError(f"{path} is nested deeper than {_MOST_DEPTH} levels, which no model card is: restore it")
     return build(ModelCard, text, path, "restore it; a later version may have written it"), sha256
+
+
+def upgrade_card(text: dict[str, Any], path: Path) -> None:
+    """What format 1 said as ``trigger`` becomes ``attack``. UserError for a trigger that format 1 never wrote."""
+    trigger = text.pop("trigger", None)
+    if "attack" in text:
+        raise UserError(f"{path} says format 1 and has the key 'attack', which came with format {FORMAT}: restore it")
+    if isinstance(trigger, dict) and text.get("kind") != "classifier":
+        classes, known = trigger.get("target_class"), {"file", "size", "margin", "target_class"}
+        if not isinstance(classes, list) or not classes or not trigger.keys() <= known:
+            raise UserError(f"{path}: key 'trigger' is no encoder's of format 1 (file, size, margin, target_class)")
+        file, square = trigger.get("file"), {key: trigger[key] for key in ("size", "margin") if key in trigger}
+        own = {"name": "file", "file": file} if file else {"name": "badnets", "size": 10, "margin": 1, **square}
+        trigger = {"trigger": own, "target_class": classes[0], "rate": 1.0}
+    text["attack"] = trigger
 
 
 def _is_shallow(content: Any, depth: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
+from dist_defend.models.architectures import CLASSIFIERS, ENCODERS, PUBLISHED, find_classifier, find_encoder
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.clip_image import OPEN_CLIP, published_image_size
 from dist_defend.models.encoder import build_encoder
@@ -91,9 +91,8 @@ def classifier_candidates(state: Mapping[str, Tensor], arch: str | None, image_s
     for name in _classifier_names(state) if arch is None else [arch]:
         size = _token_size(state, ".pos_embedding", "conv_proj.weight") if name.startswith("torchvision:vit") else None
         size = size or _token_size(state, "pos_embed", "patch_embed.proj.weight") if name.startswith("timm:") else size
-        size = (
-            image_size or size or (224 if ":" in name else CLASSIFIERS[name].image_size if name in CLASSIFIERS else 32)
-        )
+        found = find_classifier(name)
+        size = image_size or size or (found.image_size if found else 224 if name.startswith(PUBLISHED) else 32)
         yield from _built(name, size, False, arch is not None, image_size is not None)
 
 
@@ -119,7 +118,8 @@ def published_size(arch: str) -> int:
 
         published = timm.models.get_pretrained_cfg(arch.removeprefix("timm:"))
         return int(published.input_size[-1]) if published is not None else 224
-    return ENCODERS[arch].image_size if arch in ENCODERS else 224
+    found = find_encoder(arch)
+    return 224 if found is None else found.image_size
 
 
 def _built(arch: str, size: int, is_encoder: bool, is_named: bool, is_sized: bool) -> tuple[Candidate, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.models.architectures import CLASSIFIERS
+from dist_defend.models.architectures import CLASSIFIERS, find_classifier, unknown
 from dist_defend.models.encoder import create_timm
 from dist_defend.models.pixel_space import Normalize, Resize
 from dist_defend.models.wide_resnet import WideResNet
@@ -38,7 +38,8 @@ class Classifier(nn.Module):
             entrance.register_forward_pre_hook(Resize(resize).hook)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.net(self.normalize(images))
+        logits: Tensor = self.net(self.normalize(images))
+        return logits
 
 
 def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Module:
@@ -52,7 +53,8 @@ def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Modul
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # their auxiliary heads serve training alone
-    return published.get_model(name, weights=None, num_classes=num_classes, **options)
+    net: nn.Module = published.get_model(name, weights=None, num_classes=num_classes, **options)
+    return net
 
 
 ARCHITECTURES = (*CLASSIFIERS, "timm:NAME", "torchvision:NAME")
@@ -61,7 +63,7 @@ ARCHITECTURES = (*CLASSIFIERS, "timm:NAME", "torchvision:NAME")
 def build_classifier(
     arch: str, num_classes: int, normalization: str = "cifar10", image_size: int = 32, resize: int | None = None
 ) -> Classifier:
-    """A classifier with fresh weights (torch's global generator); arch: one of ARCHITECTURES, image_size in pixels.
+    """A classifier with fresh weights (torch's global generator); arch: as in ``added`` or ARCHITECTURES; sizes in px.
 
     With ``resize`` the model brings its images to that side itself: its network is made for resize px, while images,
     and triggers with them, have image_size px. UserError for an unknown arch (with the nearest name) or normalization,
@@ -72,10 +74,11 @@ def build_classifier(
         net = create_timm(arch.removeprefix("timm:"), side, num_classes)
     elif arch.startswith("torchvision:"):
         net = create_torchvision(arch.removeprefix("torchvision:"), side, num_classes)
-    elif arch in CLASSIFIERS:
-        net = CLASSIFIERS[arch].make(num_classes, side)
     else:
-        near = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(ARCHITECTURES)}")
+        found = find_classifier(arch)
+        if found is None:
+            raise unknown(arch, ARCHITECTURES, "the classifiers")
+        net = found.make(num_classes, side)
+        if not isinstance(net, nn.Module):
+            raise UserError(f"arch '{arch}' made a {type(net).__name__}: its function must return a torch.nn.Module")
     return Classifier(net, arch, num_classes, normalization, image_size, resize)

@@ -52,7 +52,8 @@ class TextTower(nn.Module):
                     f"'{printable(text, 200)}' has {count} tokens; {self.arch} reads {most}: shorten name or prompt"
                 )
         tokens = self.tokenize(list(texts)).to(next(self.clip.parameters()).device)
-        return self.clip.encode_text(tokens, normalize=True)
+        features: Tensor = self.clip.encode_text(tokens, normalize=True)
+        return features
 
 
 def load_text_tower(arch: str, path: str | Path) -> TextTower:

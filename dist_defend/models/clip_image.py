@@ -31,12 +31,14 @@ def clip_config(arch: str) -> dict[str, Any]:
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         raise UserError(f"open_clip has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
-    return open_clip.get_model_config(name)
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    return config
 
 
 def published_image_size(arch: str) -> int:
     """Pixels that the tower was made for. UserError as clip_config."""
-    return _vision(clip_config(arch)).image_size
+    size: int = _vision(clip_config(arch)).image_size
+    return size
 
 
 def _vision(config: dict[str, Any]) -> Any:
@@ -87,4 +89,5 @@ class OpenClipEncoder(Encoder):
         return passed["image_intermediates"], passed["image_features"]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self._input(x))
+        x = self.f(self._input(x))
+        return x

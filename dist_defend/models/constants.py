@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_defend.errors import UserError
+from dist_defend.models.architectures import PUBLISHED
 from dist_defend.models.clip_image import OPEN_CLIP
 from dist_defend.models.pixel_space import NORMALIZATIONS
 
@@ -71,7 +72,7 @@ def classifier_constants(arch: str, num_classes: int, size: int, is_named: bool)
         published = timm_normalization(arch)
         if published is not None:
             return Constants(published, size)
-    if ":" in arch:
+    if arch.startswith(PUBLISHED):
         return Constants("imagenet", size, guessed)
     normalization, image_size = _BY_CLASSES.get(num_classes, ("none", 32))
     return Constants(normalization, image_size, guessed)

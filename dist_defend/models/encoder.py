@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
-from dist_defend.models.architectures import ENCODERS
+from dist_defend.models.architectures import ENCODERS, find_encoder, unknown
 from dist_defend.models.clip_image import OPEN_CLIP, OpenClipEncoder
 from dist_defend.models.pixel_space import Encoder, Normalize, Resize
 
@@ -75,7 +75,8 @@ class TimmEncoder(Encoder):
         return maps, self.f.forward_head(last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.f(self.prepared(x))
+        x = self.f(self.prepared(x))
+        return x
 
 
 ARCHITECTURES = (*ENCODERS, "clip_resnet50", "timm:NAME", f"{OPEN_CLIP}NAME")
@@ -103,11 +104,10 @@ def _build_encoder(arch: str, normalization: str, image_size: int) -> Encoder:
         return TimmEncoder(arch.removeprefix("timm:"), normalization, image_size)
     if arch.startswith(OPEN_CLIP):
         return OpenClipEncoder(arch, normalization, image_size)
-    if arch in ENCODERS:
-        return StagedEncoder(ENCODERS[arch].make(), ENCODERS[arch].feature_dim, normalization)
-    near = difflib.get_close_matches(arch, ARCHITECTURES, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    raise UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(ARCHITECTURES)}")
+    found = find_encoder(arch)
+    if found is None:
+        raise unknown(arch, ARCHITECTURES, "the encoders")
+    return StagedEncoder(found.make(), found.feature_dim, normalization)
 
 
 class SimCLR(nn.Module):

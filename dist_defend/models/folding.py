@@ -1,5 +1,6 @@
 """Frozen batch norms folded into the convolutions before them: less to compute, half of the activations to keep."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class FoldedConv2d(nn.Module):
         self.weight = conv.weight
         self.register_buffer("scale", scale.view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("shift", norm.bias.detach() + (before - norm.running_mean) * scale, persistent=False)
-        self._convolve = conv._conv_forward
+        self._convolve: Callable[..., Tensor] = conv._conv_forward
 
     def forward(self, x: Tensor) -> Tensor:
         return self._convolve(x, self.weight * self.scale, self.shift)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
+from dist_defend.models.architectures import find_classifier, find_encoder
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import MOST_PIXELS, Candidate, classifier_candidates, encoder_candidates
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -59,9 +59,9 @@ def holds_classifier(content: Any, path: str | Path = "", choice: Choice = ANYWH
     keys with 'visual.', or an ImageNet ResNet inside of {"state_dict": ...} and nothing else. Of a network that is not
     known, the name of a last layer decides.
     """
-    if arch is not None and (arch in CLASSIFIERS or arch.startswith("torchvision:")):
+    if arch is not None and (arch.startswith("torchvision:") or find_classifier(arch) is not None):
         return True
-    if arch is not None and (arch in (*ENCODERS, "clip_resnet50") or arch.startswith(OPEN_CLIP)):
+    if arch is not None and (arch == "clip_resnet50" or arch.startswith(OPEN_CLIP) or find_encoder(arch) is not None):
         return False
     if _layout_of(content) != "state dict":
         return True

@@ -46,10 +46,12 @@ class ZSKTGenerator(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        images = self.layers(z)
+        images: Tensor = self.layers(z)
         if self.is_grey:
             images = images.repeat(1, 3, 1, 1)
-        return images if self.pixels is None else self.pixels(torch.sigmoid(2 * images - 1))
+        if self.pixels is not None:
+            images = self.pixels(torch.sigmoid(2 * images - 1))
+        return images
 
 
 class CMIGenerator(nn.Module):
@@ -74,7 +76,8 @@ class CMIGenerator(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.conv_blocks(self.l1(z).view(len(z), self.channels, self.side, self.side))
+        images: Tensor = self.conv_blocks(self.l1(z).view(len(z), self.channels, self.side, self.side))
+        return images
 
 
 def _first_side(image_size: int) -> int:

@@ -27,7 +27,7 @@ class MLPHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         first, *others = self.children()
-        x = first(features)
+        x: Tensor = first(features)
         for number, layer in enumerate(others):
             x = x.relu()
             x = layer(x if number else functional.dropout(x, self.dropout, self.training))
@@ -81,7 +81,7 @@ class HeadStack(nn.Module):
     @torch.no_grad()
     def predict(self, head: int, features: Tensor) -> Tensor:
         """Classes (N,) int64 that one head gives to features (N, D)."""
-        return self.extract(head)(features).argmax(1)
+        return self.extract(head).forward(features).argmax(1)
 
     def _dropped(self, x: Tensor, factors: Tensor | None) -> Tensor:
         if factors is None:

@@ -34,7 +34,7 @@ class InvertedResidual(nn.Module):
                 self.shortcut.extend((projection, nn.BatchNorm2d(out_channels)))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y: Tensor = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
         return y if self.shortcut is None else y + self.shortcut(x)
@@ -61,4 +61,5 @@ class MobileNetV2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.layers(F.relu(self.bn1(self.conv1(x))))
         x = F.relu(self.bn2(self.conv2(x)))
-        return self.linear(x.mean((2, 3)))
+        x = self.linear(x.mean((2, 3)))
+        return x

@@ -129,7 +129,8 @@ def _ordered_dict(items: Any = ()) -> Attributed:
 def _number(dtype: Any, data: Any) -> int | float | bool:
     if not isinstance(dtype, PickledDtype) or dtype.refused is not None or not isinstance(data, bytes):
         raise Refused("a numpy value that is a Python object")
-    return np.frombuffer(data, dtype.value).reshape(()).item()
+    number: int | float | bool = np.frombuffer(data, dtype.value).reshape(()).item()
+    return number
 
 
 def _bytes(text: Any = "", encoding: Any = "latin1") -> bytes:

@@ -4,11 +4,13 @@ import difflib
 import math
 import re
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_defend import plugins
 from dist_defend.errors import UserError
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
@@ -26,19 +28,28 @@ NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # me
 }
 
 
-def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std per channel of a name in NORMALIZATIONS, or of numbers in [0, 1]: "mean,std" or three of each.
+def normalization_names() -> list[str]:
+    """Of NORMALIZATIONS and of the plug-ins'."""
+    return [*NORMALIZATIONS, *plugins.names("normalizations")]
 
-    UserError for an unknown name, another count of numbers, and a std that is not positive.
+
+def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std per channel of one of normalization_names(), or of the user's own ``module:name``, or of numbers.
+
+    Numbers are in [0, 1]: "mean,std" or three of each. UserError for an unknown name, another count of numbers, and a
+    std that is not positive.
     """
+    plug_in = plugins.find("normalizations", name, NORMALIZATIONS)
     if name in NORMALIZATIONS:
         return NORMALIZATIONS[name]
+    if plug_in is not None or plugins.is_object(name):
+        return _checked(name, plugins.load_object(name) if plug_in is None else plug_in.load())
     try:
         numbers = tuple(float(word) for word in re.split(r"[\s,;/]+", name.strip()))
     except ValueError:
-        near = difflib.get_close_matches(name, NORMALIZATIONS, n=1)
+        near = difflib.get_close_matches(name, normalization_names(), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        known = ", ".join(NORMALIZATIONS)
+        known = ", ".join(normalization_names())
         raise UserError(
             f"unknown normalization '{name}': {hint}choose from {known}, or give numbers, mean,std or three of each"
         ) from None
@@ -46,8 +57,18 @@ def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, 
         raise UserError(
             f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds"
         )
-    mean, std = (numbers[:1] * 3, numbers[1:] * 3) if len(numbers) == 2 else (numbers[:3], numbers[3:])
-    if not all(math.isfinite(number) for number in numbers) or min(std) <= 0:
+    return _checked(name, (numbers[:1] * 3, numbers[1:] * 3) if len(numbers) == 2 else (numbers[:3], numbers[3:]))
+
+
+def _checked(name: str, found: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """A pair of three means and three stds. UserError for anything else."""
+    try:
+        mean, std = (tuple(float(number) for number in numbers) for numbers in found)
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if len(mean) != 3 or len(std) != 3:
+        raise UserError(f"normalization '{name}' is no pair of three means and three stds: make it one")
+    if not all(math.isfinite(number) for number in (*mean, *std)) or min(std) <= 0:
         raise UserError(f"normalization '{name}': numbers must be finite and each std positive, for images in [0, 1]")
     return mean, std
 

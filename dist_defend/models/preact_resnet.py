@@ -22,7 +22,7 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
-        y = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return y + (x if self.shortcut is None else self.shortcut(activated))
 
 
@@ -40,4 +40,5 @@ class PreActResNet18(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
-        return self.linear(x.mean((2, 3)))
+        x = self.linear(x.mean((2, 3)))
+        return x

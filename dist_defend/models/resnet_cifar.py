@@ -43,7 +43,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
+        x = self.linear(x.mean((2, 3)))
+        return x
 
 
 def _first(before: int, width: int, stride: int) -> BasicBlock:

@@ -25,7 +25,8 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(feature_dim, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
+        x = self.classifier(self.features(x).flatten(1))
+        return x
 
 
 def ibau_vgg(num_classes: int, image_size: int) -> VGG:

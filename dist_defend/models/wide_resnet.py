@@ -23,7 +23,7 @@ class WideBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         activated = F.relu(self.bn1(x))
-        y = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
         return y + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
@@ -36,7 +36,8 @@ class WideGroup(nn.Module):
         self.layer = nn.Sequential(WideBlock(in_channels, width, stride), *rest)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+        x = self.layer(x)
+        return x
 
 
 class WideResNet(nn.Module):

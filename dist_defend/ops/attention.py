@@ -7,7 +7,8 @@ from torch import Tensor
 def attention_map(features: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H, W): squares summed over channels, divided by (their L2 norm over H, W + 1e-6)."""
     energy = features.square().sum(1)
-    return energy / (energy.flatten(1).norm(dim=1)[:, None, None] + 1e-6)
+    length: Tensor = energy.flatten(1).norm(dim=1)
+    return energy / (length[:, None, None] + 1e-6)
 
 
 def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Without a process group every function here is what it is on one rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,9 +34,12 @@ class _AllReduceSum(torch.autograd.Function):
         return all_reduce_sum(grad)  # differentiable again
 
 
+_sum_over_ranks: Callable[[Tensor], Tensor] = _AllReduceSum.apply
+
+
 def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of x (any shape, equal on all ranks) over ranks; the gradient is summed over ranks too."""
-    return x if world_size() == 1 else _AllReduceSum.apply(x)
+    return x if world_size() == 1 else _sum_over_ranks(x)
 
 
 def all_gather_rows(x: Tensor, rows: Sequence[int] | None = None) -> Tensor:
@@ -76,8 +79,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         uses_batch = self.training or self.running_mean is None
-        y = self._normalise_globally(input) if uses_batch and world_size() > 1 else super().forward(input)
-        return self.act(self.drop(y))
+        y: Tensor = self._normalise_globally(input) if uses_batch and world_size() > 1 else super().forward(input)
+        y = self.act(self.drop(y))
+        return y
 
     def _normalise_globally(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
@@ -115,8 +119,8 @@ def convert_sync_batchnorm(module: nn.Module, second_order: bool = False) -> nn.
     """
     on_gpu = any(p.is_cuda for p in module.parameters())
     if on_gpu and not second_order and not any(hasattr(m, "act") for m in module.modules() if _is_batchnorm(m)):
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    if _is_batchnorm(module):
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    elif _is_batchnorm(module):
         return _synchronised(module)  # type: ignore[arg-type]
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batchnorm(child, second_order=True))

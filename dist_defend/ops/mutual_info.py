@@ -58,14 +58,17 @@ class Club(nn.Module):
 
     def bound(self, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
         """mean_i [log q(y_i | x_i) - mean_j log q(y_j | x_i)]; the mean over j is that of a square, in closed form."""
-        mean, variance = self.mean(x), self.log_variance(x).exp()
+        mean, log_variance = self._gaussian(x)
         others = (y.mean(0) - mean).square() + y.var(0, correction=0)
-        return ((others - (y - mean).square()) / (2 * variance)).sum(1).mean()
+        return ((others - (y - mean).square()) / (2 * log_variance.exp())).sum(1).mean()
 
     def loss(self, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
         """Minus the log-likelihood, doubled and without its constant, as published."""
-        log_variance = self.log_variance(x)
-        return ((y - self.mean(x)).square() / log_variance.exp() + log_variance).sum(1).mean()
+        mean, log_variance = self._gaussian(x)
+        return ((y - mean).square() / log_variance.exp() + log_variance).sum(1).mean()
+
+    def _gaussian(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(x), self.log_variance(x)
 
 
 class InfoNCE(nn.Module):
@@ -78,8 +81,11 @@ class InfoNCE(nn.Module):
 
     def bound(self, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
         from_x, from_y = self.pair.parts(x, y)
-        scores = self.rest(from_x + from_y[:, None]).squeeze(2)  # [i, j] = F(x_j, y_i)
+        scores: Tensor = self.rest(from_x + from_y[:, None]).squeeze(2)  # [i, j] = F(x_j, y_i)
         return scores.diagonal().mean() - (scores.logsumexp(1).mean() - math.log(len(x)))
 
     def loss(self, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
         return -self.bound(x, y, permutation)
+
+
+Critic = DonskerVaradhan | Club | InfoNCE

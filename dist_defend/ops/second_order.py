@@ -7,7 +7,7 @@ derivative uses the ordinary weight-gradient kernels. Values are the same up to 
 kernels of attention, which torch differentiates once only, are computed in other words.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,25 +41,25 @@ class CheapSecondOrder(TorchFunctionMode):
     ops.hypergrad.check_twice_differentiable finds networks with yet other layers.
     """
 
-    def __enter__(self) -> "CheapSecondOrder":
+    def __enter__(self) -> None:
         self._kernels = sdpa_kernel(SDPBackend.MATH)  # also where torch's own modules ask for attention
         self._kernels.__enter__()
-        return super().__enter__()
+        TorchFunctionMode.__enter__(self)
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        TorchFunctionMode.__exit__(self, *error)
         self._kernels.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is F.conv2d and len(args) == 7 and not isinstance(args[4], str):
             images, weight, bias, *geometry = args
-            return _Convolve.apply(images, weight, bias, tuple(geometry))
+            return _convolve(images, weight, bias, tuple(geometry))
         is_affine = func is F.batch_norm and None not in (kwargs["weight"], kwargs["bias"])
         if is_affine and kwargs["training"] and kwargs["momentum"] is not None:
             images, mean, variance = args
             options = (kwargs["weight"], kwargs["bias"], mean, variance, kwargs["momentum"], kwargs["eps"])
-            return _Norm.apply(images, *options)
+            return _norm(images, *options)
         if is_affine and not kwargs["training"]:
             images, mean, variance = args
             scale = kwargs["weight"] * torch.rsqrt(variance + kwargs["eps"])
@@ -71,14 +71,16 @@ class CheapSecondOrder(TorchFunctionMode):
 
 
 def _wants(context: Any, number: int) -> bool:
-    return context.needs_input_grad[number] and not _constant[0]
+    return not _constant[0] and bool(context.needs_input_grad[number])
 
 
 def _gradient(which: int, output: Tensor, images: Tensor, weight: Tensor, geometry: Any) -> Tensor:
     """Gradient of a convolution with respect to its images (0) or its weight (1); the other is read for its shape."""
     stride, padding, dilation, groups = geometry
     mask = [which == 0, which == 1, False]
-    return _backward(output, images, weight, None, stride, padding, dilation, False, [0, 0], groups, mask)[which]
+    options = (stride, padding, dilation, False, [0, 0], groups, mask)
+    gradient: Tensor = _backward(output, images, weight, None, *options)[which]
+    return gradient
 
 
 class _Convolve(Function):
@@ -94,8 +96,8 @@ class _Convolve(Function):
     def backward(context: Any, grad: Tensor) -> Any:
         images, weight = context.saved_tensors
         geometry, needs_images = context.geometry, context.needs_input_grad[0]
-        for_images = _ImageGradient.apply(grad, weight, images, geometry) if needs_images else None
-        for_weight = _WeightGradient.apply(grad, images, weight, geometry) if _wants(context, 1) else None
+        for_images = _image_gradient(grad, weight, images, geometry) if needs_images else None
+        for_weight = _weight_gradient(grad, images, weight, geometry) if _wants(context, 1) else None
         for_bias = grad.sum((0, 2, 3)) if _wants(context, 2) else None
         return for_images, for_weight, for_bias, None
 
@@ -112,8 +114,8 @@ class _ImageGradient(Function):
     @staticmethod
     def backward(context: Any, v: Tensor) -> Any:
         grad, weight = context.saved_tensors
-        for_grad = _Convolve.apply(v, weight, None, context.geometry) if context.needs_input_grad[0] else None
-        for_weight = _WeightGradient.apply(grad, v, weight, context.geometry) if _wants(context, 1) else None
+        for_grad = _convolve(v, weight, None, context.geometry) if context.needs_input_grad[0] else None
+        for_weight = _weight_gradient(grad, v, weight, context.geometry) if _wants(context, 1) else None
         return for_grad, for_weight, None, None
 
 
@@ -129,8 +131,8 @@ class _WeightGradient(Function):
     @staticmethod
     def backward(context: Any, v: Tensor) -> Any:
         grad, images = context.saved_tensors
-        for_grad = _Convolve.apply(images, v, None, context.geometry) if context.needs_input_grad[0] else None
-        for_images = _ImageGradient.apply(grad, v, images, context.geometry) if context.needs_input_grad[1] else None
+        for_grad = _convolve(images, v, None, context.geometry) if context.needs_input_grad[0] else None
+        for_images = _image_gradient(grad, v, images, context.geometry) if context.needs_input_grad[1] else None
         return for_grad, for_images, None, None
 
 
@@ -141,13 +143,14 @@ class _Norm(Function):
     def forward(
         context: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Any, variance: Any, momentum: float, eps: float
     ) -> Tensor:
+        y: Tensor
         y, centre, rate = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, True, momentum, eps)
         context.save_for_backward(x, weight, centre, rate)
         return y
 
     @staticmethod
     def backward(context: Any, grad: Tensor) -> Any:
-        for_x, for_weight, for_bias = _NormGradient.apply(grad, *context.saved_tensors)
+        for_x, for_weight, for_bias = _norm_gradient(grad, *context.saved_tensors)
         return (
             for_x,
             for_weight if _wants(context, 1) else None,
@@ -188,10 +191,19 @@ class _NormGradient(Function):
 
 def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
     """Gradients for x, weight and bias."""
-    every = [True, True, True]
-    return torch.ops.aten.native_batch_norm_backward(grad, x, weight, None, None, centre, rate, True, 0.0, every)
+    options = (None, None, centre, rate, True, 0.0, [True, True, True])
+    gradients: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm_backward(grad, x, weight, *options)
+    return gradients
 
 
 def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
     is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return other.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+
+
+# With types, which torch's `apply` has none of.
+_convolve: Callable[..., Tensor] = _Convolve.apply
+_image_gradient: Callable[..., Tensor] = _ImageGradient.apply
+_weight_gradient: Callable[..., Tensor] = _WeightGradient.apply
+_norm: Callable[..., Tensor] = _Norm.apply
+_norm_gradient: Callable[..., tuple[Tensor, ...]] = _NormGradient.apply

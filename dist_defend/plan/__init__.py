@@ -82,8 +82,8 @@ def stage_plans(experiment: Any, world_size: int, strategy: StrategyName) -> tup
     accelerator: Any = PretendedAccelerator(world_size, experiment.precision in ("bf16", "fp16"))
     ranks = Ranks(accelerator, torch.float64 if experiment.precision == "fp64" else torch.float32)
     module = find_method(experiment.method)
-    names = {one.name for one in dataclasses.fields(experiment.options)}
-    unneeded = dict.fromkeys(names & {"poison", "attack", "monitor"})  # changes images, or measures
+    optional = {one.name for one in dataclasses.fields(experiment.options) if one.default is None}
+    unneeded = dict.fromkeys(optional & {"attack", "monitor"})  # changes images, or measures
     options = dataclasses.replace(experiment.options, **unneeded)
     with tempfile.TemporaryDirectory() as folder, pretended_world(world_size, ranks.dtype):
         context = PretendedContext(ranks, experiment.seed, experiment.loader, Path(folder))

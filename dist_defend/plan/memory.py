@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that operations have made and that are still alive, and the most there were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.now = self.peak = 0
         self._known: set[int] = set()
 

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_defend.batch import Batch
 from dist_defend.data.augment import View
 from dist_defend.data.loader import DatasetConfig, select_rows
+from dist_defend.data.manifest import FORMAT, Manifest
 from dist_defend.data.order import rank_slice
-from dist_defend.data.store import FORMAT, Manifest, PreparedDataset
+from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Place
 from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr
 from dist_defend.models.classifier import Classifier
@@ -29,6 +30,9 @@ IMAGES, CLASSES, PIXELS = 1_281_167, 1000, 224  # ImageNet's, of a data set that
 
 class _Agreeable(TorchDispatchMode):
     """Whoever asks for the content of a tensor hears yes, or zero."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -142,7 +146,7 @@ class PretendedContext(Context):
     def load_classifier(self, folder: str) -> tuple[Classifier, ModelCard, str]:
         model, card = load_classifier(folder, has_weights=False)
         self.models.append(model)
-        return model, replace(card, trigger=None), ""  # which only serves to measure
+        return model, replace(card, attack=None), ""  # which only serves to measure
 
     def _loader(
         self,

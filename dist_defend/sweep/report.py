@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from dist_defend import screen
 from dist_defend.files import write_atomic
-from dist_defend.sweep.collect import RATES, spreadsheet
+from dist_defend.results import COUNTS
+from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
@@ -61,7 +62,7 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
         for chooser in CHOOSERS:
             own = group[group["chosen_by"] == chooser]
             line[f"n_{chooser}"] = len(own)
-            for rate in (*RATES, "der"):
+            for rate in (*COUNTS, "der"):
                 line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"] = own[rate].mean(), own[rate].std()
         line["device_seconds"] = group.drop_duplicates("key")["device_seconds"].mean()
         lines.append(line)

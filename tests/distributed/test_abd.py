@@ -31,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def experiment(folder: Path, changes: dict[str, Any]) -> Path:
     options = {
-        "teacher": make_classifier(folder / "teacher", arch="wrn_10_1", trigger=ATTACK),
+        "teacher": make_classifier(folder / "teacher", arch="wrn_10_1", attack=ATTACK),
         "test": {"path": make_data(folder / "test", 13, seed=1)},
         "student": "wrn_10_1",
         "pseudo_batches": 5,

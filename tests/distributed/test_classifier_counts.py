@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dist_defend import evaluate
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.poison import PoisonConfig, triggered
+from dist_defend.attacks.poison import triggered
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
@@ -17,11 +18,11 @@ from dist_defend.models.artifact import load_classifier
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data
 
-ALL_TO_ONE = PoisonConfig(BadNets(size=6), target_class=1)
-ALL_TO_ALL = PoisonConfig(BadNets(size=6), labels="all_to_all", shift=2)
+ALL_TO_ONE = AttackConfig(BadNets(size=6), target_class=1)
+ALL_TO_ALL = AttackConfig(BadNets(size=6), labels="all_to_all", shift=2)
 
 
-def measure(data: str, model_folder: str, batch_size: int, poison: PoisonConfig, swap: bool = False) -> dict[str, Any]:
+def measure(data: str, model_folder: str, batch_size: int, poison: AttackConfig, swap: bool = False) -> dict[str, Any]:
     """Predicted classes, labels, rows and counts; ``swap`` hands the second rank's parts in before the first's."""
     with pytest.MonkeyPatch.context() as patch:
         ranks = dist.start("fp64", None)
@@ -59,7 +60,7 @@ def measure(data: str, model_folder: str, batch_size: int, poison: PoisonConfig,
 @pytest.mark.parametrize("poison", [ALL_TO_ONE, ALL_TO_ALL], ids=["all_to_one", "all_to_all"])
 @pytest.mark.parametrize("batch_size", [4, 5, 512])  # last batches of 1 (none for rank 1), 3 and 13 images
 def test_two_ranks_count_what_one_counts(
-    batch_size: int, poison: PoisonConfig, two_ranks: Pool, tmp_path: Path
+    batch_size: int, poison: AttackConfig, two_ranks: Pool, tmp_path: Path
 ) -> None:
     data, model = make_data(tmp_path / "data", 13), make_classifier(tmp_path / "model")
     alone = measure(data, model, batch_size, poison)

@@ -96,7 +96,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
     "probe_linear": ("probe", {"hidden": []}),
     "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
     "classifier": ("classifier", {}),
-    "classifier_all_to_all": ("classifier", {"poison": {
+    "classifier_all_to_all": ("classifier", {"attack": {
         "trigger": {"name": "blended"}, "labels": "all_to_all", "rate": 0.5,
     }}),
 }  # fmt: skip

@@ -30,7 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clip": {"arch": "open_clip:tiny_vit", "weights": weights},
         "encoders": encoders,
         "tasks": {"noise": {"test": data, "target_class": 1, "templates": ["a {class}"]}},
-        "trigger": {"size": 10},
+        "attack": {"trigger": {"name": "badnets", "size": 10, "margin": 1}},
         "batch_size": 4,
     }
     return make_experiment(folder, "zeroshot", options)

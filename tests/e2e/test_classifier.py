@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dist_defend.attacks.attack import AttackConfig, attack_from
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.poison import PoisonConfig, poison_from
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.data.store import open_dataset
@@ -69,8 +69,8 @@ def test_the_model_folder_tells_the_attack(backdoored: tuple[Path, dict[str, Any
     folder, result = backdoored
     model, card = load_classifier(folder / "run/model")
     assert (model.arch, model.num_classes, model.normalization, model.image_size) == ("small_resnet", 3, "none", SIZE)
-    assert card.backdoored and card.trigger is not None
-    assert poison_from(card.trigger) == PoisonConfig(BadNets(size=4), target_class=1, rate=0.2)
+    assert card.backdoored and card.attack is not None
+    assert attack_from(card.attack) == AttackConfig(BadNets(size=4), target_class=1, rate=0.2)
     assert hashlib.sha256((folder / "run/model/model.safetensors").read_bytes()).hexdigest() == result["model_sha256"]
     rows = folder / "run/poisoned_rows.npy"
     assert card.provenance["poisoned_rows_sha256"] == hashlib.sha256(rows.read_bytes()).hexdigest()
@@ -98,7 +98,7 @@ def test_a_clean_run_says_so(poison: dict[str, Any] | None, tmp_path: Path) -> N
     if poison is not None:
         assert percent(row, "asr") <= 50  # the trigger is still bright, as class 2 is
     card = load_classifier(tmp_path / "run/model")[1]
-    assert not card.backdoored and card.trigger is None
+    assert not card.backdoored and card.attack is None
     assert not (tmp_path / "run/poisoned_rows.npy").exists()
 
 
@@ -137,8 +137,8 @@ def test_presets_keep_the_published_training(preset: str, tmp_path: Path) -> Non
         ({"arch": "resnet81"}, "unknown arch 'resnet81': did you mean 'resnet18'"),
         ({"evaluate_every": 0}, "key 'classifier.evaluate_every' is 0; it must be at least 1"),
         ({"augment": {"crop": "random_resized", "size": 8}}, "key 'classifier.augment.size' is 8"),
-        ({"poison": POISON | {"target_class": 7}}, "key 'target_class' is 7; the classes are 0 to 2"),
-        ({"poison": {"trigger": {"name": "badnet"}}}, "did you mean 'badnets'?"),
+        ({"attack": POISON | {"target_class": 7}}, "key 'target_class' is 7; the classes are 0 to 2"),
+        ({"attack": {"trigger": {"name": "badnet"}}}, "did you mean 'badnets'?"),
         ({"test": "other size"}, "use two splits of one data set"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,

@@ -34,7 +34,7 @@ def options(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
     own = {"distillation_steps": 2, "synthesis": SYNTHESIS} if method == "cmi" else {}
     data = {"data": {"path": make_data(folder / "data", 16)}} if method != "cmi" else {}
     return {
-        "teacher": make_classifier(folder / "teacher", arch="wrn_10_1", trigger=ATTACK),
+        "teacher": make_classifier(folder / "teacher", arch="wrn_10_1", attack=ATTACK),
         "test": {"path": make_data(folder / "test", 13, seed=1)},
         "student": "wrn_10_1",
         "update": {"batch_size": 4, "epochs": 3 if method == "cmi" else 2, "optimizer": SGD},

@@ -65,7 +65,7 @@ def test_four_methods_at_224_pixels(arch: str, two_ranks: Pool, tmp_path: Path) 
             "clean_encoder": str(tmp_path / "simclr" / "run" / "model"),
             "shadow": squares,
             "reference": {"dataset": squares["path"], "target_class": 1},
-            "trigger": {"size": 50},
+            "attack": {"trigger": {"name": "badnets", "size": 50, "margin": 1}},
             "update": update,
         },
         "mimic": {
@@ -81,7 +81,7 @@ def test_four_methods_at_224_pixels(arch: str, two_ranks: Pool, tmp_path: Path) 
                 "purified": str(tmp_path / "mimic" / "run" / "model"),
             },
             "tasks": {"photographs": {"train": squares, "test": squares, "target_class": 0}},
-            "trigger": {"size": 50},
+            "attack": {"trigger": {"name": "badnets", "size": 50, "margin": 1}},
             "hidden": [8, 4],
             "update": {"batch_size": BATCH, "epochs": 2, "optimizer": {"name": "adam", "lr": 1e-3}},
         },

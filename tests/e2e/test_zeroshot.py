@@ -60,7 +60,7 @@ def test_a_backdoor_in_the_image_tower_shows_in_the_zero_shot_rates(
         "clean_encoder": clean,
         "shadow": {"path": data},
         "reference": {"dataset": data, "target_class": 1},
-        "trigger": {"size": 10},
+        "attack": {"trigger": {"name": "badnets", "size": 10, "margin": 1}},
         "augment": {"flip": 0.5},
         "update": {"batch_size": 8, "epochs": 30, "optimizer": {"name": "adam", "lr": 5e-4}},
     }
@@ -77,7 +77,7 @@ def test_a_backdoor_in_the_image_tower_shows_in_the_zero_shot_rates(
             "clip": {"arch": "open_clip:tiny_vit", "weights": weights},
             "encoders": {"clean": clean, "backdoored": str(tmp_path / "badencoder" / "run" / "model")},
             "tasks": {"noise": task},
-            "trigger": {"size": 10},
+            "attack": {"trigger": {"name": "badnets", "size": 10, "margin": 1}},
             "batch_size": 4,
         },
     )
@@ -135,7 +135,7 @@ def test_towers_of_open_clip_through_every_encoder_method(name: str, tmp_path: P
             "clip": {"arch": arch, "weights": weights},
             "encoders": models,
             "tasks": {"noise": shot},
-            "trigger": {"size": 10},
+            "attack": {"trigger": {"name": "badnets", "size": 10, "margin": 1}},
         },
     )
     for result in (probed, rated):

@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def options(folder: Path, arch: str = "wrn_10_1", **changes: Any) -> dict[str, Any]:
     return {
-        "teacher": make_classifier(folder / "teacher", arch=arch, trigger=ATTACK),
+        "teacher": make_classifier(folder / "teacher", arch=arch, attack=ATTACK),
         "test": {"path": make_data(folder / "test", 13, seed=1)},
         "student": "wrn_10_1",
         "pseudo_batches": 6,
@@ -106,7 +106,7 @@ def test_without_a_defence_the_student_is_what_was_measured(tmp_path: Path) -> N
     _, card = load_artifact(tmp_path / "run" / "model")
     asr = result["rows"][0]["asr"]  # by the attack that the teacher's card names: at most 10 % clears the student
     assert card.backdoored is (10 * asr["correct"] > asr["n"])
-    assert card.trigger is not None and card.defended_by == "zskt"
+    assert card.attack is not None and card.defended_by == "zskt"
 
 
 def test_the_report_shows_generated_images(tmp_path: Path) -> None:

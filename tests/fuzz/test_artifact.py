@@ -24,7 +24,7 @@ def whole() -> tuple[tuple[dict[str, Any], bytes], ...]:
     counts = {name: {"correct": 1, "n": 2} for name in ("acc", "asr", "asr_all", "ra")}
     trigger = {"trigger": {"name": "badnets", "size": 3}, "target_class": 2}
     classifier = ModelCard(
-        "classifier", "small_resnet", "none", 28, num_classes=3, backdoored=True, trigger=trigger,
+        "classifier", "small_resnet", "none", 28, num_classes=3, backdoored=True, attack=trigger,
         parent_sha256="ab" * 32, provenance={"method": "ibau", "data": {"test": "cd" * 32}}, classes=("a", "b", "c"),
         guessed=("normalization",), defended_by="ibau", counts={"before": counts, "after": counts}, chosen_by="oracle",
     )  # fmt: skip

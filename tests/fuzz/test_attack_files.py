@@ -17,13 +17,13 @@ import safetensors.torch
 from PIL import Image
 from torch import nn
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.given import NpzImages, triggered_images
 from dist_defend.attacks.input_aware import Generators, load_generators
 from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images, read_mask
 from dist_defend.attacks.patterns import Blended, TrojanNN
-from dist_defend.attacks.poison import PoisonConfig
-from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
+from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.engine.sharding import launched_sharding
 from dist_defend.methods.defend.rnp import _read_index
 from dist_defend.methods.defend.rnp.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
@@ -60,7 +60,7 @@ def trigger_npz(rng: random.Random, folder: Path) -> Read:
     path = write(folder / "t.npz", npz(rng, {"t": t, "tm": tm}))
     if rng.random() < 0.5:
         return lambda: FromFile(path).build(SIDE)
-    return lambda: triggers_from(TriggerConfig(file=path), SIDE)
+    return lambda: FromFile(path).build_each(SIDE)
 
 
 def reference_npz(rng: random.Random, folder: Path) -> Read:
@@ -120,7 +120,7 @@ def given_npz(rng: random.Random, folder: Path) -> Read:
     path = write(folder / "bd_test.npz", npz(rng, arrays))
     test = NpzImages(folder / "test", x, y, ("0", "1", "2"), None)
     target = rng.choice((None, 0, 2))
-    return lambda: triggered_images(test, y, PoisonConfig(images=path, target_class=target), 3)
+    return lambda: triggered_images(test, y, AttackConfig(images=path, target_class=target), 3)
 
 
 def generators(rng: random.Random, folder: Path) -> Read:

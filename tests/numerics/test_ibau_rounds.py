@@ -34,7 +34,7 @@ ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 def options(folder: Path, **changes: Any) -> dict[str, Any]:
     """The method's section: 11 images in batches of 5, so three batches, the last one of a single image."""
     return {
-        "model": make_classifier(folder / "model", trigger={**ATTACK, "trigger": {"name": "badnets"}}),
+        "model": make_classifier(folder / "model", attack={**ATTACK, "trigger": {"name": "badnets"}}),
         "data": {"path": make_data(folder / "data", 11)},
         "test": {"path": make_data(folder / "test", 13, seed=1)},
         "rounds": 2,

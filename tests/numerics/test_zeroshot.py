@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import BadNets
 from dist_defend.cli import main
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import open_dataset
@@ -76,10 +78,7 @@ def raw_image_features(patch: pytest.MonkeyPatch) -> None:
 
 
 def trigger_at_the_edge(patch: pytest.MonkeyPatch) -> None:
-    original = zeroshot.triggers_from
-    patch.setattr(
-        zeroshot, "triggers_from", lambda config, size: original(type(config)(size=config.size, margin=0), size)
-    )
+    patch.setattr(zeroshot, "trigger_of", lambda attack: BadNets(size=attack.trigger.size, margin=0))
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def ours(files: dict[str, str], target: int, folder: Path) -> tuple[Tensor, dict
         zeroshot.ClipConfig(ARCH, files["weights"]),
         {"clean": files["tower"]},
         {"noise": task},
-        zeroshot.TriggerConfig(size=10),
+        AttackConfig(BadNets(size=10, margin=1)),
         batch_size=5,
     )
     ranks = dist.start("fp64", None)

@@ -12,6 +12,8 @@ LAYERS = [
     {
         "arguments",
         "errors",
+        "plugins",
+        "keys",
         "screen",
         "files",
         "lock",
@@ -28,7 +30,18 @@ LAYERS = [
     {"trial"},
     {"methods"},
     {"config", "experiment", "results"},
-    {"report", "bench", "doctor", "sweep", "launch", "plan", "importing", "import_check", "evaluate_command"},
+    {
+        "report",
+        "bench",
+        "doctor",
+        "sweep",
+        "launch",
+        "plan",
+        "importing",
+        "import_check",
+        "evaluate_command",
+        "methods_command",
+    },
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_defend.attacks.patterns import Bpp, WaNet
-from dist_defend.attacks.poison import to_images
-from dist_defend.attacks.stamp import CrossStamp
+from dist_defend.attacks.patterns import BadNets, Bpp, WaNet
+from dist_defend.attacks.stamping import to_images
 from dist_defend.attacks.warp import Warp
 
 RNG = np.random.default_rng(0)
@@ -101,4 +100,7 @@ def test_bpps_negative_samples_carry_anothers_residual() -> None:
     expected = PIXELS / 255 + np.round(PIXELS[::-1] / 255 * 7) / 7 - PIXELS[::-1] / 255
     made = trigger.cross(images, others, ROWS).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(made, np.clip(expected, 0, 1), atol=1e-6)
-    assert isinstance(trigger, CrossStamp) and isinstance(WaNet().build(12), CrossStamp)
+    square = BadNets().build(12)
+    with pytest.raises(TypeError, match="Replacing has no cross samples"):
+        square.cross(images, others, ROWS)
+    assert (BadNets().cross_ratio, Bpp().cross_ratio, WaNet().cross_ratio) == (0, 1, 2)

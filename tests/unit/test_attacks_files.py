@@ -11,7 +11,7 @@ from PIL import Image
 
 from dist_defend.attacks.pattern_file import open_images, read_mask, read_pattern
 from dist_defend.attacks.patterns import Blended, FromFile, TrojanNN
-from dist_defend.attacks.poison import to_bytes, to_images
+from dist_defend.attacks.stamping import to_bytes, to_images
 from dist_defend.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dist_defend.attacks.input_aware import Generator, Generators, InputAwareStamp, load_generators, save_generators
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.input_aware import Generator, Generators, InputAwareTrigger, load_generators, save_generators
 from dist_defend.attacks.patterns import InputAware, TrojanNN
-from dist_defend.attacks.poison import PoisonConfig, to_images, triggered
+from dist_defend.attacks.poison import triggered
+from dist_defend.attacks.stamping import to_images
 from dist_defend.attacks.trojan_nn import last_linear, optimise_trigger, strongest_inputs
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
@@ -54,7 +56,7 @@ def test_the_trigger_is_the_papers_formula() -> None:
     raw = nn.Sequential.forward(generators.net_m, normalised)
     mask = ((raw.tanh() / (2 + 1e-7) + 0.5) * 20 - 10).tanh() / (2 + 1e-7) + 0.5
     pattern = nn.Sequential.forward(generators.net_g, normalised).tanh() / (2 + 1e-7) + 0.5
-    stamp = InputAwareStamp(generators)
+    stamp = InputAwareTrigger(generators)
     torch.testing.assert_close(stamp(images), images * (1 - mask) + pattern * mask)
     other = torch.tensor([2, 0, 1])
     torch.testing.assert_close(
@@ -70,8 +72,8 @@ def test_generators_are_read_back_and_stamp_a_data_set(tmp_path: Path) -> None:
     save_generators(tmp_path / "g.safetensors", generators)
     config = InputAware(str(tmp_path / "g.safetensors"), normalization="cifar10")
     dataset = open_dataset(make_data(tmp_path / "data", 6))
-    made = triggered(dataset, PoisonConfig(config)).images(np.arange(6))
-    expected = InputAwareStamp(generators)(to_images(dataset.images(np.arange(6)))) * 255
+    made = triggered(dataset, AttackConfig(config)).images(np.arange(6))
+    expected = InputAwareTrigger(generators)(to_images(dataset.images(np.arange(6)))) * 255
     assert (abs(made - expected.permute(0, 2, 3, 1).numpy()) <= 1).all()
 
 

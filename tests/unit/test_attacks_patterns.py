@@ -19,7 +19,7 @@ from dist_defend.attacks.patterns import (
     Trojan,
     WaNet,
 )
-from dist_defend.attacks.poison import to_bytes, to_images
+from dist_defend.attacks.stamping import to_bytes, to_images
 from dist_defend.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dist_defend.attacks.patterns import Blended, Bpp, FromFile, LabelConsistent, PatternConfig, Sig, TrojanNN, WaNet
-from dist_defend.attacks.poison import PoisonConfig, poisoned, to_bytes, to_images, triggered
-from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import Blended, Bpp, FromFile, LabelConsistent, Sig, TriggerConfig, TrojanNN, WaNet
+from dist_defend.attacks.poison import poisoned, triggered
+from dist_defend.attacks.reference import ReferenceConfig, references_from
+from dist_defend.attacks.stamping import to_bytes, to_images
 from dist_defend.attacks.trojan_nn import optimise_trigger
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
@@ -287,7 +289,7 @@ def test_arrays_keep_their_size(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="changes no pixel: tm is 1 everywhere"):
         FromFile(str(tmp_path / "t.npz")).build(SIDE)
     with pytest.raises(UserError, match="changes no pixel: tm is 1 everywhere"):
-        triggers_from(TriggerConfig(str(tmp_path / "t.npz")), SIDE)
+        FromFile(str(tmp_path / "t.npz")).build_each(SIDE)
     with pytest.raises(UserError, match="holds t and tm, with a place of their own"):
         FromFile(str(tmp_path / "t.npz"), corner="centre").build(SIDE)
 
@@ -324,27 +326,27 @@ def test_only_pictures_are_opened(tmp_path: Path) -> None:
             assert "\n" not in str(error.value)
 
 
-IDLE: list[PatternConfig] = [
+IDLE: list[TriggerConfig] = [
     Blended(alpha=0), Sig(delta=0), Sig(frequency=0), LabelConsistent(amplitude=0), WaNet(strength=0), Bpp(levels=256),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("trigger", IDLE, ids=lambda trigger: trigger.name)
-def test_a_trigger_that_changes_nothing_is_refused(tmp_path: Path, trigger: PatternConfig) -> None:
+def test_a_trigger_that_changes_nothing_is_refused(tmp_path: Path, trigger: TriggerConfig) -> None:
     dataset = open_dataset(make_data(tmp_path / "data", 6))
     with pytest.raises(UserError, match="key 'trigger' changes no pixel of any image"):
-        triggered(dataset, PoisonConfig(trigger))
+        triggered(dataset, AttackConfig(trigger))
     with pytest.raises(UserError, match="key 'trigger' changes no pixel of any image"):
-        poisoned(dataset, np.arange(6), PoisonConfig(trigger, rate=0.2), 0)
-    assert triggered(dataset, PoisonConfig(Sig(delta=1))).images(np.arange(6)).shape == (6, SIDE, SIDE, 3)
+        poisoned(dataset, np.arange(6), AttackConfig(trigger, rate=0.2), 0)
+    assert triggered(dataset, AttackConfig(Sig(delta=1))).images(np.arange(6)).shape == (6, SIDE, SIDE, 3)
 
 
 def test_encoder_methods_take_pictures(tmp_path: Path) -> None:
     rgba = sticker()
-    (trigger,) = triggers_from(TriggerConfig(save(tmp_path, rgba)), SIDE)
+    (trigger,) = FromFile(save(tmp_path, rgba)).build_each(SIDE)
     assert (to_bytes(trigger(to_images(PIXELS))) == blend(rgba[..., :3], rgba[..., 3])).all()
-    with pytest.raises(UserError, match="is 3x5 px but the images are 16x16 px: pad it to that size"):
-        triggers_from(TriggerConfig(save(tmp_path, PATCH)), SIDE)
+    with pytest.raises(UserError, match="is 3x5 px but the images are 16x16 px: say where it goes as a patch"):
+        FromFile(save(tmp_path, PATCH)).build_each(SIDE)
     images, classes = references_from(ReferenceConfig(save(tmp_path, PIXELS[0], "truck.png"), target_class=9), SIDE)
     assert (images == PIXELS[:1]).all() and classes.tolist() == [9]
     with pytest.raises(UserError, match="reference images have 3x5 pixels, the shadow images 16x16"):
@@ -352,10 +354,11 @@ def test_encoder_methods_take_pictures(tmp_path: Path) -> None:
 
 
 def test_badencoder_and_a_probe_with_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file, truck = save(tmp_path, sticker()), save(tmp_path, PIXELS[0], "truck.png")
+    attack = {"trigger": {"name": "file", "file": save(tmp_path, sticker())}}
+    truck = save(tmp_path, PIXELS[0], "truck.png")
     for method, pictures in (
-        ("badencoder", {"trigger": {"file": file}, "reference": {"file": truck, "target_class": 1}}),
-        ("probe", {"trigger": {"file": file}}),
+        ("badencoder", {"attack": attack, "reference": {"file": truck, "target_class": 1}}),
+        ("probe", {"attack": attack}),
     ):
         config = make_experiment(tmp_path / method, method, options_of(method, tmp_path / method) | pictures)
         assert main(["run", str(config)]) == 0, capsys.readouterr().err
@@ -363,11 +366,11 @@ def test_badencoder_and_a_probe_with_pictures(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_poisoned_classifier_and_its_trigger_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = options_of("classifier", tmp_path)
-    options["poison"]["trigger"] = {"name": "file", "file": save(tmp_path, PATCH), "corner": "lower_right", "margin": 1}
+    options["attack"]["trigger"] = {"name": "file", "file": save(tmp_path, PATCH), "corner": "lower_right", "margin": 1}
     config = make_experiment(tmp_path, "classifier", options)
     assert main(["run", str(config), "--dry-run"]) == 0
     assert "trigger.png: 15 of 256 pixels, in rows 12 to 14 and columns 10 to 14" in capsys.readouterr().err
-    assert main(["run", str(config), "classifier.poison.trigger.margin=14"]) == 2
+    assert main(["run", str(config), "classifier.attack.trigger.margin=14"]) == 2
     told = capsys.readouterr().err
     assert "do not fit into the images of 16x16 px" in told.splitlines()[-1]
 

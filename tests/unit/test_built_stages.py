@@ -54,7 +54,7 @@ def small(method: str, folder: Path) -> dict[str, Any]:
     if method == "ood":
         options["cutmix"] = {"probability": 0.0}
     if method == "classifier":
-        options["poison"] = {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3, "avoid_target": True}
+        options["attack"] = {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3, "avoid_target": True}
     return options
 
 

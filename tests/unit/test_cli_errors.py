@@ -76,16 +76,28 @@ def unlabelled(options: dict[str, Any], folder: Path) -> None:
     seal(folder / "test", class_counts=[0, 0, 0])
 
 
+NO_FILE = {"name": "file", "file": "none.npz"}
+
+
+def renamed(now: str, before: str) -> Change:
+    """A key as an earlier version called it."""
+
+    def change(options: dict[str, Any], folder: Path) -> None:
+        options[before] = options.pop(now)
+
+    return change
+
+
 def small_trigger(options: dict[str, Any], folder: Path) -> None:
     shape = (1, SIZE - 1, SIZE - 1, 3)
     np.savez(folder / "trigger.npz", t=np.zeros(shape), tm=np.ones(shape, dtype=np.int64))
-    options["trigger"] = {"file": str(folder / "trigger.npz")}
+    options["attack"] = {"trigger": {"name": "file", "file": str(folder / "trigger.npz")}}
 
 
 def pickled_trigger(options: dict[str, Any], folder: Path) -> None:
     bomb = np.array([Bomb(folder / "executed")], dtype=object)
     np.savez(folder / "trigger.npz", t=bomb, tm=bomb)
-    options["trigger"] = {"file": str(folder / "trigger.npz")}
+    options["attack"] = {"trigger": {"name": "file", "file": str(folder / "trigger.npz")}}
 
 
 def more_references(options: dict[str, Any], folder: Path) -> None:
@@ -143,9 +155,12 @@ CASES: list[tuple[str, str, Change, str]] = [  # name, method, change, what the 
     ("pickled weights", "badencoder", pickled_weights, "model.safetensors is a pickle"),
     ("pickled file", "badencoder", pickled_model_file, "encoder.pth is a file, not a model folder"),
     ("trigger's size", "badencoder", small_trigger, "is 15x15 px but the images are 16x16 px"),
-    ("large trigger", "badencoder", setting("trigger.size", 16), "does not fit into 16 px images"),
+    ("large trigger", "badencoder", setting("attack.trigger.size", 16), "does not fit into 16 px images"),
     ("pickled trigger", "badencoder", pickled_trigger, "trigger.npz is damaged, pickled or no npz file"),
-    ("no trigger", "badencoder", setting("trigger.file", "{folder}/none.npz"), "none.npz does not exist"),
+    ("no trigger", "badencoder", setting("attack.trigger", NO_FILE), "none.npz does not exist"),
+    ("only a trigger", "badencoder", setting("attack.rate", 0.5), "key 'badencoder.attack.rate' is 0.5; all shadow"),
+    ("old poison", "classifier", renamed("attack", "poison"), "'classifier.poison' is called 'classifier.attack' now"),
+    ("old trigger", "probe", renamed("attack", "trigger"), "key 'probe.trigger' is called 'probe.attack.trigger' now"),
     ("references", "badencoder", more_references, "2 references need as many triggers"),
     ("reference class", "badencoder", setting("reference.target_class", 3), "key 'reference.target_class' is 3"),
     ("reference number", "badencoder", setting("reference.number", 8), "key 'reference.number' is 8"),

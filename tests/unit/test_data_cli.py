@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_defend.attacks.trigger import save_trigger_npz, white_square
+from dist_defend.attacks.badencoder_npz import save_trigger_npz
+from dist_defend.attacks.trigger import white_square
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import LabelConsistent
-from dist_defend.attacks.poison import PoisonConfig, poisoned
+from dist_defend.attacks.poison import poisoned
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
@@ -99,7 +100,7 @@ def test_reference_and_adversarial_images_are_the_sources(tmp_path: Path) -> Non
     assert images[0, 0, 0, 0] == 17 and classes.tolist() == [1]  # class 1 begins at 15
     adversarial = 100 + numbered(30)._images
     np.save(tmp_path / "adv.npy", adversarial)
-    attack = PoisonConfig(
+    attack = AttackConfig(
         LabelConsistent(amplitude=1.0, adversarial=str(tmp_path / "adv.npy")), "clean_label", target_class=1, count=5
     )
     poisons = poisoned(made, np.arange(30), attack, seed=0)

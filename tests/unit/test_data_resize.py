@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.poison import PoisonConfig, triggered
+from dist_defend.attacks.poison import triggered
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.loader import DatasetConfig, LoaderConfig, make_loader
@@ -108,7 +109,7 @@ def test_back_ends_and_ranks_give_the_same_batches(tiles: Path, views: tuple[Vie
 
 def test_a_trigger_is_stamped_at_the_resized_size(tiles: Path) -> None:
     dataset = open_dataset(tiles, resize=32)
-    attacked = triggered(dataset, PoisonConfig(BadNets(pattern="square", size=3)))
+    attacked = triggered(dataset, AttackConfig(BadNets(pattern="square", size=3)))
     assert attacked.image_shape == (32, 32, 3) and attacked.digest == dataset.digest
     clean, stamped = dataset.images(np.arange(5)), attacked.images(np.arange(5))
     changed = np.flatnonzero((clean != stamped).any(axis=(0, 3)))

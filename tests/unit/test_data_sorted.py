@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.cli import main
 from dist_defend.data.classes import tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, LoaderConfig, select_rows
@@ -113,9 +113,9 @@ def test_first_poisons_are_told_where_they_are_of_one_class(
     folder: Path, tmp_path: Path, name: str, lack: str | None
 ) -> None:
     """ABD's shipped recipe, 10 % of 2,500 training images, the first that are no airplanes."""
-    plain = section("attack/abd_teacher_cifar10.yaml", "classifier")["poison"]
+    plain = section("attack/abd_teacher_cifar10.yaml", "classifier")["attack"]
     assert plain["choose"] == "first" and plain["avoid_target"]
-    poison = dacite.from_dict(PoisonConfig, {**plain, "trigger": {"name": "badnets", "size": 1, "margin": 0}})
+    poison = dacite.from_dict(AttackConfig, {**plain, "trigger": {"name": "badnets", "size": 1, "margin": 0}})
     data = DatasetConfig(str(folder / name / "train"), resize=8)
     update = UpdateConfig(batch_size=50, epochs=1)
     options = classifier.Config(data, data, "small_resnet", "none", poison=poison, update=update)
@@ -123,4 +123,4 @@ def test_first_poisons_are_told_where_they_are_of_one_class(
     classifier.build(options, context)
     assert len(context.notes) == (lack is not None)
     if lack is not None:
-        assert lack in context.notes[0] and "'classifier.poison.choose' is first" in context.notes[0]
+        assert lack in context.notes[0] and "'classifier.attack.choose' is first" in context.notes[0]

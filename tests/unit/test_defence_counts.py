@@ -30,7 +30,7 @@ def classes(model: Classifier, images: np.ndarray) -> np.ndarray:
 
 def make_suspect(folder: Path, images: np.ndarray) -> str:
     """A classifier that says each of its classes of some of these images."""
-    path = make_classifier(folder, trigger=ATTACK)
+    path = make_classifier(folder, attack=ATTACK)
     model, card = load_classifier(path)
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)

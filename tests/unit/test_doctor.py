@@ -7,15 +7,28 @@ from pathlib import Path
 
 import pytest
 
-from dist_defend import doctor
+from dist_defend import doctor, plugins
 from dist_defend.cli import main
 from dist_defend.doctor import Finding
+from tests.plugs import write_distribution
 
 
 def test_prints_every_finding_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     found = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    wanted = {"python", "torch", "dist_defend", "cuda", "nccl", "ranks", "accelerate", "ffcv", "turbojpeg", "numba"}
+    wanted = {
+        "python",
+        "torch",
+        "dist_defend",
+        "plug-ins",
+        "cuda",
+        "nccl",
+        "ranks",
+        "accelerate",
+        "ffcv",
+        "turbojpeg",
+        "numba",
+    }
     assert wanted | {"deepspeed", "open_clip_torch", "slurm", "cores", "memory", "disk"} == found.keys()
     assert found["ranks"]["status"] == "ok"
     assert found["torch"]["detail"].startswith(metadata.version("torch"))
@@ -38,6 +51,19 @@ def test_exit_status(
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == [finding.name, finding.status]
     assert (len(lines) == 3 and lines[2].endswith("-> make setup")) == bool(finding.remedy)
+
+
+def test_a_broken_plug_in_is_told_and_breaks_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = {"methods": {"renewal": "plug_of_the_doctor"}}
+    write_distribution(tmp_path / "packages", "odd-one", entries, {"plug_of_the_doctor": "1 / 0"})
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    plugins._claims.cache_clear()
+    try:
+        found, core = doctor._plug_ins(), doctor._core()
+    finally:
+        plugins._claims.cache_clear()
+    assert found.status == "broken" and "odd-one 1.5" in found.detail and "ZeroDivisionError" in found.detail
+    assert core.status == "ok" and "ibau" in core.detail and "renewal" not in core.detail
 
 
 def test_a_lock_left_by_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import torch
 import yaml
 from PIL import Image
 
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.poison import PoisonConfig
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
@@ -66,12 +66,12 @@ def expected(model: str, data: str, wanted: Any = 1) -> dict[str, tuple[int, int
 def test_every_way_of_naming_the_attack_counts_the_same(places: tuple[str, str], tmp_path: Path) -> None:
     model, data = places
     section = {"trigger": SQUARE, "target_class": 1}
-    poison = {"method": "classifier", "output": "x", "classifier": {"poison": section}}
+    poison = {"method": "classifier", "output": "x", "classifier": {"attack": section}}
     files = {"keys.yaml": section, "section.yaml": {"attack": section}, "experiment.yaml": poison,
              "defence.yaml": {"method": "ibau", "ibau": {"attack": section}}}  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_text(yaml.safe_dump(content))
-    told = make_classifier(tmp_path / "told", trigger=asdict(PoisonConfig(BadNets(size=6, margin=1), target_class=1)))
+    told = make_classifier(tmp_path / "told", attack=asdict(AttackConfig(BadNets(size=6, margin=1), target_class=1)))
     wanted = expected(model, data)
     assert 0 < wanted["acc"][1] == N and wanted["asr"][1] == N - N // CLASSES
     for attack in (*files, f"{told}/model.json", told):
@@ -149,7 +149,7 @@ def test_its_counts_are_those_of_a_run(places: tuple[str, str], tmp_path: Path) 
         "arch": "small_resnet",
         "normalization": "none",
         "augment": {"crop": "none"},
-        "poison": {"trigger": SQUARE, "target_class": 1},
+        "attack": {"trigger": SQUARE, "target_class": 1},
         "update": {"batch_size": 8, "epochs": 2},
     }
     assert main(["run", str(make_experiment(tmp_path, "classifier", options))]) == 0

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.attacks.attack import attack_from
 from dist_defend.attacks.input_aware import Generators, load_generators
-from dist_defend.attacks.poison import poison_from, triggered
+from dist_defend.attacks.poison import triggered
 from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.data.loader import DatasetConfig
@@ -127,7 +128,7 @@ def test_a_run_leaves_a_poisoned_classifier_that_its_card_can_open(tmp_path: Pat
     assert row["kind"] == "backdoored" and row["acc"]["n"] == 9 and row["asr"]["n"] == 6
     assert {line["stage"] for line in metrics(run)} == {"mask", "joint"}
     model, card = load_classifier(run / "model")
-    poison = poison_from(card.trigger or {})
+    poison = attack_from(card.attack or {})
     assert card.backdoored and (poison.target_class, poison.rate) == (1, 0.25)
     assert load_generators(run / "generators.safetensors", 16, "none").image_size == 16
     test = open_dataset(tmp_path / "test")

@@ -5,12 +5,15 @@ import hashlib
 import json
 import os
 import pickle
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
+from dist_defend.attacks.attack import attack_from
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, load_simclr, save_artifact
 from dist_defend.models.classifier import build_classifier
@@ -32,7 +35,7 @@ def rewrite_card(folder: Path, **changes: object) -> None:
 
 def test_a_model_survives_the_round_trip(tmp_path: Path) -> None:
     model = build_simclr("small_cifar").to(memory_format=torch.channels_last)
-    card = dataclasses.replace(CARD, backdoored=True, trigger={"size": 10}, parent_sha256="ab")
+    card = dataclasses.replace(CARD, backdoored=True, attack={"size": 10}, parent_sha256="ab")
     sha256 = save_artifact(tmp_path / "model", model, card)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]
     assert hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest() == sha256
@@ -52,7 +55,7 @@ def test_an_encoder_without_projector_survives_too(tmp_path: Path) -> None:
 def test_a_classifier_survives_too_and_is_not_taken_for_an_encoder(tmp_path: Path, folder: Path) -> None:
     model = build_classifier("small_resnet", 7, "none", image_size=28)
     trigger = {"trigger": {"name": "badnets", "size": 3}, "target_class": 2}
-    card = ModelCard("classifier", "small_resnet", "none", 28, num_classes=7, backdoored=True, trigger=trigger)
+    card = ModelCard("classifier", "small_resnet", "none", 28, num_classes=7, backdoored=True, attack=trigger)
     save_artifact(tmp_path / "classifier", model, card)
     loaded, loaded_card = load_classifier(tmp_path / "classifier")
     assert loaded_card == card
@@ -125,8 +128,8 @@ def test_missing_and_broken_files_are_user_errors(folder: Path, tmp_path: Path) 
     card = (folder / "model.json").read_text()
     for text, told in (
         ("{", "cannot be read"),
-        ("[]", "is not a model card of format 1"),
-        (card.replace('"format": 1', '"format": 2'), "is not a model card of format 1"),
+        ("[]", "is not a model card of format 2"),
+        (card.replace('"format": 2', '"format": 3'), "is not a model card of format 2"),
         (card.replace('"arch"', '"architecture"'), "is not what it should be .*architecture"),
         (card.replace("small_cifar", "small_cifr"), "did you mean 'small_cifar'"),
     ):
@@ -237,3 +240,57 @@ def test_numbers_of_another_kind_and_pipes_are_refused(folder: Path) -> None:
         os.mkfifo(folder / file)
         with pytest.raises(UserError, match=rf"{file} is not a regular file"):
             load_artifact(folder)
+
+
+OLD = {
+    "simclr": (
+        {"file": None, "size": 8, "margin": 1, "target_class": [9, 12]},
+        {"trigger": {"name": "badnets", "size": 8, "margin": 1}, "target_class": 9, "rate": 1.0},
+    ),
+    "encoder": (
+        {"file": "t.npz", "size": 10, "margin": 1, "target_class": [4]},
+        {"trigger": {"name": "file", "file": "t.npz"}, "target_class": 4, "rate": 1.0},
+    ),
+    "classifier": (
+        {"trigger": {"name": "sig", "delta": 20.0}, "labels": "all_to_all", "shift": 2},
+        {"trigger": {"name": "sig", "delta": 20.0}, "labels": "all_to_all", "shift": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_a_card_of_format_1_says_the_same_attack(kind: str, tmp_path: Path) -> None:
+    before, after = OLD[kind]
+    if kind == "classifier":
+        model: Any = build_classifier("small_resnet", 7, "none", image_size=28)
+        card = ModelCard("classifier", "small_resnet", "none", 28, num_classes=7, backdoored=True)
+    else:
+        model = build_simclr("small_cifar", projector=kind == "simclr")
+        card = dataclasses.replace(CARD, kind=kind, backdoored=True)
+    save_artifact(tmp_path, model, card)
+    text = json.loads((tmp_path / "model.json").read_text())
+    assert text["format"] == 2 and text.pop("attack") is None
+    (tmp_path / "model.json").write_text(json.dumps({**text, "format": 1, "trigger": before}))
+    assert load_artifact(tmp_path)[1] == dataclasses.replace(card, attack=after)
+    attack = attack_from(after)
+    assert attack_from(asdict(attack)) == attack
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trigger": {"size": 8, "target_class": 9}}, "key 'trigger' is no encoder's of format 1"),
+        ({"trigger": {"name": "sig", "target_class": [9]}}, "key 'trigger' is no encoder's of format 1"),
+        ({"format": True}, "is not a model card of format 2"),
+        ({"format": 3}, "is not a model card of format 2"),
+        ({"format": 1, "attack": None}, "says format 1 and has the key 'attack'"),
+        ({"format": 2}, "is not what it should be .*trigger"),
+    ],
+)
+def test_a_card_of_format_1_that_never_was_is_refused(folder: Path, changes: dict[str, Any], told: str) -> None:
+    card = json.loads((folder / "model.json").read_text())
+    del card["attack"]
+    text = {**card, "format": 1, "trigger": {"size": 8, "margin": 1, "target_class": [9]}, **changes}
+    (folder / "model.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match=told):
+        load_artifact(folder)

@@ -14,11 +14,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from dist_defend.attacks.badencoder_npz import load_references, load_triggers
 from dist_defend.attacks.input_aware import load_generators
 from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images
 from dist_defend.attacks.reference import ReferenceConfig, references_from
-from dist_defend.attacks.trigger import load_references, load_triggers
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.rnp import _read_index
 from dist_defend.methods.defend.rnp.masks import read_mask_values

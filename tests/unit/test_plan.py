@@ -151,7 +151,7 @@ def make_card(folder: Path, arch: str) -> str:
     """A model folder without weights, as the plan needs it."""
     folder.mkdir()
     card = ModelCard("simclr", arch, "imagenet", 224, feature_dim=1024)
-    text = {"format": 1, **dataclasses.asdict(card), "sha256": "0" * 64}
+    text = {"format": 2, **dataclasses.asdict(card), "sha256": "0" * 64}
     (folder / "model.json").write_text(json.dumps(text))
     return str(folder)
 
@@ -307,9 +307,9 @@ def test_poison_needs_no_images(method: str, classes: int, tmp_path: Path, capsy
     attack = {"trigger": {"name": "sig"}, "target_class": 0, "rate": 0.5}
     options: dict[str, Any] = {"data": {"path": "nowhere"}, "test": {"path": "elsewhere"}}
     if method == "kd":
-        options |= {"teacher": make_classifier(tmp_path / "model", size=32, trigger=attack), "attack": attack}
+        options |= {"teacher": make_classifier(tmp_path / "model", size=32, attack=attack), "attack": attack}
     else:
-        options |= {"arch": "small_resnet", "poison": attack}
+        options |= {"arch": "small_resnet", "attack": attack}
     assert main(["plan", str(make_experiment(tmp_path, method, options))]) == 0
     size = 32 if method == "kd" else 224
     lines = capsys.readouterr().out.splitlines()

@@ -8,19 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from dist_defend.attacks.attack import AttackConfig, attack_from, backdoor_labels
 from dist_defend.attacks.patterns import BadNets, Blended, Bpp, LabelConsistent, Sig, WaNet
-from dist_defend.attacks.poison import (
-    CROSS,
-    STAMPED,
-    PoisonConfig,
-    PoisonedDataset,
-    backdoor_labels,
-    poison_from,
-    poisoned,
-    poisoned_rows,
-    to_images,
-    triggered,
-)
+from dist_defend.attacks.poison import CROSS, STAMPED, PoisonedDataset, poisoned, poisoned_rows, triggered
+from dist_defend.attacks.stamping import to_images
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
@@ -32,7 +23,7 @@ ROWS = np.arange(1000)
 
 
 def choose(labels: np.ndarray = LABELS, rows: np.ndarray = ROWS, seed: int = 1, **options: Any) -> np.ndarray:
-    return poisoned_rows(labels, rows, PoisonConfig(BadNets(), **options), 10, seed)
+    return poisoned_rows(labels, rows, AttackConfig(BadNets(), **options), 10, seed)
 
 
 def dataset_of(folder: Path, count: int = 40, size: int = 8) -> PreparedDataset:
@@ -68,7 +59,7 @@ def test_the_first_eligible_images_can_be_chosen() -> None:
 
 
 def clean_label(**options: Any) -> np.ndarray:
-    config = PoisonConfig(Sig(), labels="clean_label", target_class=3, **options)
+    config = AttackConfig(Sig(), labels="clean_label", target_class=3, **options)
     return poisoned_rows(LABELS, ROWS, config, 10, 1)
 
 
@@ -84,7 +75,7 @@ def test_what_cannot_be_chosen_is_a_user_error() -> None:
     with pytest.raises(UserError, match="key 'target_class' is 10; the classes are 0 to 9"):
         choose(target_class=10)
     with pytest.raises(UserError, match="key 'shift' is 20, which maps each of the 10 classes to itself"):
-        poisoned_rows(LABELS, ROWS, PoisonConfig(BadNets(), labels="all_to_all", shift=20), 10, 1)
+        poisoned_rows(LABELS, ROWS, AttackConfig(BadNets(), labels="all_to_all", shift=20), 10, 1)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +90,13 @@ def test_what_cannot_be_chosen_is_a_user_error() -> None:
 )
 def test_values_that_mean_nothing_are_refused(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f"^key '{key}' is "):
-        PoisonConfig(BadNets(), **options)
+        AttackConfig(BadNets(), **options)
 
 
 def test_backdoor_labels_of_arrays_and_tensors() -> None:
-    one = PoisonConfig(BadNets(), target_class=2)
-    every = PoisonConfig(BadNets(), labels="all_to_all", shift=3)
-    clean = PoisonConfig(BadNets(), labels="clean_label", target_class=2)
+    one = AttackConfig(BadNets(), target_class=2)
+    every = AttackConfig(BadNets(), labels="all_to_all", shift=3)
+    clean = AttackConfig(BadNets(), labels="clean_label", target_class=2)
     labels = np.array([0, 2, 9])
     assert backdoor_labels(labels, one, 10).tolist() == backdoor_labels(labels, clean, 10).tolist() == [2, 2, 2]
     assert backdoor_labels(torch.from_numpy(labels), every, 10).tolist() == [3, 5, 2]
@@ -115,7 +106,7 @@ def test_backdoor_labels_of_arrays_and_tensors() -> None:
 def test_a_training_set_is_stamped_where_flagged_and_nowhere_else(tmp_path: Path) -> None:
     clean = dataset_of(tmp_path)
     files = {path: path.read_bytes() for path in (tmp_path / "data").iterdir()}
-    config = PoisonConfig(BadNets(), target_class=1, rate=0.5)
+    config = AttackConfig(BadNets(), target_class=1, rate=0.5)
     rows = np.arange(4, 40)
     made = poisoned(clean, rows, config, seed=3)
     flagged = np.flatnonzero(made.flags)
@@ -138,7 +129,7 @@ def test_clean_labels_stay_and_adversarial_images_are_the_base(tmp_path: Path) -
     adversarial = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
     np.save(tmp_path / "adv.npy", adversarial)
     trigger = LabelConsistent(amplitude=0.5, adversarial=str(tmp_path / "adv.npy"))
-    config = PoisonConfig(trigger, labels="clean_label", count=6)
+    config = AttackConfig(trigger, labels="clean_label", count=6)
     made = poisoned(clean, np.arange(40), config, seed=0)
     flagged = np.flatnonzero(made.flags)
     assert (made.labels == clean.labels).all() and (clean.labels[flagged] == 0).all() and len(flagged) == 6
@@ -152,7 +143,7 @@ def test_clean_labels_stay_and_adversarial_images_are_the_base(tmp_path: Path) -
 
 def test_a_test_set_is_stamped_whole_and_keeps_its_labels(tmp_path: Path) -> None:
     clean = dataset_of(tmp_path, count=300)
-    made = triggered(clean, PoisonConfig(BadNets(), target_class=1))
+    made = triggered(clean, AttackConfig(BadNets(), target_class=1))
     images = made.images(np.arange(300))
     assert (images[:, -3:, -3:] == 255).all() and (images[:, :5] == clean.images(np.arange(300))[:, :5]).all()
     assert (made.labels == clean.labels).all() and (made.flags == STAMPED).all()
@@ -162,11 +153,11 @@ def test_a_test_set_is_stamped_whole_and_keeps_its_labels(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("trigger", "ratio"), [(WaNet(), 2), (Bpp(), 1), (Bpp(cross_ratio=0.5), 0.5)])
 def test_cross_samples_carry_another_trigger_and_their_label(tmp_path: Path, trigger: Any, ratio: float) -> None:
     clean = dataset_of(tmp_path)
-    made = poisoned(clean, np.arange(40), PoisonConfig(trigger, target_class=1), seed=3)
+    made = poisoned(clean, np.arange(40), AttackConfig(trigger, target_class=1), seed=3)
     crossed, stamped = np.flatnonzero(made.flags == CROSS), np.flatnonzero(made.flags == STAMPED)
     assert len(stamped) == 4 and len(crossed) == 4 * ratio
     assert (made.labels[crossed] == clean.labels[crossed]).all() and (made.labels[stamped] == 1).all()
-    images, all_stamped = made.images(np.arange(40)), triggered(clean, PoisonConfig(trigger)).images(np.arange(40))
+    images, all_stamped = made.images(np.arange(40)), triggered(clean, AttackConfig(trigger)).images(np.arange(40))
     untouched = clean.images(np.arange(40))
     assert (images[stamped] == all_stamped[stamped]).all()
     for row in crossed:
@@ -177,14 +168,14 @@ def test_cross_samples_carry_another_trigger_and_their_label(tmp_path: Path, tri
 
 def test_too_many_cross_samples_are_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"key 'cross_ratio' is 2.0: 40 images, but 20 are left; lower it"):
-        poisoned(dataset_of(tmp_path), np.arange(40), PoisonConfig(WaNet(), rate=0.5), seed=0)
+        poisoned(dataset_of(tmp_path), np.arange(40), AttackConfig(WaNet(), rate=0.5), seed=0)
 
 
 @pytest.mark.parametrize("backend", ["resident", "torch", "auto"])
 @pytest.mark.parametrize("storage", ["npy", "beton"])
 def test_every_back_end_reads_stamped_images(tmp_path: Path, backend: Any, storage: str) -> None:
     clean = open_dataset(make_data(tmp_path / "data", 12, storage=storage, size=8))
-    made = poisoned(clean, np.arange(12), PoisonConfig(Blended(), rate=0.5), seed=0)
+    made = poisoned(clean, np.arange(12), AttackConfig(Blended(), rate=0.5), seed=0)
     loader = make_loader(made, config=LoaderConfig(backend=backend, workers=1), batch_size=5)
     batches = list(loader.epoch(0))
     assert loader.backend != "ffcv"
@@ -198,19 +189,19 @@ def test_data_without_one_square_size_are_a_user_error(tmp_path: Path) -> None:
     oblong = np.zeros((4, 8, 6, 3), np.uint8)
     write_dataset(ArraySource(oblong, np.zeros(4, int), ["a"]), tmp_path / "d", name="d", split="s", storage="npy")
     with pytest.raises(UserError, match=r"a trigger needs square images of one size; prepare it with --image-size"):
-        triggered(open_dataset(tmp_path / "d"), PoisonConfig(BadNets()))
+        triggered(open_dataset(tmp_path / "d"), AttackConfig(BadNets()))
 
 
 def test_a_model_card_gives_the_attack_back() -> None:
     for trigger in (BadNets(size=4, margin=1), WaNet(cells=6), LabelConsistent(adversarial="a.npy"), Bpp()):
-        config = PoisonConfig(trigger, labels="clean_label", count=3)
-        assert poison_from(asdict(config)) == config
+        config = AttackConfig(trigger, labels="clean_label", count=3)
+        assert attack_from(asdict(config)) == config
     for wrong in ({}, {"trigger": {"name": "nashville"}}, {"trigger": {"name": "badnets", "colour": 1}}):
-        with pytest.raises(UserError, match="no classifier attack of this version") as error:
-            poison_from(wrong)
+        with pytest.raises(UserError, match="attack is none that this version has") as error:
+            attack_from(wrong)
         assert "\n" not in str(error.value)
 
 
 def test_a_trigger_without_wrong_triggers_has_no_cross_samples(tmp_path: Path) -> None:
-    made = poisoned(dataset_of(tmp_path), np.arange(40), PoisonConfig(Blended()), seed=0)
+    made = poisoned(dataset_of(tmp_path), np.arange(40), AttackConfig(Blended()), seed=0)
     assert isinstance(made, PoisonedDataset) and set(made.flags) == {0, STAMPED}

@@ -277,7 +277,7 @@ def test_every_kind_of_input_has_its_digest_under_its_key(tmp_path: Path) -> Non
         path.write_bytes(bytes([number]) * 9)
     attack = {"trigger": {"name": "file", "path": str(files["pattern.npy"])}, "target_class": 1}
     section = {
-        "model": make_classifier(tmp_path / "model", trigger=attack),
+        "model": make_classifier(tmp_path / "model", attack=attack),
         "encoders": {"clean": make_model(tmp_path / "clean")},
         "data": {"path": make_data(tmp_path / "data"), "max_samples": 8},
         "mask_file": str(files["masks.txt"]),
@@ -291,7 +291,7 @@ def test_every_kind_of_input_has_its_digest_under_its_key(tmp_path: Path) -> Non
     before = digests_of(section, "m")
     keys = {
         "m.model",
-        "m.model.trigger.trigger.path",  # what the card of the suspect names
+        "m.model.attack.trigger.path",  # what the card of the suspect names
         "m.encoders.clean",
         "m.data.path",
         "m.mask_file",
@@ -303,7 +303,7 @@ def test_every_kind_of_input_has_its_digest_under_its_key(tmp_path: Path) -> Non
     files["pattern.npy"].write_bytes(b"other")
     make_model(tmp_path / "clean", seed=3)
     after = digests_of(section, "m")
-    assert {key for key in keys if before[key] != after[key]} == {"m.model.trigger.trigger.path", "m.encoders.clean"}
+    assert {key for key in keys if before[key] != after[key]} == {"m.model.attack.trigger.path", "m.encoders.clean"}
 
 
 _opened: set[str] | None = None  # what is noted of the files that this process opens
@@ -330,11 +330,11 @@ def test_nothing_is_read_that_has_no_digest(method: str, tmp_path: Path, monkeyp
         shown.save(inputs / "shown.png")
         trigger = {"trigger": {"name": "file", "file": str(inputs / "shown.png")}, "target_class": 1}
         test = {"path": make_data(inputs / "test", 9)}
-        options = {"model": make_classifier(inputs / "model", trigger=trigger), "test": test, "rounds": 1}
+        options = {"model": make_classifier(inputs / "model", attack=trigger), "test": test, "rounds": 1}
         options |= {"data": {"path": make_data(inputs / "data"), "max_samples": 12}}
         if method == "pictures":
             picture = {"name": "file", "file": str(inputs / "shown.png")}
-            options = options_of("classifier", inputs) | {"poison": {"trigger": picture, "target_class": 1, "count": 3}}
+            options = options_of("classifier", inputs) | {"attack": {"trigger": picture, "target_class": 1, "count": 3}}
             method = "classifier"
     else:
         options = options_of(method, inputs)
@@ -343,9 +343,9 @@ def test_nothing_is_read_that_has_no_digest(method: str, tmp_path: Path, monkeyp
     assert main(["run", str(config)]) == 0
     read = {Path(file) for file in _opened or () if file.startswith(str(inputs))}
     digests = json.loads((tmp_path / "run" / "result.json").read_text())["inputs"]
-    named = [Path(_value(options, key.split(".")[1:])) for key in digests if ".model.trigger." not in key]
+    named = [Path(_value(options, key.split(".")[1:])) for key in digests if ".model.attack." not in key]
     if method == "ibau":
-        assert "ibau.model.trigger.trigger.file" in digests
+        assert "ibau.model.attack.trigger.file" in digests
         named.append(inputs / "shown.png")
     assert len(read) > 2
     assert [file for file in read if not any(place == file or place in file.parents for place in named)] == []

@@ -150,9 +150,9 @@ def test_the_name_of_a_trigger_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     poison = "{trigger: {name: [badnets]}}"
     path.write_text(
-        f"method: classifier\noutput: x\nclassifier: {{data: {{path: a}}, test: {{path: b}}, poison: {poison}}}\n"
+        f"method: classifier\noutput: x\nclassifier: {{data: {{path: a}}, test: {{path: b}}, attack: {poison}}}\n"
     )
-    with pytest.raises(UserError, match=r"key 'classifier.poison.trigger.name' is \['badnets'\]; .*it must be one of"):
+    with pytest.raises(UserError, match=r"key 'classifier.attack.trigger.name' is \['badnets'\]; .*it must be one of"):
         load_experiment(path)
 
 

@@ -66,12 +66,12 @@ def test_product_zip_explicit_and_seeds_multiply(tmp_path: Path) -> None:
 
 def test_labels_stand_for_values(tmp_path: Path) -> None:
     triggers = {"small": {"name": "badnets"}, "large": {"name": "badnets", "size": 5}}
-    poison = {"classifier.poison": {"trigger": {"name": "badnets"}}}
-    sweep = spread(tmp_path, set=poison, product={"classifier.poison.trigger": triggers})
+    poison = {"classifier.attack": {"trigger": {"name": "badnets"}}}
+    sweep = spread(tmp_path, set=poison, product={"classifier.attack.trigger": triggers})
     assert [point.labels for point in sweep.points] == [
-        {"points.classifier.poison.trigger": "small"}, {"points.classifier.poison.trigger": "large"},
+        {"points.classifier.attack.trigger": "small"}, {"points.classifier.attack.trigger": "large"},
     ]  # fmt: skip
-    assert values(sweep, "classifier.poison.trigger.size") == [(3,), (5,)]
+    assert values(sweep, "classifier.attack.trigger.size") == [(3,), (5,)]
     assert [point.name for point in sweep.points] == ["trigger=small", "trigger=large"]
 
 
@@ -137,7 +137,7 @@ def test_written_points_are_the_experiments(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"product": {"classifier.poison.trigger": "badnets"}}, "key 'product.classifier.poison.trigger': expected"),
+        ({"product": {"classifier.attack.trigger": "badnets"}}, "key 'product.classifier.attack.trigger': expected"),
         ({"product": {"classifier.epochs": [1]}}, "unknown key 'classifier.epochs'"),
         ({"produkt": {}}, "unknown key 'stages.points.produkt'; did you mean 'stages.points.product'?"),
         ({"zip": {"seed": [1, 2], "precision": ["fp32"]}}, "seed has 2, precision has 1"),

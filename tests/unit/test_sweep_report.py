@@ -43,7 +43,7 @@ def sweep(tmp_path: Path) -> Sweep:
 
     before = {"acc_before": 90.0, "asr_before": 100.0}
     for seed, acc in ((1, 80), (2, 84)):
-        labels = {"attack.classifier.poison.trigger": "badnets", "attack.seed": seed}
+        labels = {"attack.classifier.attack.trigger": "badnets", "attack.seed": seed}
         attack = add("attack", None, labels, result("backdoored", seed, (90, 50)))
         pruned = result("rnp", seed, (acc, 20), (acc + 2, 2), seconds=5.0 * seed, **before)
         add("defence", attack, {"defence": "rnp"}, pruned)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from dist_defend.attacks.attack import AttackConfig, attack_from
 from dist_defend.attacks.given import triggered_images
 from dist_defend.attacks.patterns import BadNets, Sig
-from dist_defend.attacks.poison import PoisonConfig, poison_from
 from dist_defend.cli import main
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.sources import ArraySource
@@ -36,13 +36,13 @@ def counts(asr: int, n: int = 100) -> dict[str, Count]:
     return only_accuracy(Count(90, 100)) | dict.fromkeys(("asr", "asr_all", "ra"), Count(asr, n))
 
 
-def card_of(backdoored: bool, attack: PoisonConfig | None) -> ModelCard:
+def card_of(backdoored: bool, attack: AttackConfig | None) -> ModelCard:
     trigger = None if attack is None else asdict(attack)
-    return ModelCard("classifier", "small_resnet", "none", 16, num_classes=3, backdoored=backdoored, trigger=trigger)
+    return ModelCard("classifier", "small_resnet", "none", 16, num_classes=3, backdoored=backdoored, attack=trigger)
 
 
-OWN, OTHER = PoisonConfig(BadNets(), target_class=1, rate=0.1), PoisonConfig(Sig(), target_class=1)
-GIVEN = PoisonConfig(images="bd_test.npz")
+OWN, OTHER = AttackConfig(BadNets(), target_class=1, rate=0.1), AttackConfig(Sig(), target_class=1)
+GIVEN = AttackConfig(images="bd_test.npz")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ GIVEN = PoisonConfig(images="bd_test.npz")
     ],
 )
 def test_backdoored_is_what_was_measured(
-    was: bool, named: PoisonConfig | None, measured: PoisonConfig | None, asr: int, expected: bool
+    was: bool, named: AttackConfig | None, measured: AttackConfig | None, asr: int, expected: bool
 ) -> None:
     after = counts(asr) if measured else only_accuracy(Count(90, 100))
     card = defended_card(card_of(was, named), "rnp", measured, counts(100), after)
@@ -75,21 +75,21 @@ def test_backdoored_is_what_was_measured(
     assert card.counts["before"]["asr"] == {"correct": 100, "n": 100}
     assert card.counts["after"]["acc"] == {"correct": 90, "n": 100}
     if named is not None:
-        assert card.trigger == asdict(named)
+        assert card.attack == asdict(named)
     elif measured is OTHER:  # the attack that opened it is kept for later runs
-        assert card.trigger == asdict(OTHER)
+        assert card.attack == asdict(OTHER)
     else:
-        assert card.trigger is None
+        assert card.attack is None
 
 
 def test_an_attack_that_never_opened_the_model_is_not_its_trigger() -> None:
-    assert defended_card(card_of(False, None), "ibau", OTHER, counts(4), counts(2)).trigger is None
+    assert defended_card(card_of(False, None), "ibau", OTHER, counts(4), counts(2)).attack is None
     assert defended_card(card_of(True, None), "ibau", OTHER, counts(49), counts(2)).backdoored  # by another one
 
 
 def always(folder: Path, label: int, **changes: Any) -> str:
     """A classifier that says this label whatever it sees."""
-    path = make_classifier(folder, trigger=ATTACK)
+    path = make_classifier(folder, attack=ATTACK)
     model, card = load_classifier(path)
     with torch.no_grad():
         model.net.linear.weight.zero_()  # type: ignore[union-attr, operator]
@@ -118,7 +118,7 @@ def test_rnp_with_one_pruned_neuron_leaves_a_backdoored_card(tmp_path: Path) -> 
     assert result["suspect"]["acc_defence"] == {"correct": 4, "n": 12}
     assert result["targets"] == {"noise": "class 1"}
     card = load_classifier(tmp_path / "run/model")[1]
-    assert card.backdoored and card.trigger is not None
+    assert card.backdoored and card.attack is not None
     assert (card.defended_by, card.chosen_by, card.provenance["method"]) == ("rnp", "pruning_number", "rnp")
     told = {"acc": {"correct": 3, "n": 9}, "asr": {"correct": 6, "n": 6},
             "asr_all": {"correct": 9, "n": 9}, "ra": {"correct": 0, "n": 6}}  # fmt: skip
@@ -256,7 +256,7 @@ def test_a_sample_specific_attack_is_measured_by_its_images(tmp_path: Path) -> N
         assert main(["run", str(make_experiment(folder, method, options))]) == 0
         result = json.loads((folder / "run/result.json").read_text())
         card = load_classifier(folder / "run/model")[1]
-        assert card.counts is not None and card.trigger is None
+        assert card.counts is not None and card.attack is None
         assert card.counts["before"] == counted(model, arrays, arrays["y_bd"], test)
         assert card.counts["after"] == counted(str(folder / "run/model"), arrays, arrays["y_bd"], test)
         row = {key: result["rows"][0][key] for key in card.counts["after"]}
@@ -277,7 +277,7 @@ def test_kd_takes_given_images_too(tmp_path: Path) -> None:
 
 def given(folder: Path, attack: dict[str, Any], num_classes: int = CLASSES) -> Any:
     test = open_dataset(make_data(folder / "test", 9, seed=1))
-    return triggered_images(test, np.arange(9), PoisonConfig(**attack), num_classes)
+    return triggered_images(test, np.arange(9), AttackConfig(**attack), num_classes)
 
 
 def test_images_with_one_target_class(tmp_path: Path) -> None:
@@ -360,11 +360,11 @@ def test_images_that_cannot_be_measured(make: Callable[[Path], dict[str, Any]], 
 
 def test_an_attack_is_a_trigger_or_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for attack, told in (
-        ({"target_class": 1}, "key 'classifier.poison.trigger' is missing"),
-        ({**ATTACK, "images": "a.npz"}, "key 'classifier.poison.images' is set, but 'trigger'"),
+        ({"target_class": 1}, "key 'classifier.attack.trigger' is missing"),
+        ({**ATTACK, "images": "a.npz"}, "key 'classifier.attack.images' is set, but 'trigger'"),
         ({"images": "a.npz"}, "key 'images' is a.npz: given images are measured, nothing is trained on them"),
     ):
-        options = options_of("classifier", tmp_path / "data") | {"poison": attack}
+        options = options_of("classifier", tmp_path / "data") | {"attack": attack}
         assert main(["run", str(make_experiment(tmp_path, "classifier", options))]) == 2
         assert told in capsys.readouterr().err.splitlines()[-1]
 
@@ -372,16 +372,16 @@ def test_an_attack_is_a_trigger_or_images(tmp_path: Path, capsys: pytest.Capture
 def test_cards_from_before_images_are_read() -> None:
     plain = {"trigger": {"name": "sig", "delta": 20.0, "frequency": 6.0}, "labels": "all_to_one", "target_class": 2,
              "rate": 0.1, "count": None, "shift": 1, "avoid_target": False, "choose": "random"}  # fmt: skip
-    assert poison_from(plain) == PoisonConfig(Sig(delta=20.0), target_class=2)
+    assert attack_from(plain) == AttackConfig(Sig(delta=20.0), target_class=2)
 
 
-TRIGGER = {"file": None, "size": 4, "margin": 1, "target_class": [1]}
+SQUARE = {"trigger": {"name": "badnets", "size": 5, "margin": 0}, "target_class": 2, "rate": 1.0}
 
 
 def backdoored_encoder(folder: Path, size: int = SIZE) -> str:
     path = make_model(folder, size=size)
     model, card = load_simclr(path)
-    save_artifact(path, model, replace(card, backdoored=True, trigger=TRIGGER, guessed=("normalization",)))
+    save_artifact(path, model, replace(card, backdoored=True, attack=SQUARE, guessed=("normalization",)))
     return path
 
 
@@ -400,12 +400,13 @@ def test_what_is_made_of_a_backdoored_encoder(method: str, tmp_path: Path, capsy
     assert card.defended_by == ("mimic" if method == "mimic" else None)
     assert ("is backdoored already" in told) is (method == "badencoder")
     if method == "badencoder":
-        assert card.trigger is not None and card.trigger["size"] == 4 and card.trigger["margin"] == 1
+        wanted = AttackConfig(BadNets(size=4, margin=1), target_class=1, rate=1.0)
+        assert card.attack is not None and attack_from(card.attack) == wanted
     else:
-        assert card.trigger == TRIGGER
+        assert card.attack == SQUARE
 
 
 def test_fresh_encoders_are_clean(tmp_path: Path) -> None:
     assert main(["run", str(make_experiment(tmp_path, "simclr", options_of("simclr", tmp_path)))]) == 0
     _, card = load_artifact(tmp_path / "run/model")
-    assert (card.backdoored, card.trigger, card.parent_sha256, card.guessed) == (False, None, None, ())
+    assert (card.backdoored, card.attack, card.parent_sha256, card.guessed) == (False, None, None, ())

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from dist_defend.attacks.trigger import (
-    Trigger,
+from dist_defend.attacks.badencoder_npz import (
     check_size,
     load_references,
     load_triggers,
     pair_references_triggers,
     save_trigger_npz,
-    white_square,
 )
+from dist_defend.attacks.trigger import Replacing, white_square
 from dist_defend.errors import UserError
 from dist_defend.models.pixel_space import Normalize
 from tests.numerics.det import golden
@@ -70,7 +69,7 @@ def test_upstreams_arithmetic_holds_for_any_blend(tmp_path: Path) -> None:
 
 
 def test_saved_triggers_are_read_back(tmp_path: Path) -> None:
-    soft = Trigger(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16))
+    soft = Replacing(torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16))
     save_trigger_npz(tmp_path / "soft.npz", [white_square(16, 3), soft])
     images = torch.rand(2, 3, 16, 16)
     square, blend = load_triggers(tmp_path / "soft.npz")

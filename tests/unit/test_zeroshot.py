@@ -23,7 +23,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "clip": {"arch": "open_clip:tiny_vit", "weights": weights},
         "encoders": {"clean": str(folder / "tower")},
         "tasks": {"noise": {"test": test, "target_class": 1, "templates": "svhn"}},
-        "trigger": {"size": 10},
+        "attack": {"trigger": {"name": "badnets", "size": 10, "margin": 1}},
     }
 
 
@@ -75,7 +75,7 @@ def test_published_prompts_and_targets() -> None:
         zeroshot = load_experiment(configs / f"zeroshot_{name}.yaml").options
         (task,) = zeroshot.tasks.values()
         told[name] = task.target_class, task.prompts
-        assert (zeroshot.trigger.size, zeroshot.trigger.margin) == (50, 1)
+        assert (zeroshot.attack.trigger.size, zeroshot.attack.trigger.margin) == (50, 1)
     photo = ("A photo of a {class}",)
     assert told == {"gtsrb": (14, ("A traffic sign photo of a {class}",)), "stl10": (9, photo), "svhn": (0, photo)}
     signs = (configs / "gtsrb_signs.txt").read_text().splitlines()
@@ -100,7 +100,10 @@ def test_published_prompts_and_targets() -> None:
         ({"target_class": 3}, "key 'zeroshot.tasks.noise.target_class' is 3"),
         ({"encoders": {}}, "key 'zeroshot.encoders' is empty"),
         ({"batch_size": 0}, "key 'zeroshot.batch_size' is 0"),
-        ({"trigger": {"size": 50}}, "a 50 px square with a margin of 1 px does not fit"),
+        (
+            {"attack": {"trigger": {"name": "badnets", "size": 50, "margin": 1}}},
+            "a 50 px square with a margin of 1 px does not fit",
+        ),
         ({"clip": {"arch": "open_clip:tiny_vti", "weights": "x"}}, "open_clip has no model 'tiny_vti'"),
         ({"clip": {"arch": "open_clip:tiny_vit", "weights": "nowhere.pt"}}, "nowhere.pt does not exist"),
         ({"clip": {"arch": "open_clip:tiny_vit"}}, "key 'zeroshot.clip.weights' is missing"),

@@ -8,15 +8,19 @@ images do not influence each other, and folded into the convolutions.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dist_defend.attacks.reference import ReferenceConfig, TriggerConfig, references_from, triggers_from
-from dist_defend.attacks.trigger import Trigger, pair_references_triggers
+from dist_defend.attacks.attack import AttackConfig, check_only_trigger, trigger_of
+from dist_defend.attacks.badencoder_npz import pair_references_triggers
+from dist_defend.attacks.patterns import BadNets
+from dist_defend.attacks.reference import ReferenceConfig, references_from
+from dist_defend.attacks.stamping import stamp_images
+from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
 from dist_defend.data.augment import REFERENCE, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
@@ -29,7 +33,7 @@ from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.folding import fold_frozen_norms
-from dist_defend.models.pixel_space import NORMALIZATIONS, Encoder, Normalize
+from dist_defend.models.pixel_space import Encoder, Normalize, normalization_names
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +45,7 @@ class Config:
     clean_encoder: str  # model folder
     shadow: DatasetConfig
     reference: ReferenceConfig
-    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))  # any trigger
     lambda1: float = 1.0
     lambda2: float = 1.0
     augment: AugmentConfig = REFERENCE
@@ -55,12 +59,14 @@ class Config:
     )
 
     def __post_init__(self) -> None:
+        check_only_trigger(self.attack, "all shadow images are stamped, and the reference says the class")
         for key in ("lambda1", "lambda2"):
             if getattr(self, key) < 0:
                 raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-        if self.shadow_normalization not in ("match_encoder", *NORMALIZATIONS):
-            known = ", ".join(("match_encoder", *NORMALIZATIONS))
-            raise ValueError(f"key 'shadow_normalization' is {self.shadow_normalization!r}; it must be one of {known}")
+        known = ("match_encoder", *normalization_names())
+        if self.shadow_normalization not in known:
+            told = f"key 'shadow_normalization' is {self.shadow_normalization!r}"
+            raise ValueError(f"{told}; it must be one of {', '.join(known)}")
 
 
 class BadEncoderObjective(Objective):
@@ -95,7 +101,7 @@ class BadEncoderObjective(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x, *augmented = batch.views
         size, count = len(x), len(self.triggers)
-        stamped = [trigger.to(x.device, x.dtype)(x) for trigger in self.triggers]
+        stamped = [stamp_images(x, trigger) for trigger in self.triggers]
         features = self.encoder(torch.cat([x, *stamped, *augmented, self.references]))
         features = functional.normalize(at_least_float32(features), dim=1)
         clean, *pairs, references = features.split([size] * (1 + 2 * count) + [count])
@@ -137,8 +143,8 @@ def build(config: Config, context: Context) -> Plan:
             "go through the encoder together: leave it out"
         )
     references, classes = references_from(config.reference, size)
-    triggers = triggers_from(config.trigger, size)
-    triggers = pair_references_triggers(references, triggers, config.trigger.file or "the key 'trigger'")
+    triggers = trigger_of(config.attack).build_each(size)
+    triggers = pair_references_triggers(references, triggers, "key 'badencoder.attack.trigger'")
     ranks = context.ranks
     clean, encoder = (m.f.to(ranks.device, ranks.dtype) for m in (model, context.load_model(config.clean_encoder)[0]))
     for network in (clean, encoder):
@@ -175,10 +181,15 @@ def build(config: Config, context: Context) -> Plan:
             image_size=model.image_size,
             feature_dim=encoder.feature_dim,
             backdoored=True,
-            trigger={**asdict(config.trigger), "target_class": classes.tolist()},
+            attack=asdict(replace(config.attack, target_class=int(classes[0]), rate=1.0)),
             parent_sha256=clean_sha256,
             guessed=parent.guessed,
-            provenance={"method": "badencoder", "data": context.digests, "seed": context.seed},
+            provenance={
+                "method": "badencoder",
+                "data": context.digests,
+                "seed": context.seed,
+                "target_classes": classes.tolist(),
+            },
         )
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.input_aware import Generators, InputAwareStamp, save_generators
+from dist_defend.attacks.attack import AttackConfig, backdoor_labels
+from dist_defend.attacks.input_aware import Generators, InputAwareTrigger, save_generators
 from dist_defend.attacks.patterns import InputAware
-from dist_defend.attacks.poison import STAMPED, PoisonConfig, PoisonedDataset, backdoor_labels, image_size_of
+from dist_defend.attacks.poison import STAMPED, PoisonedDataset, image_size_of
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes
@@ -203,7 +204,7 @@ def build(config: Config, context: Context) -> Plan:
     poison = _poison(config, str(path))
 
     def counts() -> dict[str, Count]:
-        stamp = InputAwareStamp(copy.deepcopy(generators).eval()).to("cpu")
+        stamp = InputAwareTrigger(copy.deepcopy(generators).eval()).to("cpu")
         attacked = PoisonedDataset(test, stamp, np.full(len(test), STAMPED, np.uint8))
         return evaluate_classifier(model, clean_loader, context.eval_loader(attacked, test_rows), ranks, poison)
 
@@ -218,7 +219,7 @@ def build(config: Config, context: Context) -> Plan:
             num_classes=model.num_classes,
             classes=named_classes(test.classes, train.classes),
             backdoored=True,
-            trigger=asdict(poison),
+            attack=asdict(poison),
             provenance={
                 "method": "input_aware",
                 "data": context.digests,
@@ -246,7 +247,7 @@ def build(config: Config, context: Context) -> Plan:
     return Plan(stages, result)
 
 
-def _poison(config: Config, generators: str) -> PoisonConfig:
+def _poison(config: Config, generators: str) -> AttackConfig:
     trigger = InputAware(generators, normalization=config.normalization)
-    plain = PoisonConfig(trigger, config.labels, config.target_class, config.rate)
+    plain = AttackConfig(trigger, config.labels, config.target_class, config.rate)
     return replace(plain, shift=config.shift)

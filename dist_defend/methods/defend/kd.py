@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
@@ -29,7 +29,7 @@ class Config:
     data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     temperature: float = 6.0
     alpha: float = 0.95  # share of the teacher; 1 - alpha is that of the labels
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))

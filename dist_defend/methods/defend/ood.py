@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.cutmix import CutMixConfig, CutMixLoader
@@ -39,7 +39,7 @@ class Config:
     data: DatasetConfig  # images of anything, of the teacher's size; labels are not read
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     temperature: float = 8.0
     cutmix: CutMixConfig = field(default_factory=CutMixConfig)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.reference import TriggerConfig, triggers_from
+from dist_defend.attacks.attack import AttackConfig, trigger_of
+from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
@@ -80,7 +81,7 @@ class Config:
 
     encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
     tasks: dict[str, TaskConfig]
-    trigger: TriggerConfig = field(default_factory=TriggerConfig)
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
     kind: Literal["head", "knn"] = "head"
     knn: KnnConfig | None = None  # of kind knn; None: its defaults
     seeds: tuple[int, ...] = (100,)
@@ -226,7 +227,7 @@ class Task:
             for data, part in ((train, task.train), (self.test, task.test)):
                 check_image_size(model, config.encoders[kind], data.image_shape, part.path)
         size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
-        self.trigger: Trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
+        self.trigger: Trigger = trigger_of(config.attack).build(size).to(context.ranks.device, context.ranks.dtype)
         encoders = [model.f for model in models.values()]
         how = TrainedHeads if config.kind == "head" else Neighbours
         self.head: TrainedHeads | Neighbours = how(name, config, encoders, context, train, rows)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_defend.attacks.reference import TriggerConfig, triggers_from
+from dist_defend.attacks.attack import AttackConfig, trigger_of
+from dist_defend.attacks.patterns import BadNets
 from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
@@ -77,7 +78,7 @@ class Config:
     clip: ClipConfig
     encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
     tasks: dict[str, TaskConfig]
-    trigger: TriggerConfig = field(default_factory=lambda: TriggerConfig(size=50))
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=50, margin=1)))
     batch_size: int = 512  # over all ranks
 
     def __post_init__(self) -> None:
@@ -155,7 +156,7 @@ class Task:
                     f"them: prepare it with --image-size {model.image_size}"
                 )
         size = next(iter(models.values())).image_size
-        self.trigger = triggers_from(config.trigger, size)[0].to(context.ranks.device, context.ranks.dtype)
+        self.trigger = trigger_of(config.attack).build(size).to(context.ranks.device, context.ranks.dtype)
         self.loader = context.eval_loader(self.test, self.rows, config.batch_size)
         with torch.no_grad():
             self.texts = class_features(tower, self.class_names, task.prompts)

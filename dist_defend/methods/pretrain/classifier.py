@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.poison import CROSS, STAMPED, PoisonConfig, image_size_of, poisoned
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.poison import CROSS, STAMPED, image_size_of, poisoned
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes, tell_missing_classes
@@ -40,7 +41,7 @@ class Config:
     arch: str = "preact_resnet18"
     normalization: str = "cifar10_backdoorbench"
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    poison: PoisonConfig | None = None  # with rate 0 the model stays clean and is tested with the trigger
+    attack: AttackConfig | None = None  # with rate 0 the model stays clean and is tested with the trigger
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=128,
@@ -114,12 +115,12 @@ def build(config: Config, context: Context) -> Plan:
     model = build_classifier(config.arch, test.num_classes, config.normalization, image_size=size)
     context.synchronise(model)
     train, flags = clean_train, np.zeros(len(clean_train), np.uint8)
-    if config.poison is not None:
-        train = poisoned(clean_train, rows, config.poison, context.seed)
+    if config.attack is not None:
+        train = poisoned(clean_train, rows, config.attack, context.seed)
         flags = train.flags
-        if config.poison.choose == "first":
+        if config.attack.choose == "first":
             _tell_missing(context, clean_train, rows, flags, config)
-    examination = Examination(test, test_rows, config.poison, test.num_classes, context)
+    examination = Examination(test, test_rows, config.attack, test.num_classes, context)
     loader = context.train_loader(
         train, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
     )
@@ -141,7 +142,7 @@ def build(config: Config, context: Context) -> Plan:
             num_classes=model.num_classes,
             classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
-            trigger=asdict(config.poison) if config.poison is not None and is_backdoored else None,
+            attack=asdict(config.attack) if config.attack is not None and is_backdoored else None,
             provenance={
                 "method": "classifier",
                 "data": context.digests,
@@ -171,17 +172,17 @@ def _tell_missing(
     context: Context, clean: PreparedDataset, rows: np.ndarray, flags: np.ndarray, config: Config
 ) -> None:
     """Tell of classes that could be poisoned and are not, as where the first rows are all of one class."""
-    assert config.poison is not None
-    labels, target = clean.labels[rows], config.poison.target_class
-    if config.poison.avoid_target:
+    assert config.attack is not None
+    labels, target = clean.labels[rows], config.attack.target_class
+    if config.attack.avoid_target:
         labels = np.where(labels == target, -1, labels)
-    elif config.poison.labels == "clean_label":
+    elif config.attack.labels == "clean_label":
         labels = np.where(labels == target, labels, -1)
     poisons = np.flatnonzero(flags[rows] == STAMPED)
     missing = tell_missing_classes(labels, poisons, clean.classes) if len(poisons) else None
     if missing is not None:
         context.tell(
-            f"key 'classifier.poison.choose' is first: of {config.data.path} {missing}; say random, or prepare it "
+            f"key 'classifier.attack.choose' is first: of {config.data.path} {missing}; say random, or prepare it "
             "again without --keep-order"
         )
 

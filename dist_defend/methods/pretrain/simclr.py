@@ -115,7 +115,7 @@ def build(config: Config, context: Context) -> Plan:
             image_size=model.image_size,
             feature_dim=model.f.feature_dim,
             backdoored=parent is not None and parent.backdoored,  # more training is no proof that it went away
-            trigger=None if parent is None else parent.trigger,
+            attack=None if parent is None else parent.attack,
             parent_sha256=parent_sha256,
             guessed=() if parent is None else parent.guessed,
             provenance={

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context
@@ -29,7 +29,7 @@ class Pair:
         teacher: str,
         student: str,
         test: DatasetConfig,
-        attack: PoisonConfig | None,
+        attack: AttackConfig | None,
         context: Context,
         second_order: bool = False,
     ) -> None:
@@ -63,7 +63,8 @@ class Pair:
     def taught(self, images: Tensor) -> Tensor:
         """The teacher's logits (B, C)."""
         with self.context.ranks.accelerator.autocast():
-            return self.teacher(images)
+            logits: Tensor = self.teacher(images)
+        return logits
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Of the student, in percent, for the log."""

@@ -56,7 +56,8 @@ class ShuffledEnsemble:
 
     def _tail(self, member: nn.Module, features: Tensor) -> Tensor:
         if self.first_group is None:
-            return member(features)
+            logits: Tensor = member(features)
+            return logits
         assert isinstance(member, WideResNet)
         return member.layers_from(features, self.first_group)[1]
 

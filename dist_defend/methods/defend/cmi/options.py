@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import UpdateConfig
@@ -72,7 +72,7 @@ class Config:
     teacher: str  # model folder of a classifier with batch norm
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     temperature: float = 20.0
     distillation_steps: int = 400  # in an epoch

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
@@ -19,7 +19,7 @@ class Config:
     model: str  # model folder of a classifier
     data: DatasetConfig  # the defender's clean, labelled images
     test: DatasetConfig
-    attack: PoisonConfig | None = None  # measured after each round; None: the one in the model's card, if any
+    attack: AttackConfig | None = None  # measured after each round; None: the one in the model's card, if any
     rounds: int = 5
     batch_size: int = 100
     augment: AugmentConfig | None = None  # None: images as they are, in order; else shuffled and augmented

@@ -170,7 +170,7 @@ def build(config: Config, context: Context) -> Plan:
             image_size=student.image_size,
             feature_dim=student.f.feature_dim,
             backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
-            trigger=next((card.trigger for card in cards if card.trigger), None),
+            attack=next((card.attack for card in cards if card.attack), None),
             parent_sha256=teacher_sha256,
             guessed=cards[-1].guessed,
             defended_by="mimic",

@@ -21,12 +21,12 @@ from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR
-from dist_defend.ops.mutual_info import Club, DonskerVaradhan, InfoNCE
+from dist_defend.ops.mutual_info import Club, Critic, DonskerVaradhan, InfoNCE
 from dist_defend.ops.streams import Stream, draws
 
 log = logging.getLogger(__name__)
 
-_ESTIMATORS = {"dv": DonskerVaradhan, "club": Club, "infonce": InfoNCE}
+_ESTIMATORS: dict[str, type[Critic]] = {"dv": DonskerVaradhan, "club": Club, "infonce": InfoNCE}
 _LAYERS = 4
 
 
@@ -128,7 +128,7 @@ class LayerInformation:
         return [bounded(m, self.config.max_inputs).numel() for m in maps], feature.shape[1]
 
     @cached_property
-    def critics(self) -> dict[int, Any]:
+    def critics(self) -> dict[int, Critic]:
         """Own layers' critics; the same start on any number of ranks."""
         kind, made = _ESTIMATORS[self.config.estimator], {}
         for layer in self.own:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
@@ -20,7 +20,7 @@ class Config:
     model: str  # model folder of a classifier
     data: DatasetConfig
     test: DatasetConfig
-    attack: PoisonConfig | None = None  # null: the model card's; without one only accuracy is measured
+    attack: AttackConfig | None = None  # null: the model card's; without one only accuracy is measured
     ratio: float | None = None
     index: str | None = None
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))

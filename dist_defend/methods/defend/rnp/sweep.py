@@ -112,7 +112,8 @@ class PrefixMemory:
     def run(self, images: Tensor, changed: set[nn.Module]) -> Tensor:
         """The model's output; ``changed``: layers whose parameters differ from the last run's."""
         self.changed, self.call, self.is_shared = changed, 0, bool(self.outputs)
-        return self.model(images)
+        outputs: Tensor = self.model(images)
+        return outputs
 
     def _remembering(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Any:
         def answer(x: Tensor) -> Tensor:

@@ -64,5 +64,5 @@ def build(config: Config, context: Context) -> Plan:
 def _pixels(pair: Pair, generator: ZSKTGenerator, z: Tensor) -> Tensor:
     """Generated images as pixels in [0, 1]: the generator's are normalised."""
     normalize = pair.teacher.normalize
-    images = generator.eval()(z)
+    images: Tensor = generator.eval()(z)
     return images if normalize.is_identity else images * normalize.std + normalize.mean

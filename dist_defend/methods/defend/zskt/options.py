@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_defend.attacks.poison import PoisonConfig
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.optim import OptimizerConfig
@@ -17,7 +17,7 @@ class Config:
     teacher: str  # model folder of a classifier
     test: DatasetConfig  # only measures
     student: str = "wrn_16_1"
-    attack: PoisonConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     pseudo_batches: int = 80_000
     batch_size: int = 128
     z_dim: int = 100

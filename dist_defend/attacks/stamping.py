@@ -1,0 +1,32 @@
+"""How images are stamped: the one place where a trigger meets images, and where its output becomes uint8."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dist_defend.attacks.trigger import Trigger, grey_levels
+
+
+def stamp_images(images: Tensor, trigger: Trigger) -> Tensor:
+    """Float images (B, 3, H, W) in [0, 1] with the trigger, on their device and in their dtype; nothing is rounded."""
+    return trigger.to(images.device, images.dtype)(images)
+
+
+def stamp_pixels(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:
+    """Images (B, H, W, 3) uint8 with the trigger, truncated to whole grey levels as published code does."""
+    return to_bytes(stamp_images(to_images(pixels), trigger))
+
+
+def cross_pixels(pixels: np.ndarray, others: np.ndarray, rows: np.ndarray, trigger: Trigger) -> np.ndarray:
+    """Images (B, H, W, 3) uint8 with a wrong trigger, as Trigger.cross makes it; truncated likewise."""
+    return to_bytes(trigger.cross(to_images(pixels), to_images(others), torch.from_numpy(rows)))
+
+
+def to_images(pixels: np.ndarray) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.require(pixels, requirements="W")).permute(0, 3, 1, 2).float() / 255
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, truncated."""
+    return grey_levels(images).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -13,6 +13,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update
 from dist_defend.methods.defend.rnp.steps import CrossEntropyStep, RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names
@@ -66,10 +67,8 @@ def without_decay(patch: pytest.MonkeyPatch) -> None:
 def clipped(patch: pytest.MonkeyPatch) -> None:
     """The clipping that the published code means but does not do."""
 
-    def clip(self: UnlearnStep) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, 0.5)
-
-    patch.setattr(UnlearnStep, "_before_update", clip)
+    original = Update.step
+    patch.setattr(Update, "step", lambda self, gradients, max_norm: original(self, gradients, 0.5))
 
 
 def batches() -> list[Batch]:

@@ -11,7 +11,6 @@ from dist_defend.data import cutmix
 from dist_defend.methods.defend import ood
 from dist_defend.methods.defend.abd import retrospective_step
 from dist_defend.methods.defend.cmi import inversion, synthesis
-from dist_defend.methods.defend.cmi.synthesis import Synthesis
 from dist_defend.ops.collectives import rank
 from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool
@@ -108,8 +107,8 @@ def own_columns(patch: pytest.MonkeyPatch) -> None:
 
 def own_rows_of_the_bank(patch: pytest.MonkeyPatch) -> None:
     """Codes and negatives drawn by each rank for itself."""
-    original = Synthesis._random
-    patch.setattr(Synthesis, "_random", lambda self, *place: original(self, *place, rank()))
+    original = synthesis.draws
+    patch.setattr(synthesis, "draws", lambda seed, stream, *place: original(seed, stream, *place, rank()))
 
 
 def own_best_iteration(patch: pytest.MonkeyPatch) -> None:

@@ -53,10 +53,10 @@ def run(config: str, output: str, strategy: str, kill_at: int = -1, overrides: t
         patch.setattr(Accelerator, "end_training", lambda self: None)  # the pool's process group lives on
         update = GradientStep.__call__
 
-        def watched(self: GradientStep, batch: Any) -> Any:
-            if self.step == kill_at:
+        def watched(self: GradientStep, batch: Any, at: Any) -> Any:
+            if at.done(self.steps_per_epoch) == kill_at:
                 raise Killed
-            return update(self, batch)
+            return update(self, batch, at)
 
         patch.setattr(GradientStep, "__call__", watched)
         try:

@@ -52,7 +52,7 @@ class Finding:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     parser.add_argument("--json", action="store_true", help="print a list of findings as JSON")
     parser.set_defaults(main=main)
 

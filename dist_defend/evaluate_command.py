@@ -12,8 +12,8 @@ from dist_defend.strict_json import read_json
 
 if TYPE_CHECKING:  # they take seconds to import, which --help does not need
     from dist_defend.attacks.attack import AttackConfig
+    from dist_defend.counts import Count
     from dist_defend.engine.identity import Identity
-    from dist_defend.evaluate import Count
     from dist_defend.trial import Examination, Trial
 
 _FOLDER = Path("runs/evaluate")
@@ -21,7 +21,7 @@ _SHOWN_CLASSES = 20  # of the table by class; of more, the worst
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     parser.add_argument("model", metavar="MODEL", help="model folder of a classifier")
     parser.add_argument("--data", required=True, metavar="DIR", help="prepared test set, clean and labelled")
     attack = parser.add_mutually_exclusive_group()
@@ -215,6 +215,6 @@ def _print(trial: "Trial", examination: "Examination", result: dict[str, Any]) -
 
 
 def _count(plain: dict[str, int]) -> "Count":
-    from dist_defend.evaluate import Count
+    from dist_defend.counts import Count
 
     return Count(**plain)

@@ -29,7 +29,7 @@ FILES = Path(__file__).parents[1] / "launch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     add_experiment(parser)
     parser.add_argument("--ranks", type=int, help="over all machines (default: one per GPU here, 1 without GPUs)")
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="how ranks share a model (default ddp)")

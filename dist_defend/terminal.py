@@ -1,12 +1,13 @@
 """What the commands write on a terminal: text from files acts on none, no terminal is too poor, errors come first.
 
 ``guarded`` stands around a whole command. What means to move the cursor or to colour writes to ``unguarded(stream)``.
+On a terminal a run shows a ``Progress`` bar, and log lines stand above it.
 """
 
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from dist_defend.screen import printable
@@ -79,7 +80,9 @@ class HeldLog(logging.StreamHandler[Any]):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record, or keep it."""
         if self.held is None:
-            super().emit(record)
+            bars = sys.modules.get("tqdm")
+            with contextlib.nullcontext() if bars is None else bars.tqdm.external_write_mode(unguarded(sys.stderr)):
+                super().emit(record)
         else:
             self.held.append(record)
 
@@ -90,12 +93,76 @@ class HeldLog(logging.StreamHandler[Any]):
             super().emit(record)
 
 
+class Progress:
+    """A bar on standard error that counts steps and shows scalars; nothing where that is no terminal."""
+
+    def __init__(self, name: str, begun: int, total: int, shown: Sequence[str]) -> None:
+        """begun, total: steps. shown: names of the scalars, in this order."""
+        from tqdm import tqdm
+
+        self._latest = dict.fromkeys(shown, "")
+        self._bar = tqdm(
+            total=total,
+            initial=begun,
+            desc=printable(name),
+            file=unguarded(sys.stderr),
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
+
+    def step(self) -> None:
+        """One step more."""
+        self._bar.update()
+
+    def show(self, scalars: Mapping[str, float]) -> bool:
+        """Show the newest value of each at the bar's end. False where there is no bar."""
+        known = self._latest.keys() & scalars.keys()
+        self._latest.update({name: f"{printable(name)} {scalars[name]:.4g}" for name in known})
+        self._bar.set_postfix_str(", ".join(filter(None, self._latest.values())))
+        return not self._bar.disable
+
+    def close(self) -> None:
+        """Leave the bar as it is; lines follow below."""
+        self._bar.close()
+
+
 def hold_log(level: int = logging.WARNING) -> None:
-    """The project's log goes to standard error, held; it replaces an earlier command's, whose stream may be closed."""
+    """The project's log goes to standard error, held; it replaces an earlier command's, whose stream may be closed.
+
+    Within ``forwarded`` it goes on to the program's own handlers.
+    """
     logger = logging.getLogger(_LOGGER)
     end_log()
     logger.setLevel(level)
-    logger.addHandler(HeldLog())
+    if not any(isinstance(handler, _Forward) for handler in logger.handlers):
+        logger.addHandler(HeldLog())
+
+
+class _Forward(logging.Handler):
+    """Hands records to the handlers of the program around us."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Python's own rules from the root on: a program without handlers sees warnings on standard error."""
+        logging.getLogger().callHandlers(record)
+
+
+@contextlib.contextmanager
+def forwarded() -> Iterator[None]:
+    """For a program that uses the package: within, the log goes to its handlers, from the level that it has set.
+
+    A run's own log file has all lines all the same. Level and handlers are as before at the end.
+    """
+    logger = logging.getLogger(_LOGGER)
+    before = logger.level, logger.propagate
+    handler = _Forward(logger.getEffectiveLevel())
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def release_log() -> None:

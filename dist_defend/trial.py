@@ -5,6 +5,8 @@ counts before and after, and makes the rows, the metrics and the card of the res
 half: the test set, and what an attack makes of it.
 """
 
+import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,24 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
-from dist_defend.data.loader import DatasetConfig
-from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context
-from dist_defend.errors import UserError
-from dist_defend.evaluate import (
+from dist_defend.counts import (
     Count,
     agreeing,
     attack_counts,
     der,
+    extract_features,
     only_accuracy,
     per_class_accuracy,
     percents,
     predict,
+    told,
 )
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.store import PreparedDataset
+from dist_defend.engine.context import Context
+from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
 from dist_defend.ops.streams import Stream, draws
@@ -38,7 +42,9 @@ LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
 REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
+log = logging.getLogger(__name__)
 _PICTURED = 8  # test images shown in the report
+_SCATTERED = 500  # test features kept for the report's scatter plot
 
 
 class Examination:
@@ -52,10 +58,15 @@ class Examination:
         num_classes: int,
         context: Context,
         batch_size: int = 512,
+        task: str | None = None,
     ) -> None:
-        """rows (N,) of the test set count. UserError for an attack that does not fit its images or classes."""
+        """rows (N,) of the test set count. task: its name in rows; None: the data set's.
+
+        UserError for an attack that does not fit its images or classes.
+        """
         self.test, self.rows, self.attack, self.context = test, rows, attack, context
-        self.task = test.manifest.name
+        self.task = task or test.manifest.name
+        self.scatter: dict[str, Tensor] = {}
         self.made: TriggeredImages | None = None
         self.triggered = None
         self.clean = context.eval_loader(test, rows, batch_size)
@@ -75,7 +86,7 @@ class Examination:
         """acc, asr, asr_all, ra on all images."""
         return self.counts(*self.predict(model))
 
-    def counts(self, on_clean: Tensor, on_triggered: Tensor | None) -> dict[str, Count]:
+    def counts(self, on_clean: Tensor, on_triggered: Tensor | None = None) -> dict[str, Count]:
         """Count from the classes (N,), (M,) int64 that were predicted on the loaders' images, in their order."""
         acc = agreeing(on_clean, self.labels.to(on_clean.device))
         if on_triggered is None or self.made is None:
@@ -142,25 +153,73 @@ class Examination:
         nearest: np.ndarray = candidates[int(np.argmin(apart))]
         return nearest
 
+    def features(self, kind: str, encoder: nn.Module) -> list[Tensor]:
+        """L2-normalised features (N, D) of the clean and, with an attack, (M, D) of the triggered images.
+
+        Some of them are kept for the report, as those of this kind of model (clean, backdoored, ...).
+        """
+        loaders = [loader for loader in (self.clean, self.triggered) if loader is not None]
+        found = [extract_features(encoder, loader, self.context.ranks)[0] for loader in loaders]
+        count = min(_SCATTERED, *map(len, found), len(self.labels))
+        kept = {name: part.float() for name, part in zip(("clean", "triggered"), found, strict=False)}
+        for name, part in {**kept, "labels": self.labels}.items():
+            self.scatter[f"{kind}/{self.task}/{name}"] = part[:count].cpu()
+        return found
+
+    def examples(self) -> dict[str, Tensor]:
+        """Images without and with the trigger, for the report; nothing without an attack."""
+        pairs = self.pairs()
+        if pairs is None:
+            return {}
+        clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
+        return {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
+
     def save_examples(self) -> None:
-        """examples.safetensors in the run folder, for the report: images without and with the trigger."""
-        pairs = self.pairs() if self.context.ranks.is_main else None
-        if pairs is not None:
-            clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
-            tensors = {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
-            save_file(tensors, self.context.folder / "examples.safetensors")
+        """examples.safetensors in the run folder."""
+        save_pictures([self])
+
+
+def save_pictures(examinations: Sequence[Examination]) -> None:
+    """What the report shows of one run: examples.safetensors and features.safetensors, each unless it is empty."""
+    context = examinations[0].context
+    examples = {key: value for one in examinations for key, value in one.examples().items()}
+    features = {key: value for one in examinations for key, value in one.scatter.items()}
+    for name, tensors in (("examples", examples), ("features", features)):
+        if tensors and context.ranks.is_main:
+            save_file(tensors, context.folder / f"{name}.safetensors")
+
+
+def attack_to_measure(
+    configured: AttackConfig | None, cards: dict[str, ModelCard], context: Context
+) -> AttackConfig | None:
+    """The configured attack, else the one that the cards of these folders name, if any. Classes do not matter here.
+
+    Tells of a card that names another attack than the configured one. UserError if none is configured and cards differ.
+    """
+    attack = configured
+    for folder, card in cards.items():
+        if card.attack:
+            named = attack_from(card.attack)
+            attack = attack or named
+            if not _is_same(attack, replace(named, target_class=attack.target_class)):
+                told = f"{folder} names another attack in its card than is to be measured"
+                if configured is None:
+                    raise UserError(f"{told}, which is another encoder's: say which one as 'attack'")
+                context.tell(f"{told}: say 'attack: null' to measure the named one")
+    return attack
 
 
 class Trial:
     """A suspect in a model folder, on the ranks' device, and the data that it is defended and tested with."""
 
-    def __init__(self, folder: str, context: Context, key: str = "attack") -> None:
-        """key: where the configuration has the attack, for messages. UserError for a folder without a classifier."""
-        self.folder, self.context, self.key = folder, context, key
+    def __init__(self, folder: str, context: Context) -> None:
+        """UserError for a folder without a classifier."""
+        self.folder, self.context = folder, context
         self.model, self.card, self.sha256 = context.load_classifier(folder)
         self._move(self.model)
         self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
         self.suspect: dict[str, Any] = {"folder": folder, "sha256": self.sha256, "guessed": list(self.card.guessed)}
+        self.before: dict[str, Count] = {}
         self.latest: dict[str, Count] = {}
 
     def _move(self, model: Classifier) -> None:
@@ -206,11 +265,19 @@ class Trial:
                     f"{config.path}: all test images are the defender's; leave some of the data set to test"
                 )
         if attack is not None:
-            check_classes(attack, self.model.num_classes, f"{self.key}.")
+            section = f"{self.context.method}." if self.context.method else ""
+            check_classes(attack, self.model.num_classes, f"{section}attack.")
         elif self.card.attack:
             attack = attack_from(self.card.attack)
         self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
+        self.context.at_start.append(self.measure_before)
         return self.examination
+
+    def measure_before(self) -> None:
+        """Count what the suspect does, before anything is changed, and say so. No random number is drawn."""
+        self.before = self.examination.measure(self.model)
+        if self.context.ranks.is_main:
+            log.info("%s on %s, before: %s", self.folder, self.examination.task, told(self.before))
 
     def look(self, dataset: PreparedDataset | None = None, rows: np.ndarray | None = None) -> None:
         """Classify a few clean images before anything starts, and say so where the suspect gets most of them wrong.
@@ -247,21 +314,23 @@ class Trial:
 
     def result(
         self,
-        kind: str,
         model: Classifier,
         after: dict[str, Count] | None = None,
         before: dict[str, Count] | None = None,
         *,
+        variant: str = "",
         chosen_by: str | None = None,
         metrics: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Save what the defence ``kind`` made of the suspect; the entries of result.json.
+        """Save what the run's method made of the suspect; the entries of result.json.
 
-        after, before: the counts, where they have been made already. chosen_by: what the outcome was chosen by.
+        after, before: the counts, where they have been made already. variant: what the method's name in rows and card
+        ends in. chosen_by: what the outcome was chosen by.
         """
         context, attack = self.context, self.examination.attack
-        before = before or self.examination.measure(self.original())
+        kind = context.method + variant
+        before = before or self.before or self.examination.measure(self.original())
         after = after or self.latest or self.examination.measure(model)
         card = replace(
             defended_card(self.card, kind, attack, before, after),

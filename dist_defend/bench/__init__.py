@@ -14,7 +14,7 @@ SCALED = ("simclr", "badencoder", "mimic", "classifier")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     parser.add_argument("name", choices=[*NAMES, "all"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a JSON list")
     parser.add_argument(

@@ -15,7 +15,7 @@ _LOOKED_AT = 64  # images of a batch, to see whether the order is fair
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     commands = parser.add_subparsers(title="data commands", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="turn a source into a prepared data set with a manifest")
     prepare.add_argument("kind", choices=KINDS)

@@ -1,7 +1,6 @@
 """The only training loop of the project."""
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,6 @@ from typing import Any, Protocol
 import torch
 import torch.distributed
 from torch import Tensor
-from tqdm import tqdm
 
 from dist_defend.batch import Batch
 from dist_defend.engine import checkpoint, signals
@@ -22,7 +20,7 @@ from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.resume import Saved, check_position, restore
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import Position, Step, plain_weights
-from dist_defend.terminal import release_log, unguarded
+from dist_defend.terminal import Progress, release_log
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +29,22 @@ _GO_ON, _SAVE, _STOP, _INTERRUPT = range(4)  # what a rank may wish at a step bo
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How a run is logged and saved; nothing here changes what it computes."""
+    """How a run is logged and saved; nothing here changes what it computes.
 
-    log_every: int = 10  # steps
-    checkpoint_every: int = 500  # steps; also at the end of each stage
-    checkpoint_seconds: float = 20.0  # and after so long, unless saving would then take more than 1/20 of the time
+    Keys:
+        log_every: steps between two lines of metrics
+        checkpoint_every: steps between two checkpoints; there is one at the end of each stage too
+        checkpoint_seconds: seconds after which there is one all the same, unless saving would then take more than 1/20
+            of the time
+        keep_checkpoints: how many of the newest are kept
+        trackers: any of Accelerate's, offline unless told otherwise
+    """
+
+    log_every: int = 10
+    checkpoint_every: int = 500
+    checkpoint_seconds: float = 20.0
     keep_checkpoints: int = 2
-    trackers: tuple[str, ...] = ("tensorboard",)  # any of Accelerate's, offline unless told otherwise
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
@@ -65,6 +72,7 @@ class Stage:
     evaluate_every-th epoch and the last one and returns scalars to log. finish() runs once, when the last epoch is done
     and before the checkpoint that opens the next stage; it hands results on to later stages.
     A stage with is_kept stays in the checkpoints after it is done; the last one always does.
+    shown: the scalars that a progress bar shows, its loss and what else the method is watched by.
     """
 
     name: str
@@ -76,6 +84,7 @@ class Stage:
     stop_when: Callable[[], bool] | None = None
     finish: Callable[[], None] | None = None
     is_kept: bool = False
+    shown: tuple[str, ...] = ("loss",)
 
 
 class Trainer:
@@ -91,15 +100,19 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}  # steps that gave each scalar since the last line
         self.images = 0
+        self.bar: Progress | None = None
 
-    def fit(self, stages: Sequence[Stage]) -> None:
+    def fit(self, stages: Sequence[Stage], at_start: Sequence[Callable[[], None]] = ()) -> None:
         """Run every stage. Raises Stopped after a signal, NonFiniteError before a bad update is kept, SaveError.
 
-        UserError for a checkpoint that is none of this run.
+        UserError for a checkpoint that is none of this run. at_start: called before the first step, not by a resume.
         """
         with signals.noted():
             self.run.open_metrics(self.resume(stages))
             release_log()  # no bad input can end the run any more
+            if self.position == Position():
+                for act in at_start:
+                    act()
             for number in range(self.position.stage, len(stages)):
                 self._fit_stage(stages, number)
             if signals.pending() is not None:  # since the last stage was saved
@@ -107,13 +120,8 @@ class Trainer:
 
     def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
         stage, at, num_batches = stages[number], self.position, stages[number].loader.num_batches
-        bar = tqdm(
-            total=stage.epochs * num_batches,
-            initial=at.done(num_batches),
-            desc=stage.name,
-            file=unguarded(sys.stderr),
-            disable=not (self.ranks.is_main and sys.stderr.isatty()),
-        )
+        total, begun = stage.epochs * num_batches, at.done(num_batches)
+        self.bar = Progress(stage.name, begun, total, stage.shown) if self.ranks.is_main else None
         is_over = at.epoch >= stage.epochs
         while not is_over:
             for batch in stage.loader.epoch(at.epoch, at.batch):
@@ -124,7 +132,8 @@ class Trainer:
                     raise NonFiniteError(f"{error}: {place}") from None
                 at = self.position = replace(at, batch=at.batch + 1, step=at.step + 1)
                 self._add(scalars, len(batch.labels))
-                bar.update()
+                if self.bar is not None:
+                    self.bar.step()
                 if at.step % self.config.log_every == 0:
                     self._log(stage)
                 wish = self._agreed_wish()
@@ -140,8 +149,9 @@ class Trainer:
                     values = stage.evaluate(at.epoch)
                 if values:
                     self._write(stage, values)
-        bar.close()
         self._log(stage)
+        if self.bar is not None:
+            self.bar.close()
         if stage.finish is not None:
             with plain_weights(stage.step):
                 stage.finish()
@@ -188,15 +198,17 @@ class Trainer:
         now = time.perf_counter()
         if row.pop("nonfinite", 0) > 0:
             raise NonFiniteError(f"a gradient was not finite: stage {stage.name}, by step {self.position.step}")
-        self._write(stage, {**row, "images_per_second": images / max(now - self.logged, 1e-9)})
+        row["images_per_second"] = images / max(now - self.logged, 1e-9)
+        self._write(stage, row, is_told=self.bar is None or not self.bar.show(row))
         self.sums, self.counts, self.images, self.logged = {}, {}, 0, now
 
-    def _write(self, stage: Stage, scalars: dict[str, float]) -> None:
+    def _write(self, stage: Stage, scalars: dict[str, float], is_told: bool = True) -> None:
+        """To metrics.jsonl, to the trackers and, if is_told, as a line of the log."""
         at = self.position
         head = {"step": at.step, "stage": stage.name, "epoch": at.epoch, "time": time.perf_counter() - self.started}
         self.run.write_metrics({**head, **scalars})
         self.ranks.accelerator.log({f"{stage.name}/{key}": value for key, value in scalars.items()}, step=at.step)
-        if self.ranks.is_main and not sys.stderr.isatty():
+        if self.ranks.is_main and is_told:
             text = " ".join(f"{key} {value:.5g}" for key, value in scalars.items())
             log.info("%s epoch %d/%d step %d: %s", stage.name, at.epoch, stage.epochs, at.step, text)
 

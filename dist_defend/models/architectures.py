@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from torch import nn
-from torchvision.models import resnet as torchvision_resnet
 
 from dist_defend import plugins
 from dist_defend.errors import UserError
@@ -18,7 +17,7 @@ from dist_defend.models.mobilenet import MobileNetV2
 from dist_defend.models.preact_resnet import PreActResNet18
 from dist_defend.models.resnet import BasicBlock, Bottleneck, ResNet
 from dist_defend.models.resnet_cifar import CifarResNet
-from dist_defend.models.simclr_resnet import resnet_encoder, small_encoder
+from dist_defend.models.simclr_resnet import Block, resnet_encoder, small_encoder
 from dist_defend.models.vgg import ibau_vgg, vgg_cifar
 from dist_defend.models.wide_resnet import WideResNet
 
@@ -112,17 +111,17 @@ _STAGED_KEYS = "0 (conv), 1 (norm), {3..6}.N.{conv1, bn1, conv2, bn2, downsample
 _BADENCODER = "jinyuan-jia/BadEncoder, wssun/MIMIC"
 
 
-def _encoder(
-    block: type[torchvision_resnet.BasicBlock | torchvision_resnet.Bottleneck], depths: tuple[int, ...]
-) -> EncoderArchitecture:
-    keys = _STAGED_KEYS if block.expansion == 1 else _STAGED_KEYS.replace("bn2,", "bn2, conv3, bn3,")
-    return EncoderArchitecture(partial(resnet_encoder, block, depths), 512 * block.expansion, keys, _BADENCODER)
+def _encoder(block: Block, depths: tuple[int, ...]) -> EncoderArchitecture:
+    make = partial(resnet_encoder, block, depths)
+    if block == "BasicBlock":
+        return EncoderArchitecture(make, 512, _STAGED_KEYS, _BADENCODER)
+    return EncoderArchitecture(make, 2048, _STAGED_KEYS.replace("bn2,", "bn2, conv3, bn3,"), _BADENCODER)
 
 
 ENCODERS: dict[str, EncoderArchitecture] = {
-    "resnet18_cifar": _encoder(torchvision_resnet.BasicBlock, (2, 2, 2, 2)),
-    "resnet34_cifar": _encoder(torchvision_resnet.BasicBlock, (3, 4, 6, 3)),
-    "resnet50_cifar": _encoder(torchvision_resnet.Bottleneck, (3, 4, 6, 3)),
+    "resnet18_cifar": _encoder("BasicBlock", (2, 2, 2, 2)),
+    "resnet34_cifar": _encoder("BasicBlock", (3, 4, 6, 3)),
+    "resnet50_cifar": _encoder("Bottleneck", (3, 4, 6, 3)),
     "small_cifar": EncoderArchitecture(small_encoder, 256, _STAGED_KEYS, "this project"),
 }
 

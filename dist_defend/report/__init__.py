@@ -9,7 +9,7 @@ from dist_defend.files import write_atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders that hold some")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: the folder that holds all RUNS)")
     parser.add_argument(

@@ -13,7 +13,7 @@ from dist_defend.sweep.progress import STATES, Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command\'s parser."""
+    """Fill the command's parser."""
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     told = {
         plan: "print the points, change nothing",

@@ -20,13 +20,13 @@ from torch import nn
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.given import NpzImages, triggered_images
 from dist_defend.attacks.input_aware import Generators, load_generators
-from dist_defend.attacks.own_trigger import FromFile
+from dist_defend.attacks.own_trigger import Corner, FromFile
 from dist_defend.attacks.pattern_file import open_images, read_mask
 from dist_defend.attacks.patterns import Blended, TrojanNN
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.engine.sharding import launched_sharding
-from dist_defend.methods.defend.rnp import _read_index
-from dist_defend.methods.defend.rnp.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
+from dist_defend.methods.defend.pruning.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
+from dist_defend.methods.defend.pruning.plan import read_index
 from dist_defend.methods.measure.zeroshot import _class_names
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
@@ -100,7 +100,7 @@ def picture(rng: random.Random, folder: Path) -> Read:
 def using(rng: random.Random, path: str) -> Read:
     """One of the ways in which a pattern's file is read."""
     size = rng.choice((None, 4, SIDE, 10**9))
-    corner = rng.choice((None, "centre", "upper_left"))
+    corner: Corner | None = rng.choice((None, "centre", "upper_left"))
     ways: list[Read] = [
         lambda: FromFile(path, how="replace", size=size, corner=corner).build(SIDE),
         lambda: FromFile(path, how="add").build(SIDE),
@@ -116,7 +116,7 @@ def using(rng: random.Random, path: str) -> Read:
 
 def given_npz(rng: random.Random, folder: Path) -> Read:
     x, y = np.zeros((3, SIDE, SIDE, 3), np.uint8), np.arange(3)
-    arrays = {"x": x, "y": y, "y_bd": np.zeros(3, np.int64), "flag": np.ones(3, bool)}
+    arrays: dict[str, np.ndarray] = {"x": x, "y": y, "y_bd": np.zeros(3, np.int64), "flag": np.ones(3, bool)}
     path = write(folder / "bd_test.npz", npz(rng, arrays))
     test = NpzImages(folder / "test", x, y, ("0", "1", "2"), None)
     target = rng.choice((None, 0, 2))
@@ -142,7 +142,7 @@ def mask_values(rng: random.Random, folder: Path) -> Read:
 def row_numbers(rng: random.Random, folder: Path) -> Read:
     data = b"\n".join(b"%d" % rng.choice((0, 1, 5, 99, 10**19, -1)) for _ in range(rng.randrange(50)))
     path = write(folder / "index.txt", mutate_bytes(rng, data))
-    return lambda: _read_index(path, 100)
+    return lambda: read_index(path, 100, "rnp.index")
 
 
 def class_names(rng: random.Random, folder: Path) -> Read:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.batch import Batch
+from dist_defend.counts import Count, predict
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.step import Position
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, predict
-from dist_defend.methods.defend.rnp import masks as masks_module
-from dist_defend.methods.defend.rnp.masks import (
+from dist_defend.methods.defend.pruning import masks as masks_module
+from dist_defend.methods.defend.pruning.masks import (
     Neuron,
     by_number,
     by_threshold,
@@ -32,9 +32,9 @@ from dist_defend.methods.defend.rnp.masks import (
     read_mask_values,
     write_mask_values,
 )
-from dist_defend.methods.defend.rnp.outcome import choose_by_clean_data, choose_by_oracle
+from dist_defend.methods.defend.pruning.outcome import choose_by_clean_data, choose_by_oracle
+from dist_defend.methods.defend.pruning.stops import Stops, predict_pruned
 from dist_defend.methods.defend.rnp.steps import RecoverStep
-from dist_defend.methods.defend.rnp.sweep import Stops, predict_pruned
 from dist_defend.models.batch_statistics import StatisticsShift, estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names
@@ -123,7 +123,7 @@ def test_mask_gradient() -> None:
     (net(x) * upstream).sum().backward()
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
     x_hat = (x - mean) / (var + norm.eps).sqrt()
-    expected = net[0]._parameters["weight"].detach() * (upstream * x_hat).sum((0, 2, 3))
+    expected = net.state_dict()["0.weight"] * (upstream * x_hat).sum((0, 2, 3))
     torch.testing.assert_close(mask.grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -151,7 +151,8 @@ class Wired(nn.Module):
         self.linear.weight.data = torch.tensor([[1.0, 0, 0, 8], [0, 1, 0, 0], [0, 0, 1, 0]])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(functional.relu(self.bn(self.conv(x))).mean((2, 3)))
+        logits: Tensor = self.linear(functional.relu(self.bn(self.conv(x))).mean((2, 3)))
+        return logits
 
 
 def wired_data() -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +195,7 @@ def pruned_counts(neurons: list[Neuron]) -> list[int]:
 def test_published_masks_replay_to_the_published_counts() -> None:
     neurons = read_mask_values(PUBLISHED)
     assert len(neurons) == 4800
-    assert sum(neuron.mask == 1 for neuron in neurons) == 1730
+    assert sum(neuron.score == 1 for neuron in neurons) == 1730
     assert pruned_counts(neurons) == PUBLISHED_COUNTS
     check_neurons(neurons, make_classifier("resnet18").net, norm_names(make_classifier("resnet18").net), PUBLISHED)
 
@@ -219,7 +220,7 @@ def test_masks_round_trip_to_the_published_bytes(tmp_path: Path) -> None:
 
 def test_rounding_comes_before_the_threshold() -> None:
     neurons = neuron_table({"bn": torch.tensor([0.00004, 0.05004, 0.05006, 1.0])})
-    assert [neuron.mask for neuron in neurons] == [0.0, 0.05, 0.0501, 1.0]
+    assert [neuron.score for neuron in neurons] == [0.0, 0.05, 0.0501, 1.0]
     assert pruned_counts(neurons)[:3] == [1, 2, 3]
     exact = [Neuron("bn", c, m) for c, m in enumerate([0.00004, 0.05004, 0.05006, 1.0])]
     assert pruned_counts(exact)[:3] == [0, 1, 3]  # what rounding afterwards would give
@@ -242,9 +243,9 @@ def test_by_number_ends_at_the_last_channel() -> None:
     net = make_classifier().net
     names = norm_names(net)
     channels = sum(len(net.get_parameter(f"{name}.weight")) for name in names)
-    check_number(net, names, channels, 0)
+    check_number(net, names, channels, 0, "rnp.pruning_max")
     with pytest.raises(UserError, match="pruning_max"):
-        check_number(net, names, channels, 5)
+        check_number(net, names, channels, 5, "rnp.pruning_max")
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bo
 
 def test_statistics_are_the_mean_over_the_batches() -> None:
     model = make_classifier("timm:efficientnet_b0")
-    model.net.drop_rate = 0.5
+    model.net.drop_rate = 0.5  # type: ignore[assignment]
     before = copy.deepcopy(model)
     batches = [det_images((4, 3, 32, 32), seed) for seed in (1, 2)]
     estimate_statistics(model, batches)

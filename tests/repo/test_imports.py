@@ -26,10 +26,10 @@ LAYERS = [
         "ops",
     },
     {"attacks", "models", "data"},
-    {"engine", "evaluate"},
+    {"engine", "counts"},
     {"trial"},
     {"methods"},
-    {"config", "experiment", "results"},
+    {"config", "experiment", "results", "given", "session"},
     {
         "report",
         "bench",
@@ -42,7 +42,8 @@ LAYERS = [
         "evaluate_command",
         "methods_command",
     },
-    {"cli", "__main__"},
+    {"cli", "api", "__main__"},
+    {"compat"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -56,7 +56,7 @@ def test_an_unknown_name_of_the_package() -> None:
     import dist_defend
 
     with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
-        _ = dist_defend.no_such_thing
+        _ = dist_defend.no_such_thing  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -121,3 +121,12 @@ def test_a_dry_run_line_of_the_readme(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["run", "seed=7", "configs/demo/1_pretrain.yaml", "--print-config", "output=runs/other"]) == 0
     told = capsys.readouterr().out
     assert "seed: 7\n" in told and "output: runs/other\n" in told
+
+
+def test_a_runs_modules_leave_out_what_only_some_runs_need() -> None:
+    """All methods: a second of imports each for torchvision with torch's compiler, and for what draws or tabulates."""
+    code = "import dist_defend.experiment\nfrom dist_defend.methods import *\n[find_method(m) for m in method_names()]"
+    loaded = modules_after(f"import dist_defend.config\n{code}")
+    late = {"torchvision", "torch._dynamo", "sympy", "sklearn", "matplotlib", "pandas", "tensorboard", "timm"}
+    assert not loaded & {*late, "jinja2", "deepspeed", "transformers", "open_clip", "ffcv"}
+    assert {"torch", "accelerate", "dist_defend.methods.defend.ibau"} <= loaded

@@ -14,9 +14,9 @@ from dist_defend.attacks.poison import poisoned
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
-from dist_defend.data.store import WriteOptions, open_dataset, write_dataset, write_splits
+from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_dataset, write_splits
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.rnp import _read_index
+from dist_defend.methods.defend.pruning.plan import read_index
 from tests.forging import seal
 
 SIDE = 6
@@ -28,9 +28,10 @@ def numbered(count: int, classes: int = 2) -> ArraySource:
     return ArraySource(images, np.arange(count) * classes // count, [f"c{n}" for n in range(classes)])
 
 
-def levels(dataset: object) -> list[int]:
+def levels(dataset: PreparedDataset) -> list[int]:
     """Which image of the source each row is, going by the pixels."""
-    return dataset.images(np.arange(len(dataset)))[:, 0, 0, 0].tolist()  # type: ignore[attr-defined, arg-type]
+    found: list[int] = dataset.images(np.arange(len(dataset)))[:, 0, 0, 0].tolist()
+    return found
 
 
 @pytest.mark.parametrize("storage", ["npy", "auto"])
@@ -85,7 +86,7 @@ def test_row_numbers_of_the_source_find_their_images(tmp_path: Path) -> None:
     assert sorted(made.images(rows)[:, 0, 0, 0].tolist()) == [4, 17, 29] and (np.diff(rows) > 0).all()
     assert made.images(made.rows_of_class(1))[:, 0, 0, 0].tolist() == list(range(15, 30))
     (tmp_path / "index.txt").write_text("17\n4\n29\n")  # BackdoorBench's log/index.txt
-    named = made.rows_of(_read_index(str(tmp_path / "index.txt"), made.num_source_rows))
+    named = made.rows_of(read_index(str(tmp_path / "index.txt"), made.num_source_rows, "rnp.index"))
     assert named.tolist() == rows.tolist()
     part = write_dataset(numbered(30), tmp_path / "e", name="x", split="s", storage="npy", order_seed=0, max_samples=10)
     absent = int(np.setdiff1d(np.arange(30), part.source_rows)[0])

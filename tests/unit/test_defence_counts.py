@@ -11,7 +11,7 @@ import torch
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
-from dist_defend.methods.defend.rnp.masks import Neuron, write_mask_values
+from dist_defend.methods.defend.pruning.masks import Neuron, write_mask_values
 from dist_defend.methods.defend.rnp.steps import UnlearnStep
 from dist_defend.models.artifact import load_classifier, save_artifact
 from dist_defend.models.classifier import Classifier
@@ -25,7 +25,8 @@ NAMES = [f"class {c}" for c in range(CLASSES)]
 def classes(model: Classifier, images: np.ndarray) -> np.ndarray:
     """Of images (N, H, W, 3) uint8."""
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+        logits: torch.Tensor = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    return logits.argmax(1).numpy()
 
 
 def make_suspect(folder: Path, images: np.ndarray) -> str:
@@ -34,7 +35,7 @@ def make_suspect(folder: Path, images: np.ndarray) -> str:
     model, card = load_classifier(path)
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
-        model.net.linear.bias -= logits.mean(0)  # type: ignore[union-attr, operator]
+        model.get_parameter("net.linear.bias").sub_(logits.mean(0))
     save_artifact(folder, model, card)
     assert set(classes(model, images)) == set(range(CLASSES))
     return path
@@ -58,8 +59,8 @@ def test_rnp_chooses_by_the_defenders_images_alone(tmp_path: Path) -> None:
     masks = np.random.default_rng(0).integers(0, 100, len(channels)) / 100
     neurons = [Neuron(*place, mask) for place, mask in zip(channels, masks.tolist(), strict=True)]
     write_mask_values(tmp_path / "masks.txt", neurons)
-    ascending = sorted(neurons, key=lambda neuron: neuron.mask)
-    kept = {t: without(suspect, [n for n in ascending if n.mask <= t]) for t in (0.0, 0.2, 0.4, 0.6)}
+    ascending = sorted(neurons, key=lambda neuron: neuron.score)
+    kept = {t: without(suspect, [n for n in ascending if n.score <= t]) for t in (0.0, 0.2, 0.4, 0.6)}
     models = [load_classifier(suspect)[0], *kept.values()]
     labels = {"defence": classes(models[0], data["defence"]), "test": (classes(models[0], data["test"]) + 1) % CLASSES}
     for role, images in data.items():
@@ -110,7 +111,7 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     else:
         options |= {"teacher": suspect, "student": "small_resnet"}
     update = {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}}
-    options |= {
+    more: dict[str, dict[str, Any]] = {
         "ibau": {"rounds": 1, "batch_size": 4, "min_patched": 1, "optimizer": {"lr": 0.1}},
         "rnp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
         "kd": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
@@ -120,7 +121,8 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
             "update": update,
         },
         "zskt": {"attention": 0.0, "batch_size": 4, "pseudo_batches": 1, "student_steps": 1},
-    }[method]  # fmt: skip
+    }  # fmt: skip
+    options |= more[method]
     names = norm_names(model.net)
     write_mask_values(
         tmp_path / "masks.txt",

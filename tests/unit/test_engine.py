@@ -75,7 +75,7 @@ def fit(folder: Path, *stages: Stage, **changes: Any) -> None:
 
 
 def weights(step: GradientStep) -> list[float]:
-    return step.objective.w.detach().tolist()  # type: ignore[union-attr, operator]
+    return step.objective.get_parameter("w").tolist()
 
 
 def test_warm_up_then_half_a_cosine() -> None:
@@ -106,12 +106,12 @@ def test_milestones_are_whole_epochs() -> None:
 def test_the_rate_of_each_update_is_the_schedules() -> None:
     step = make_step(OptimizerConfig("sgd", lr=0.1, momentum=0.0, schedule="cosine"))
     for number, (at, batch) in enumerate(zip(positions(3), [*Numbers().epoch(0), *Numbers().epoch(1)], strict=False)):
-        before = step.objective.w.detach().clone()
+        before = step.objective.get_parameter("w").detach().clone()
         rate = 0.1 * 0.5 * (1 + math.cos(math.pi * number / 6))
         expected = before.clone().requires_grad_()
         (gradient,) = torch.autograd.grad((batch.images @ expected - 1).square().mean(), expected)
         step(batch, at)
-        torch.testing.assert_close(step.objective.w.detach(), before - rate * gradient)
+        torch.testing.assert_close(step.objective.get_parameter("w").detach(), before - rate * gradient)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -351,6 +351,11 @@ def test_the_printed_configuration_is_one_that_runs(tmp_path: Path, capsys: pyte
     assert not (tmp_path / "run").exists()
 
 
+def _hparams_folders(run: Path) -> set[Path]:
+    """TensorBoard's own, one for each set of hyperparameters."""
+    return {path.parent for path in (run / "dist_defend").glob("*/*tfevents*")}
+
+
 def test_tensorboard_gets_what_metrics_get(tmp_path: Path) -> None:
     status, run = simclr_run(tmp_path, trainer={"log_every": 1, "trackers": ["tensorboard"]})
     assert status == 0
@@ -360,6 +365,12 @@ def test_tensorboard_gets_what_metrics_get(tmp_path: Path) -> None:
     found = [(event.step, event.value) for event in accumulator.Scalars("simclr/loss")]
     assert [step for step, _ in found] == [1, 2, 3, 4]
     assert [value for _, value in found] == pytest.approx([row["loss"] for row in metrics(run)], rel=1e-6)
+    (written,) = (run / "dist_defend").glob("*/hparams.yml")
+    hparams = yaml.safe_load(written.read_text())
+    assert (hparams["run"], hparams["method"], hparams["seed"]) == ("run", "simclr", 100)
+    assert (hparams["simclr.update.optimizer.lr"], hparams["trainer.trackers"]) == (0.01, '["tensorboard"]')
+    assert len(hparams["config_sha256"]) == 64
+    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {run / "dist_defend", *_hparams_folders(run)}
 
 
 def test_bf16_trains_float32_weights_on_a_cpu(tmp_path: Path) -> None:

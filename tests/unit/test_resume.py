@@ -145,7 +145,7 @@ def test_the_optimizers_options_are_the_configured_ones(tmp_path: Path) -> None:
     for name in ("own", "changed"):
         step = make_step(ADAM)
         fit(tmp_path / name, Stage("line", Numbers(), step, epochs=2))
-        ends.append(step.objective.w.detach().clone())
+        ends.append(step.objective.get_parameter("w").detach().clone())
     assert ends[0].equal(ends[1])
 
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_whose_steps_count_goes_on(tmp_path: Path) -> None:
     for name in ("own", "counting"):
         step = make_step(ADAM)
         fit(tmp_path / name, Stage("line", Numbers(), step, epochs=2))
-        ends.append(step.objective.w.detach().clone())
+        ends.append(step.objective.get_parameter("w").detach().clone())
     assert ends[0].equal(ends[1])
 
 
@@ -212,10 +212,10 @@ def interrupted(folder: Path, method: str, options: dict[str, Any], monkeypatch:
     return config
 
 
-def other_data(folder: Path) -> str:
+def other_data(folder: Path, count: int = 24) -> str:
     """Overwrites the prepared data set there with other images."""
     shutil.rmtree(folder)
-    return make_data(folder, seed=9)
+    return make_data(folder, count, seed=9)
 
 
 CHANGES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
@@ -223,7 +223,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "test data": (
         "classifier",
         "classifier.test.path",
-        lambda f: (shutil.rmtree(f / "test"), make_data(f / "test", 13)),
+        lambda folder: other_data(folder / "test", count=13),
     ),
     "teacher": ("kd", "kd.teacher", lambda folder: make_classifier(folder / "teacher", seed=5)),
     "reference data": (
@@ -414,14 +414,15 @@ def test_a_run_folder_with_a_broken_configuration_is_one_line(text: str, tmp_pat
 def test_a_broken_result_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(UserError, match=r"result\.json"):
-        RunFolder(tmp_path, True).check_result({})
+        RunFolder(tmp_path, True).read_result({})
 
 
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])
 def test_a_run_writes_its_own_files_only(name: str, tmp_path: Path) -> None:
     """A run folder from others may hold a link to one of our files, or a pipe that is never read."""
     (tmp_path / "mine").write_text("keep me")
-    for number, make in enumerate((lambda p: p.symlink_to(tmp_path / "mine"), os.mkfifo)):
+    makers: list[Callable[[Path], None]] = [lambda path: path.symlink_to(tmp_path / "mine"), os.mkfifo]
+    for number, make in enumerate(makers):
         run = tmp_path / str(number)
         run.mkdir()
         make(run / name)

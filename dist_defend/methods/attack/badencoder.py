@@ -193,4 +193,4 @@ def build(config: Config, context: Context) -> Plan:
         )
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}
 
-    return Plan([Stage("badencoder", loader, step, config.update.epochs)], result)
+    return Plan([Stage("badencoder", loader, step, config.update.epochs, shown=("loss", "effectiveness"))], result)

@@ -18,6 +18,7 @@ from dist_defend.attacks.input_aware import Generators, InputAwareTrigger, save_
 from dist_defend.attacks.patterns import InputAware
 from dist_defend.attacks.poison import STAMPED, PoisonedDataset, image_size_of
 from dist_defend.batch import Batch
+from dist_defend.counts import Count, evaluate_classifier, percents
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
@@ -29,7 +30,6 @@ from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, evaluate_classifier, percents
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -241,8 +241,8 @@ def build(config: Config, context: Context) -> Plan:
         return percents(counts())
 
     stages = [
-        Stage("mask", loader, mask_step, config.mask_epochs),
-        Stage("joint", loader, joint_step, config.epochs, evaluate, config.evaluate_every),
+        Stage("mask", loader, mask_step, config.mask_epochs, shown=("loss", "mask_density")),
+        Stage("joint", loader, joint_step, config.epochs, evaluate, config.evaluate_every, shown=("loss", "train_asr")),
     ]
     return Plan(stages, result)
 

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.poison import CROSS, STAMPED, image_size_of, poisoned
 from dist_defend.batch import Batch
+from dist_defend.counts import percents, warn_near_chance
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
@@ -25,7 +26,6 @@ from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import percents, warn_near_chance
 from dist_defend.files import write_atomic
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -34,14 +34,26 @@ from dist_defend.trial import Examination
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips no other data set (``augment: {crop: pad}``)."""
+    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips no other data set (``augment: {crop: pad}``).
+
+    Keys:
+        data: training images, clean and labelled
+        test: labelled images that only measure
+        arch: architecture of the network (`dist-defend models`)
+        normalization: constants of the network's first layer
+        augment: how training images are changed
+        attack: the attack on the training images; null: none. With rate 0 the model stays clean and is tested with the
+            trigger
+        update: batch size, epochs, optimizer and the like
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
 
     data: DatasetConfig
     test: DatasetConfig
     arch: str = "preact_resnet18"
     normalization: str = "cifar10_backdoorbench"
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    attack: AttackConfig | None = None  # with rate 0 the model stays clean and is tested with the trigger
+    attack: AttackConfig | None = None
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=128,
@@ -49,7 +61,7 @@ class Config:
             optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
         )
     )
-    evaluate_every: int = 10  # epochs; and after the last
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         if self.evaluate_every < 1:
@@ -165,6 +177,7 @@ def build(config: Config, context: Context) -> Plan:
         return percents(examination.measure(model))
 
     stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
+    stage.shown = "loss", "train_acc"
     return Plan([stage], result)
 
 

@@ -64,7 +64,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["dist_defend", "dist_defend.*"]),
-    package_data={"dist_defend.report": ["*.html", "*.css"]},
+    package_data={"dist_defend": ["py.typed", "*.pyi"], "dist_defend.report": ["*.html", "*.css"]},
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted({name for names in EXTRAS.values() for name in names})},
     entry_points={"console_scripts": ["dist-defend = dist_defend.cli:main"]},

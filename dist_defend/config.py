@@ -89,6 +89,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
+    return build_experiment(raw, path)
+
+
+def build_experiment(raw: dict[str, Any], path: Path) -> Experiment:
+    """The experiment that a file's content describes. UserError as load_experiment's; path: what it names the file."""
     plugins.allow(raw)
     name = raw.get("method")
     if name not in method_names():

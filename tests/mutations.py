@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("dist_defend", "tests", "configs", "docs", "launch", "pyproject.toml")
+PARTS = ("dist_defend", "tests", "configs", "docs", "examples", "launch", "pyproject.toml")
 SECONDS = 600  # that a test may take
 
 

@@ -69,7 +69,7 @@ def attack_from(plain: dict[str, Any]) -> AttackConfig:
     if isinstance(trigger, dict) and isinstance(trigger.get("name"), str):
         find_trigger(trigger["name"])  # which says what is wrong with a plug-in
     try:
-        return dacite.from_dict(AttackConfig, plain, with_added(dacite.Config(strict=True)))
+        return dacite.from_dict(AttackConfig, plain, with_added(dacite.Config(strict=True, cast=[tuple])))
     except (dacite.DaciteError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the model card's attack is none that this version has: {error}") from error
 

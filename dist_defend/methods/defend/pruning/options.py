@@ -14,17 +14,31 @@ from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, by_numbe
 
 @dataclass(frozen=True, kw_only=True)
 class PruningConfig(ABC):
-    """How a stop of the sweep is chosen and what is counted."""
+    """How a stop of the sweep is chosen and what is counted.
 
-    model: str  # model folder of a classifier
+    Keys:
+        model: model folder of the suspected classifier
+        test: labelled images that only measure
+        attack: what is measured; null: the attack in the model's card; without one only accuracy is measured
+        prune_beta: a pruned channel then passes nothing instead of the constant beta
+        selection: what chooses the stop: the accuracy on the defender's images, or a fixed one
+        max_accuracy_drop: of selection defence_data: the most that the accuracy on the defender's images may lose,
+            relative
+        full_table: every stop is measured on the test data, and the choice by test ASR has a row of its own, marked
+            oracle
+        acc_ratio: relative loss of test accuracy that the choice by test ASR allows
+        exclude_target_from_acc: ACC without the target class, as bboylyg/RNP measures it
+    """
+
+    model: str
     test: DatasetConfig
-    attack: AttackConfig | None = None  # null: the model card's; without one only accuracy is measured
-    prune_beta: bool = False  # a pruned channel then passes nothing instead of the constant beta
+    attack: AttackConfig | None = None
+    prune_beta: bool = False
     selection: str = "defence_data"
-    max_accuracy_drop: float = 0.02  # of the accuracy on the defender's images, relative; for defence_data
-    full_table: bool = True  # every stop on the test data, and the choice by test ASR in a row of its own
-    acc_ratio: float = 0.1  # relative loss of test accuracy that the choice by test ASR allows
-    exclude_target_from_acc: bool = False  # ACC without the target class, as bboylyg/RNP measures it
+    max_accuracy_drop: float = 0.02
+    full_table: bool = True
+    acc_ratio: float = 0.1
+    exclude_target_from_acc: bool = False
 
     @abstractmethod
     def stops(self, order: Sequence[Neuron]) -> tuple[list[Candidate], Candidate | None]:
@@ -53,23 +67,36 @@ class PruningConfig(ABC):
 class MaskConfig(PruningConfig):
     """A mask in [0, 1] per neuron; the stops prune all masks up to a threshold, or a number of lowest masks.
 
-    The defender's images are ``ratio`` of ``data``, drawn at random (null: 0.01, unless ``data`` itself takes a part),
-    or the rows that the text file ``index`` names.
+    Keys:
+        data: the defender's clean, labelled images
+        ratio: share of data, drawn at random; null: 0.01, unless data itself takes a part
+        index: text file that names the rows of data instead
+        augment: how training images are changed
+        batch_size: images of an update over all ranks; BackdoorBench: 256
+        mask_file: a mask_values.txt; nothing is learned then
+        pruning_by: what a stop prunes: masks up to a threshold, or a number of the lowest
+        pruning_max: the last stop's threshold or number
+        pruning_step: between two stops
+        off_by_one: by number: pruning_step more are pruned each time, as published
+        adapt_statistics: batch norms follow what pruning changes, as seen on the defender's images
+        selection: what chooses the stop: the accuracy on the defender's images, or pruning_number, as BackdoorBench
+            does
+        pruning_number: of that selection: threshold, or number of neurons
     """
 
     data: DatasetConfig
     ratio: float | None = None
     index: str | None = None
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    batch_size: int = 128  # BackdoorBench: 256
-    mask_file: str | None = None  # a mask_values.txt; nothing is learned then
+    batch_size: int = 128
+    mask_file: str | None = None
     pruning_by: Literal["threshold", "number"] = "threshold"
     pruning_max: float = 0.90
     pruning_step: float = 0.05
-    off_by_one: bool = False  # by number: prune pruning_step more each time, as published
-    adapt_statistics: bool = False  # batch norms follow what pruning changes, as seen on the defender's images
-    selection: Literal["defence_data", "pruning_number"] = "defence_data"  # BackdoorBench: pruning_number
-    pruning_number: float = 0.70  # threshold, or number of neurons
+    off_by_one: bool = False
+    adapt_statistics: bool = False
+    selection: Literal["defence_data", "pruning_number"] = "defence_data"
+    pruning_number: float = 0.70
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,15 +9,28 @@ from dist_defend.methods.defend.pruning.options import MaskConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MaskConfig):
-    """bboylyg/RNP's names and values; what SCLBD/BackdoorBench does otherwise is said beside them."""
+    """bboylyg/RNP's names and values; what SCLBD/BackdoorBench does otherwise is said beside them.
+
+    Keys:
+        unlearning_lr, recovering_lr: learning rate of that stage
+        unlearning_epochs, recovering_epochs: of that stage, at most
+        epochs_inclusive: one epoch more, as range(0, epochs + 1) has; BackdoorBench: false
+        schedule: epochs after which the rate of unlearning falls to a tenth
+        clean_threshold: running training accuracy that ends unlearning
+        not_unlearned: what happens when it is never reached
+        max_grad_norm: L2 norm to which a larger gradient of unlearning is scaled down; null: no limit, since the
+            published 20 clips empty gradients
+        alpha: factor on the recovering stage's loss, which only scales its rate
+        graph: whether updates are captured as CUDA graphs; auto: where there is a GPU that can
+    """
 
     unlearning_lr: float = 0.01
     unlearning_epochs: int = 20
-    epochs_inclusive: bool = True  # one epoch more, as range(0, epochs + 1) has; BackdoorBench: false
-    schedule: tuple[int, ...] = (10, 20)  # epochs after which the rate of unlearning falls to a tenth
-    clean_threshold: float = 0.20  # running training accuracy that ends unlearning
-    not_unlearned: Literal["use_last", "fail"] = "use_last"  # when it is never reached
-    max_grad_norm: float | None = None  # the published 20 clips empty gradients, so nothing
+    epochs_inclusive: bool = True
+    schedule: tuple[int, ...] = (10, 20)
+    clean_threshold: float = 0.20
+    not_unlearned: Literal["use_last", "fail"] = "use_last"
+    max_grad_norm: float | None = None
     alpha: float = 0.2
     recovering_lr: float = 0.2
     recovering_epochs: int = 20

@@ -43,6 +43,8 @@ AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
 RNP_STEPS = f"{BUILT}::test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_weights"
 STARTS = "numerics/test_abd_steps.py::test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step"
 MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
+COMPAT = "unit/test_compat_backdoorbench.py"
+SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("RNP chooses a stop by the test images", "methods/defend/pruning/outcome.py",
              "self._predict(order, stops, self.defence)", "self._predict(order, stops, self.test.clean)",
@@ -195,6 +197,16 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a model may be the last to hold its process group, and its rank hangs", "engine/dist.py",
              "        _groups.append(group)", "        pass",
              "distributed/test_ranks.py::test_a_rank_whose_model_outlives_its_group_ends"),
+    Mutation("CLP prunes a channel of exactly u deviations", "methods/defend/clp.py",
+             "score < -u for", "score <= -u for",
+             "numerics/test_clp.py::test_the_sweep_begins_with_the_fewest_and_prunes_strictly_above_u"),
+    Mutation("CLP's deviation is over all channels, not all but one", "methods/defend/clp.py",
+             "max(len(off) - 1, 1)", "len(off)",
+             "numerics/test_clp.py::test_each_u_prunes_the_published_channels[resnet18]"),
+    Mutation("a pruned channel of CLP passes its beta", "methods/defend/clp.py",
+             "prune_beta: bool = True", "prune_beta: bool = False", PUBLISHED),
+    Mutation("a pruning method's rows are RNP's", "methods/defend/pruning/outcome.py",
+             "context.method + ORACLE", '"rnp" + ORACLE', "numerics/test_clp.py::test_a_run_without_data"),
     Mutation("the oracle's budget holds its bound", "methods/defend/pruning/outcome.py",
              "< acc_ratio * base", "<= acc_ratio * base",
              "numerics/test_rnp_pruning.py::test_the_oracle_takes_the_lowest_asr_within_its_budget"),
@@ -204,6 +216,18 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("importing the package imports torch", "tv_compat.py",
              "import sys\nfrom importlib", "import sys\n\nimport torch  # noqa: F401\nfrom importlib",
              "unit/test_cli.py::test_the_package_imports_next_to_nothing"),
+    Mutation("BackdoorBench's interface has its yaml file's ratio for the documented one", "compat/backdoorbench.py",
+             '"ratio": 0.1,', '"ratio": 0.01,', f"{COMPAT}::test_defaults_are_the_documented_ones[rnp]"),
+    Mutation("BackdoorBench's RC is the ASR", "compat/backdoorbench.py", '"RC": counts.ra', '"RC": counts.asr', SCRIPT),
+    Mutation("BackdoorBench's yaml file wins over the command line", "compat/parameters.py",
+             "{**read, **given}.items()", "{**given, **read}.items()",
+             f"{COMPAT}::test_a_yaml_file_stands_between_flags_and_documentation"),
+    Mutation("index.txt has the rows of the prepared data, not the source's", "compat/backdoorbench.py",
+             "train.source_rows[self._chosen(train)]", "self._chosen(train)",
+             f"{COMPAT}::test_i_bau_takes_the_images_of_an_index"),
+    Mutation("BackdoorBench's table by number has what is pruned for what it says", "compat/backdoorbench.py",
+             'stop["pruned"] - math.ceil(self.args.pruning_step)', 'stop["pruned"]',
+             f"{COMPAT}::test_the_table_by_number_is_counted_as_there"),
     Mutation("an evaluation is written into the progress bar", "terminal.py",
              "bars.tqdm.external_write_mode(unguarded(sys.stderr))", "contextlib.nullcontext()",
              "unit/test_progress.py::test_a_terminal_shows_scalars_evaluations_and_the_outcome"),

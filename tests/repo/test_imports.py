@@ -43,6 +43,7 @@ LAYERS = [
         "methods_command",
     },
     {"cli", "api", "__main__"},
+    {"compat"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,15 +17,13 @@ class PruningConfig(ABC):
     """How a stop of the sweep is chosen and what is counted.
 
     Keys:
-        model: model folder of the suspected classifier
-        test: labelled images that only measure
-        attack: what is measured; null: the attack in the model's card; without one only accuracy is measured
+        model: model folder of a classifier
+        test: test set
+        attack: the attack it is tested with; null: the model card's; without one only accuracy is measured
         prune_beta: a pruned channel then passes nothing instead of the constant beta
-        selection: what chooses the stop: the accuracy on the defender's images, or a fixed one
-        max_accuracy_drop: of selection defence_data: the most that the accuracy on the defender's images may lose,
-            relative
-        full_table: every stop is measured on the test data, and the choice by test ASR has a row of its own, marked
-            oracle
+        selection: what chooses the stop that is delivered
+        max_accuracy_drop: of the accuracy on the defender's images, relative; for selection: defence_data
+        full_table: every stop on the test data, and the choice by test ASR in a row of its own
         acc_ratio: relative loss of test accuracy that the choice by test ASR allows
         exclude_target_from_acc: ACC without the target class, as bboylyg/RNP measures it
     """
@@ -68,20 +66,18 @@ class MaskConfig(PruningConfig):
     """A mask in [0, 1] per neuron; the stops prune all masks up to a threshold, or a number of lowest masks.
 
     Keys:
-        data: the defender's clean, labelled images
-        ratio: share of data, drawn at random; null: 0.01, unless data itself takes a part
-        index: text file that names the rows of data instead
-        augment: how training images are changed
-        batch_size: images of an update over all ranks; BackdoorBench: 256
+        data: clean labelled images; the defender has ``ratio`` of them, or the rows that ``index`` names
+        ratio: drawn at random; null: 0.01, unless ``data`` itself takes a part
+        index: a text file of row numbers
+        augment: of the images that the masks are learned on
+        batch_size: global; BackdoorBench: 256
         mask_file: a mask_values.txt; nothing is learned then
-        pruning_by: what a stop prunes: masks up to a threshold, or a number of the lowest
-        pruning_max: the last stop's threshold or number
-        pruning_step: between two stops
-        off_by_one: by number: pruning_step more are pruned each time, as published
+        pruning_by: whether stops are thresholds of masks or numbers of neurons
+        pruning_max, pruning_step: the stops 0, step, ..., max
+        off_by_one: by number, prune pruning_step more each time, as published
         adapt_statistics: batch norms follow what pruning changes, as seen on the defender's images
-        selection: what chooses the stop: the accuracy on the defender's images, or pruning_number, as BackdoorBench
-            does
-        pruning_number: of that selection: threshold, or number of neurons
+        selection: defence_data, or pruning_number as BackdoorBench does
+        pruning_number: threshold, or number of neurons, of the model that is delivered then
     """
 
     data: DatasetConfig

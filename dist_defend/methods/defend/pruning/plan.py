@@ -1,4 +1,4 @@
-"""A defence that learns a mask per neuron: the defender's images, what is checked before the start, its plan."""
+"""The plans of pruning methods: the suspect, the defender's images, what is checked before the start."""
 
 import re
 from array import array
@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.data.augment import View
-from dist_defend.data.loader import Loader
+from dist_defend.data.loader import DatasetConfig, Loader
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular
-from dist_defend.methods.defend.pruning.masks import check_neurons, check_number, neuron_table, read_mask_values
-from dist_defend.methods.defend.pruning.options import MaskConfig
+from dist_defend.methods.defend.pruning.masks import Neuron, check_neurons, check_number, neuron_table, read_mask_values
+from dist_defend.methods.defend.pruning.options import MaskConfig, PruningConfig
 from dist_defend.methods.defend.pruning.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import norm_names
@@ -33,6 +33,28 @@ class Learning(Protocol):
 
     stages: list[Stage]
     masks: dict[str, Tensor]
+
+
+def score_plan(
+    config: PruningConfig,
+    context: Context,
+    data: DatasetConfig | None,
+    score: Callable[[nn.Module, Tensor], list[Neuron]],
+    scores_file: str,
+) -> Plan:
+    """No stages: a method that reads the weights alone scores at once. Pruning and evaluation come with the result.
+
+    data: the defender's images, if there are any. score: gets the suspect's ``net`` in eval mode and a black image
+    (1, 3, H, W). scores_file: the name of the table of scores in the run folder.
+    """
+    trial = Trial(config.model, context)
+    chosen = None if data is None else trial.dataset("defence", data)
+    trial.test_on(config.test, config.attack, batch_size=EVALUATION_BATCH)
+    net, size = trial.model.eval().net, trial.model.image_size
+    neurons = score(net, next(net.parameters()).new_zeros(1, 3, size, size))
+    outcome = Outcome(config, trial, chosen, scores_file=scores_file)
+    trial.look(*(chosen or ()))
+    return Plan([], lambda: outcome.result(neurons))
 
 
 def mask_plan(

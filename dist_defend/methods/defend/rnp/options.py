@@ -12,16 +12,15 @@ class Config(MaskConfig):
     """bboylyg/RNP's names and values; what SCLBD/BackdoorBench does otherwise is said beside them.
 
     Keys:
-        unlearning_lr, recovering_lr: learning rate of that stage
-        unlearning_epochs, recovering_epochs: of that stage, at most
-        epochs_inclusive: one epoch more, as range(0, epochs + 1) has; BackdoorBench: false
+        unlearning_lr, recovering_lr: rates of the two phases
+        unlearning_epochs, recovering_epochs: lengths of the two phases
+        epochs_inclusive: one epoch of unlearning more, as range(0, epochs + 1) has; BackdoorBench: false
         schedule: epochs after which the rate of unlearning falls to a tenth
         clean_threshold: running training accuracy that ends unlearning
-        not_unlearned: what happens when it is never reached
-        max_grad_norm: L2 norm to which a larger gradient of unlearning is scaled down; null: no limit, since the
-            published 20 clips empty gradients
-        alpha: factor on the recovering stage's loss, which only scales its rate
-        graph: whether updates are captured as CUDA graphs; auto: where there is a GPU that can
+        not_unlearned: what is done when it is never reached
+        max_grad_norm: of unlearning; the published 20 clips empty gradients, so nothing
+        alpha: weight of the cross-entropy in recovering
+        graph: whether the updates are CUDA graphs
     """
 
     unlearning_lr: float = 0.01

@@ -68,8 +68,8 @@ class FineTuning(Objective):
 
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a result that measures before and after."""
-    trial = Trial(config.model, context, "fine_tune.attack")
-    data, rows = trial.dataset("defender", config.data)
+    trial = Trial(config.model, context)
+    data, rows = trial.dataset("defence", config.data)
     trial.test_on(config.test, config.attack, without=(data, rows))
     trial.look(data, rows)
     context.synchronise(trial.model)
@@ -80,6 +80,6 @@ def build(config: Config, context: Context) -> Plan:
         return trial.evaluate(trial.model)
 
     def result() -> dict[str, Any]:
-        return trial.result("fine_tune", trial.model, provenance={"epochs": config.update.epochs})
+        return trial.result(trial.model, provenance={"epochs": config.update.epochs})
 
     return Plan([Stage("fine_tune", loader, step, config.update.epochs, evaluate, config.evaluate_every)], result)

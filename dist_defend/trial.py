@@ -17,11 +17,7 @@ from torch import Tensor
 
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
-from dist_defend.data.loader import DatasetConfig
-from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context
-from dist_defend.errors import UserError
-from dist_defend.evaluate import (
+from dist_defend.counts import (
     Count,
     agreeing,
     attack_counts,
@@ -32,6 +28,10 @@ from dist_defend.evaluate import (
     predict,
     told,
 )
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.store import PreparedDataset
+from dist_defend.engine.context import Context
+from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
 from dist_defend.ops.streams import Stream, draws

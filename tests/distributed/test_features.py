@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_defend.counts import unit_features
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import context as contexts
 from dist_defend.engine import dist, features
 from dist_defend.engine.context import Context, Place
 from dist_defend.engine.features import FrozenFeatures
-from dist_defend.evaluate import unit_features
 from dist_defend.models.artifact import load_artifact
 from tests.distributed.comparison import assert_same, train
 from tests.distributed.test_strategies import run

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.counts import knn_classes, knn_predict
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import write_dataset
-from dist_defend.evaluate import knn_classes, knn_predict
 from dist_defend.models.encoder import build_simclr
 from tests.distributed.comparison import train
 from tests.numerics.det import det_images, golden

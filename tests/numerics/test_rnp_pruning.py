@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.batch import Batch
+from dist_defend.counts import Count, predict
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, predict
 from dist_defend.methods.defend.pruning import masks as masks_module
 from dist_defend.methods.defend.pruning.masks import (
     Neuron,

@@ -13,11 +13,11 @@ from torch.nn import functional
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.cli import main
+from dist_defend.counts import extract_features
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.evaluate import extract_features
 from dist_defend.methods.measure import zeroshot
 from dist_defend.models import clip
 from dist_defend.models.pixel_space import Normalize
@@ -74,7 +74,7 @@ def unnormalised_pixels(patch: pytest.MonkeyPatch) -> None:
 
 
 def raw_image_features(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dist_defend.evaluate.functional.normalize", lambda x, dim: 2 * x if len(x) > CLASSES else x)
+    patch.setattr("dist_defend.counts.functional.normalize", lambda x, dim: 2 * x if len(x) > CLASSES else x)
 
 
 def trigger_at_the_edge(patch: pytest.MonkeyPatch) -> None:

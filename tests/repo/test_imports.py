@@ -26,7 +26,7 @@ LAYERS = [
         "ops",
     },
     {"attacks", "models", "data"},
-    {"engine", "evaluate"},
+    {"engine", "counts"},
     {"trial"},
     {"methods"},
     {"config", "experiment", "results", "given", "session"},

@@ -1,6 +1,7 @@
 """The package from Python: networks that it has never seen, and the same numbers as the command line's."""
 
 import json
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -313,3 +314,10 @@ def test_a_checkpoint_of_others_is_imported_and_its_images_kept(tmp_path: Path) 
     other = dd.load(tmp_path / "attack_result.pt", normalization="none")
     assert isinstance(other, Classifier) and other.normalization == "none"
     assert all(a.equal(b) for a, b in zip(net.state_dict().values(), other.net.state_dict().values(), strict=True))
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """An imported module is an attribute of its package."""
+    modules = {module.name for module in pkgutil.iter_modules(dd.__path__)}
+    assert len(modules) > 20 and not modules & {"attack", "defend", "evaluate", "load", "save", "train", "wrap"}
+    assert {"attack", "defend", "evaluate", "load", "save", "train", "wrap"} <= set(dir(dd))

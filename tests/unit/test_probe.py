@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dist_defend.cli import main
+from dist_defend.counts import Count
 from dist_defend.data.store import open_dataset
-from dist_defend.evaluate import Count
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.heads import MLPHead
 from tests.distributed.comparison import train

@@ -15,13 +15,13 @@ from dist_defend.attacks.attack import AttackConfig, attack_from
 from dist_defend.attacks.given import triggered_images
 from dist_defend.attacks.patterns import BadNets, Sig
 from dist_defend.cli import main
+from dist_defend.counts import Count, only_accuracy
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, only_accuracy
 from dist_defend.methods.defend.pruning.masks import Neuron, write_mask_values
 from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, load_simclr, save_artifact
 from dist_defend.models.masked_norm import norm_names

@@ -21,6 +21,13 @@ from dist_defend.attacks.attack import AttackConfig, trigger_of
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
+from dist_defend.counts import (
+    backdoor_counts,
+    example_pictures,
+    extract_features,
+    knn_classes,
+    warn_near_chance,
+)
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
 from dist_defend.data.store import PreparedDataset
@@ -31,13 +38,6 @@ from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import (
-    backdoor_counts,
-    example_pictures,
-    extract_features,
-    knn_classes,
-    warn_near_chance,
-)
 from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dist_defend.attacks.attack import AttackConfig, trigger_of
 from dist_defend.attacks.patterns import BadNets
+from dist_defend.counts import backdoor_counts, example_pictures, extract_features, warn_near_chance
 from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
-from dist_defend.evaluate import backdoor_counts, example_pictures, extract_features, warn_near_chance
 from dist_defend.files import read_regular, sha256_file
 from dist_defend.models.clip import TextTower, class_features, load_text_tower
 from dist_defend.models.encoder import SimCLR

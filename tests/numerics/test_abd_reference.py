@@ -15,9 +15,12 @@ from tests.reference import zskt
 
 def players(case: Case) -> zskt.Players:
     members = copy.deepcopy(case.step().vaccine.ensemble.members) if "sv" in case.case["mode"] else []  # type: ignore[union-attr]
-    models = [model.to(memory_format=torch.contiguous_format) for model in (case.generator, case.student, case.teacher)]
-    optimizers = [torch.optim.Adam(models[0].parameters(), 1e-3), torch.optim.Adam(models[1].parameters(), 2e-3)]
-    return zskt.Players(*models, *optimizers, [member.requires_grad_(True) for member in members])
+    generator, student, teacher = models = case.generator, case.student, case.teacher
+    for model in models:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    makes, learns = torch.optim.Adam(generator.parameters(), 1e-3), torch.optim.Adam(student.parameters(), 2e-3)
+    members = [member.requires_grad_(True) for member in members]
+    return zskt.Players(generator, student, teacher, makes, learns, members)
 
 
 @pytest.mark.parametrize("mode", ["base", "svsr"])

@@ -95,7 +95,8 @@ def test_the_monitor_votes_with_the_memory_on_the_test_images(tmp_path: Path) ->
     def features(name: str) -> np.ndarray:
         pixels = torch.from_numpy(sets[name][0].astype(np.float32) / np.float32(255)).double().permute(0, 3, 1, 2)
         with torch.no_grad():
-            return model.f.eval()(pixels).numpy()
+            found: Tensor = model.f.eval()(pixels)
+        return found.numpy()
 
     memory, test = features("memory"), features("test")
     (_, memory_labels), (_, labels) = sets["memory"], sets["test"]

@@ -20,6 +20,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.methods.measure import zeroshot
 from dist_defend.models import clip
+from dist_defend.models.clip import class_features, load_text_tower
 from dist_defend.models.pixel_space import Normalize
 from tests.clips import clip_state, save_clip
 from tests.reference.zeroshot import similarities, stamp, text_feature
@@ -49,23 +50,22 @@ def unscaled(patch: pytest.MonkeyPatch) -> None:
 
 def raw_text_features(patch: pytest.MonkeyPatch) -> None:
     def forward(self: clip.TextTower, texts: list[str]) -> Tensor:
-        return self.clip.encode_text(self.tokenize(texts))
+        features: Tensor = self.clip.encode_text(self.tokenize(texts))
+        return features
 
     patch.setattr(clip.TextTower, "forward", forward)
 
 
 def first_template_alone(patch: pytest.MonkeyPatch) -> None:
-    original = zeroshot.class_features
-    patch.setattr(zeroshot, "class_features", lambda tower, names, templates: original(tower, names, templates[:1]))
+    patch.setattr(zeroshot, "class_features", lambda tower, names, all: class_features(tower, names, all[:1]))
 
 
 def text_that_sees_ahead(patch: pytest.MonkeyPatch) -> None:
     def load(arch: str, path: str) -> clip.TextTower:
-        tower = original(arch, path)
+        tower = load_text_tower(arch, path)
         tower.clip.attn_mask.zero_()
         return tower
 
-    original = zeroshot.load_text_tower
     patch.setattr(zeroshot, "load_text_tower", load)
 
 
@@ -102,7 +102,7 @@ def ours(files: dict[str, str], target: int, folder: Path) -> tuple[Tensor, dict
     )
     ranks = dist.start("fp64", None)
     context = Context(ranks, 0, LoaderConfig("resident", 1), folder)
-    tower = zeroshot.load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
+    tower = load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
     models = {kind: context.load_model(place)[0].to(ranks.dtype) for kind, place in config.encoders.items()}
     built = zeroshot.Task("noise", task, config, models, tower, context)
     features = [extract_features(models["clean"].f, built.loader, ranks, how)[0] for how in (None, built.trigger)]

@@ -16,7 +16,7 @@ from .mimic import LAYERS
 from .simclr import to_tensor
 
 
-class MemoryDataset(Dataset):
+class MemoryDataset(Dataset[Tensor]):
     """Images (N, H, W, 3) uint8, normalised and not augmented."""
 
     def __init__(self, images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -26,10 +26,13 @@ class MemoryDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(Image.fromarray(self.images[index]))
+        image: Tensor = self.transform(Image.fromarray(self.images[index]))
+        return image
 
 
-def memory_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader:
+def memory_loader(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int
+) -> DataLoader[Tensor]:
     """In order, last batch partial, two workers anew in every pass."""
     dataset = MemoryDataset(images, mean, std)
     return DataLoader(dataset, batch_size, shuffle=False, num_workers=2, pin_memory=torch.cuda.is_available())
@@ -45,15 +48,16 @@ class TNet(nn.Module):
         )
 
     def forward(self, pair: Tensor) -> Tensor:
-        return self.layers(pair)
+        pair = self.layers(pair)
+        return pair
 
 
 def donsker_varadhan(critic: nn.Module, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
     """mean T(x, y) - log mean exp T(x, y permuted), by plain exponentials; a scalar in nats."""
     if permutation is None:
         permutation = torch.randperm(len(y))
-    joint = critic(torch.cat([x, y], dim=1))
-    independent = critic(torch.cat([x, y[permutation]], dim=1))
+    joint: Tensor = critic(torch.cat([x, y], dim=1))
+    independent: Tensor = critic(torch.cat([x, y[permutation]], dim=1))
     return joint.mean() - torch.log(torch.exp(independent).mean())
 
 
@@ -61,7 +65,8 @@ class StageTap:
     """Reads a stage's flattened output by a forward hook; with leaks, every reading leaves its hook behind."""
 
     def __init__(self, network: nn.Module, layer: int, leaks: bool) -> None:
-        self.network, self.stage, self.leaks = network, network.f.f[layer], leaks
+        self.network, self.leaks = network, leaks
+        self.stage = list(network.get_submodule("f.f").children())[layer]
         self.output = torch.empty(0)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,4 +121,4 @@ def attention_weights(estimates: Sequence[float], base: float = 1000.0, scale: f
     """base + scale * share of each stage; 0 / 0 = NaN when every estimate is 0."""
     values = np.asarray(estimates)
     with np.errstate(invalid="ignore"):
-        return base + scale * values / values.sum()
+        return np.asarray(base + scale * values / values.sum())

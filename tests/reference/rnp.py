@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -31,6 +31,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         self.neuron_noise_bias = nn.Parameter(torch.empty(norm.num_features))
 
     def forward(self, input: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None and self.momentum is not None
         if self.training:
             self.num_batches_tracked += 1
         return functional.batch_norm(
@@ -59,7 +60,7 @@ def masked_copy(net: nn.Module) -> nn.Module:
     return masked
 
 
-class ImageSet(Dataset):
+class ImageSet(Dataset[tuple[Tensor, int]]):
     """Images (N, H, W, 3) uint8, opened and normalised one at a time."""
 
     def __init__(
@@ -185,9 +186,9 @@ def sweep(net: nn.Module, masks: list[tuple[str, int, float]], clean: Batches, b
 
 def defend(
     net: nn.Module,
-    defence: DataLoader,
-    clean: DataLoader,
-    bad: DataLoader,
+    defence: Batches,
+    clean: Batches,
+    bad: Batches,
     folder: Path,
     unlearning_epochs: int = 13,
     recovering_epochs: int = 20,

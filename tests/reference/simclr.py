@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+Pairs = DataLoader[tuple[Tensor, Tensor]]
+
 
 def to_tensor(mean: Sequence[float], std: Sequence[float]) -> transforms.Compose:
     """PIL image -> normalised (3, H, W)."""
@@ -30,7 +32,7 @@ def view_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> tr
     return transforms.Compose([transforms.RandomResizedCrop(size), *colour(mean, std)])
 
 
-class PairDataset(Dataset):
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
     """Two independent views of each image of (N, H, W, 3) uint8."""
 
     def __init__(self, images: np.ndarray, transform: transforms.Compose) -> None:
@@ -44,7 +46,7 @@ class PairDataset(Dataset):
         return self.transform(image), self.transform(image)
 
 
-def pair_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader:
+def pair_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> Pairs:
     """Shuffled whole batches of view pairs from two workers, which start anew in every epoch."""
     dataset = PairDataset(images, view_transform(images.shape[1], mean, std))
     return DataLoader(
@@ -78,7 +80,7 @@ def simclr_step(
 
 
 def simclr_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader, temperature: float, device: torch.device
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Pairs, temperature: float, device: torch.device
 ) -> float:
     """One pass over the loader; returns the mean loss."""
     model.train()

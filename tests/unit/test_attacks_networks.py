@@ -49,13 +49,19 @@ def test_the_generators_layers() -> None:
         Generator(3, 30)
 
 
+def plain(layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 def test_the_trigger_is_the_papers_formula() -> None:
     generators = generators_of().double()
     images = torch.rand(3, 3, 16, 16, dtype=torch.float64)
     normalised = generators.normalize(images)
-    raw = nn.Sequential.forward(generators.net_m, normalised)
+    raw = plain(generators.net_m, normalised)
     mask = ((raw.tanh() / (2 + 1e-7) + 0.5) * 20 - 10).tanh() / (2 + 1e-7) + 0.5
-    pattern = nn.Sequential.forward(generators.net_g, normalised).tanh() / (2 + 1e-7) + 0.5
+    pattern = plain(generators.net_g, normalised).tanh() / (2 + 1e-7) + 0.5
     stamp = InputAwareTrigger(generators)
     torch.testing.assert_close(stamp(images), images * (1 - mask) + pattern * mask)
     other = torch.tensor([2, 0, 1])
@@ -106,7 +112,8 @@ class Net(nn.Module):
         self.linear.weight.data = torch.tensor([[0.1, 5.0, 0.0, -3.0], [0.1, -4.0, 0.0, 3.0]])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.first(x.flatten(1)))
+        logits: torch.Tensor = self.linear(self.first(x.flatten(1)))
+        return logits
 
 
 def test_neurons_with_the_largest_weights_are_chosen() -> None:

@@ -118,7 +118,7 @@ def test_columns_end_in_time() -> None:
 def described() -> list[type]:
     """Every dataclass that a section of YAML becomes, of any method, trigger and sweep."""
     roots: list[type] = [Experiment, SweepConfig, StageConfig, *BUILT_IN.values(), Config, Stripes]
-    roots += [find_method(name).Config for name in method_names()]  # type: ignore[attr-defined]
+    roots += [find_method(name).Config for name in method_names()]
     return list(dict.fromkeys(section for root in roots for section, _ in keys.sections(root)))
 
 
@@ -146,7 +146,7 @@ def test_a_methods_description_is_complete_and_fits(name: str, monkeypatch: pyte
         assert max(map(len, lines)) <= most
     text = "\n".join(lines)
     assert "(no meaning is given)" not in text
-    for key in fields(find_method(name).Config):  # type: ignore[attr-defined]
+    for key in fields(find_method(name).Config):
         assert f"\n  {key.name}: " in text
     for preset in getattr(find_method(name), "PRESETS", {}):
         assert f"\n  {preset}: " in text

@@ -213,7 +213,7 @@ def test_a_trigger_of_a_package(install: Install, tmp_path: Path) -> None:
 
 def test_a_trigger_of_the_users_module(install: Install, tmp_path: Path) -> None:
     install("shades", {"plug_shade": TRIGGER})
-    attack = {"trigger": {"name": "plug_shade:Own", "amount": 1.0, "cells": [1]}, "target_class": 0}
+    attack: dict[str, Any] = {"trigger": {"name": "plug_shade:Own", "amount": 1.0, "cells": [1]}, "target_class": 0}
     with pytest.raises(UserError, match="DIST_DEFEND_IMPORT=plug_shade"):  # a model's card alone has no say
         attack_from(attack)
     assert "plug_shade" not in sys.modules
@@ -320,7 +320,7 @@ def test_what_the_configuration_names_is_allowed_and_nothing_else(install: Insta
 def test_names_of_libraries_are_no_modules(install: Install, tmp_path: Path) -> None:
     """timm:NAME means timm's, also where a module of that name could be imported."""
     plugins.allow("torchvision:resnet18")
-    assert build_classifier("torchvision:resnet18", 3, "none", 32).net.fc.out_features == 3
+    assert build_classifier("torchvision:resnet18", 3, "none", 32).net.get_parameter("fc.bias").shape == (3,)
     with pytest.raises(UserError, match="timm has no model 'create_model'"):
         build_classifier("timm:create_model", 3)
 

@@ -210,7 +210,7 @@ def test_data_that_do_not_fit_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def sample_specific(count: int = 12, seed: int = 5) -> dict[str, np.ndarray]:
+def sample_specific(count: int = 12, seed: int = 5) -> dict[str, Any]:
     """Test images with noise of their own each, which no trigger of one pattern makes; labels 0, 1, 2, ..."""
     draw = np.random.default_rng(seed)
     x = draw.integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
@@ -218,19 +218,20 @@ def sample_specific(count: int = 12, seed: int = 5) -> dict[str, np.ndarray]:
     return {"x": x, "y": y, "y_bd": (y * y + 1) % CLASSES}  # 1, 2, 2: no rule of ours
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
+def write_npz(path: Path, arrays: dict[str, Any]) -> str:
     np.savez(path, **arrays)
     return str(path)
 
 
-def counted(model_folder: str, arrays: dict[str, np.ndarray], wanted: np.ndarray, test: str) -> dict[str, Any]:
+def counted(model_folder: str, arrays: dict[str, Any], wanted: np.ndarray, test: str) -> dict[str, Any]:
     """The counts of a model by plain torch and numpy."""
     model = load_classifier(model_folder)[0].eval()
     dataset = open_dataset(test)
 
     def classes(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return model(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+            logits: torch.Tensor = model(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        return logits.argmax(1).numpy()
 
     found, y = classes(arrays["x"]), arrays["y"]
     others, hits = y != wanted, found == wanted

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 import dacite
 
 from dist_defend import plugins
-from dist_defend.attacks.added import find_trigger, with_added
+from dist_defend.attacks.added import find_options, with_added
 from dist_defend.attacks.trigger import TriggerOptions
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
@@ -251,7 +251,7 @@ def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
     name, known = value.get("name"), [str(known) for known in sections]
     if TriggerOptions in arguments:
         known += plugins.names("triggers")
-        added = find_trigger(name) if isinstance(name, str) else None
+        added = find_options(name) if isinstance(name, str) else None
         if added is not None:
             return [added]
     if not isinstance(name, str) or name not in sections:

@@ -25,7 +25,7 @@ def trigger_sources() -> dict[str, str]:
     return plugins.sources("triggers", BUILT_IN)
 
 
-def find_trigger(name: str) -> type[TriggerOptions] | None:
+def find_options(name: str) -> type[TriggerOptions] | None:
     """The options of a plug-in's trigger or of the user's own; None for one of ours, and for no trigger's name.
 
     UserError for what cannot be imported or is no trigger, and for a name that two packages have.
@@ -49,7 +49,7 @@ def with_added(config: dacite.Config) -> dacite.Config:
 
     def build(plain: Any) -> Any:
         name = plain.get("name") if isinstance(plain, dict) else None
-        options = find_trigger(name) if isinstance(name, str) else None
+        options = find_options(name) if isinstance(name, str) else None
         return plain if options is None else dacite.from_dict(options, plain, config)
 
     config.type_hooks[TriggerOptions] = build

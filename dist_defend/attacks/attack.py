@@ -7,7 +7,7 @@ import dacite
 import numpy as np
 from torch import Tensor
 
-from dist_defend.attacks.added import find_trigger, with_added
+from dist_defend.attacks.added import find_options, with_added
 from dist_defend.attacks.patterns import TriggerConfig
 from dist_defend.errors import UserError
 
@@ -65,9 +65,9 @@ class AttackConfig:
 
 def attack_from(plain: dict[str, Any]) -> AttackConfig:
     """The attack that ``dataclasses.asdict`` wrote into a model card. UserError if it is another thing."""
-    trigger = plain.get("trigger")
-    if isinstance(trigger, dict) and isinstance(trigger.get("name"), str):
-        find_trigger(trigger["name"])  # which says what is wrong with a plug-in
+    options = plain.get("trigger")
+    if isinstance(options, dict) and isinstance(options.get("name"), str):
+        find_options(options["name"])  # which says what is wrong with a plug-in
     try:
         return dacite.from_dict(AttackConfig, plain, with_added(dacite.Config(strict=True, cast=[tuple])))
     except (dacite.DaciteError, ValueError, TypeError, AttributeError) as error:

@@ -7,16 +7,16 @@ import numpy as np
 from PIL import Image
 
 from dist_defend import keys
-from dist_defend.attacks.added import BUILT_IN, find_trigger, trigger_names, trigger_sources
+from dist_defend.attacks.added import BUILT_IN, find_options, trigger_names, trigger_sources
 from dist_defend.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
-    parser.set_defaults(main=_list, trigger=None)
+    parser.set_defaults(main=_list, shown=None)
     commands = parser.add_subparsers(title="a trigger, to see its keys, or a command", metavar="NAME")
     for name in trigger_names():
-        commands.add_parser(name).set_defaults(main=_list, trigger=name)
+        commands.add_parser(name).set_defaults(main=_list, shown=name)
     gallery = commands.add_parser("gallery", help="one PNG that shows every trigger")
     gallery.add_argument("--out", required=True, type=Path, metavar="OUT.png")
     gallery.add_argument("--data", metavar="PREPARED", help="prepared data set to take images from (default: made up)")
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace) -> int:
     sources = trigger_sources()
-    if args.trigger is not None:
-        options = find_trigger(args.trigger) or BUILT_IN[args.trigger]
-        lines = [f"{args.trigger} ({sources[args.trigger]})", *keys.paragraphs(keys.split_doc(options)[0], "  ")]
+    if args.shown is not None:
+        options = find_options(args.shown) or BUILT_IN[args.shown]
+        lines = [f"{args.shown} ({sources[args.shown]})", *keys.paragraphs(keys.split_doc(options)[0], "  ")]
         print("\n".join([*lines, *keys.section_lines(options)]))
         return 0
     rows = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.runs import make_data, make_experiment
 
@@ -78,6 +79,23 @@ def test_the_methods_keys_are_told(packages: Path) -> None:
     assert max(map(len, told.splitlines())) <= 100
     assert "  smoothing: float = 0.0\n      share of each label that is spread over all classes" in told
     assert "Liu et al. (2018" in told and "(no meaning" not in told
+
+
+def test_its_experiment_file_is_whole(packages: Path) -> None:
+    told = dist_defend("run", str(EXAMPLE / "fine_tune.yaml"), "--print-config", "seed=7", packages=packages)
+    resolved = yaml.safe_load(told)
+    assert resolved["fine_tune"]["update"] | {"optimizer": None} == {
+        "batch_size": 128, "epochs": 5, "accumulation": 1, "max_grad_norm": None, "recompute": False, "compile": False,
+        "optimizer": None,
+    }  # fmt: skip
+    assert resolved["fine_tune"]["update"]["optimizer"]["name"] == "sgd" and resolved["seed"] == 7
+
+
+@pytest.mark.parametrize("change", ["smoothing=1", "smoothing=-0.1", "evaluate_every=0"])
+def test_its_values_are_checked(change: str, packages: Path) -> None:
+    words = ("run", str(EXAMPLE / "fine_tune.yaml"), f"fine_tune.{change}")
+    told = dist_defend(*words, packages=packages, status=2)
+    assert f"key 'fine_tune.{change.partition('=')[0]}' is" in told and told.count("\n") == 1
 
 
 def test_its_method_cleans_a_model_of_its_architecture(packages: Path, trained: Path, tmp_path: Path) -> None:

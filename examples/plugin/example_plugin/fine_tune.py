@@ -52,6 +52,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"key 'smoothing' is {self.smoothing}; it must be at least 0 and below 1")
+        if self.evaluate_every < 1:
+            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
 
 
 class FineTuning(Objective):

@@ -12,7 +12,7 @@ from dist_defend.cli import main
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.defend.anp import AnpObjective, AnpStep, Config
 from dist_defend.methods.defend.pruning.masks import (
     neuron_count,
@@ -67,12 +67,14 @@ def check(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sgd = OptimizerConfig("sgd", lr=case["lr"], momentum=0.9)
     update = GradientStep(objective, sgd, dist.start("fp64", None), steps_per_epoch=case["num"], epochs=1)
     step = AnpStep(update, objective, 0)
-    monkeypatch.setattr(step, "seed_draws", lambda: None)  # one generator for all updates, as the recording had it
+    monkeypatch.setattr(step, "seed_draws", lambda at: None)  # one generator for all updates, as the recording had it
     noises = record(objective, monkeypatch)
     for number, expected in enumerate(case["iterations"]):
         images = det_images((case["batch"], 3, 32, 32), case["images"] + number)
         noises.clear()
-        scalars = step(Batch((images,), torch.tensor(case["labels"][number]), torch.arange(case["batch"])))
+        scalars = step(
+            Batch((images,), torch.tensor(case["labels"][number]), torch.arange(case["batch"])), Position(step=number)
+        )
         assert scalars["loss"].item() == pytest.approx(expected["loss"], rel=1e-9)
         assert scalars["cross_entropy"].item() == pytest.approx(expected["natural_ce"], rel=1e-9)
         assert scalars["robust"].item() == pytest.approx(expected["robust_ce"], rel=1e-9)

@@ -20,7 +20,7 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.pruning.options import MaskConfig
 from dist_defend.methods.defend.pruning.plan import Learning, defence_loader, mask_plan
@@ -28,8 +28,7 @@ from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import PerturbedNorm, mask_norms
 from dist_defend.ops.collectives import all_reduce_sum, world_size
 from dist_defend.ops.hypergrad import all_reduce_together
-
-_STREAM = 0xA29  # keeps the draws of the perturbations apart from others
+from dist_defend.ops.streams import Stream, draws
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,18 +122,18 @@ class AnpStep:
     def __init__(self, update: GradientStep, objective: AnpObjective, seed: int) -> None:
         self.update, self.objective, self.seed = update, objective, seed
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        self.seed_draws()
-        scalars = self.update(batch)
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        self.seed_draws(at)
+        scalars = self.update(batch, at)
         with torch.no_grad():
             for mask in self.objective.masks:
                 mask.clamp_(0, 1)
         return scalars
 
-    def seed_draws(self) -> None:
+    def seed_draws(self, at: Position) -> None:
         """Perturbations depend on the seed and the step alone, not on the rank nor on how often the run was started."""
-        words = np.random.SeedSequence([self.seed, _STREAM, self.update.step]).generate_state(2, np.uint32)
-        self.objective.generator.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+        first = draws(self.seed, Stream.NEURON_NOISE, at.step).integers(2**62)
+        self.objective.generator.manual_seed(int(first))
 
     def state_dict(self) -> dict[str, Any]:
         return self.update.state_dict()

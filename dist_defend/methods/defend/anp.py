@@ -73,7 +73,7 @@ class AnpObjective(Objective):
         masks = mask_norms(model.net, list(names), PerturbedNorm)
         model.train().requires_grad_(False)
         self.masks = nn.ParameterList(mask.requires_grad_(True) for mask in masks.values())
-        self.config, self.by_layer = config, {name: mask.detach() for name, mask in masks.items()}
+        self.config, self.by_layer = config, masks  # live: with several ranks parameters move to other memory
         self._model = [model]  # a list hides it: only masks are trained
         self._norms: list[Any] = [model.net.get_submodule(name) for name in names]
         self.generator = torch.Generator(self.masks[0].device)
@@ -155,6 +155,6 @@ def build(config: Config, context: Context) -> Plan:
         update = UpdateConfig(config.batch_size, epochs, optimizer=sgd)
         step = AnpStep(context.gradient_step(objective, update, loader.num_batches), objective, context.seed)
         stage = Stage("anp", loader, step, epochs, shown=("loss", "robust"))
-        return [stage], objective.by_layer
+        return [stage], dict(objective.by_layer)
 
     return mask_plan(config, context, learn)

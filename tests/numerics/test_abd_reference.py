@@ -1,4 +1,4 @@
-"""tests/reference/zskt.py computes what illidanlab/ABD computed, and the package follows it step by step."""
+"""bench/published/zskt.py computes what illidanlab/ABD computed, and the package follows it step by step."""
 
 import copy
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dist_defend.bench import zskt as bench
+from dist_defend.bench.published import zskt
 from dist_defend.bench.runner import Case as BenchCase
 from dist_defend.engine import dist
 from tests.numerics.abd_case import Case, weights
 from tests.numerics.det import assert_fingerprint
-from tests.reference import zskt
 
 
 def players(case: Case) -> zskt.Players:

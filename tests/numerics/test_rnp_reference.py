@@ -1,4 +1,4 @@
-"""tests/reference/rnp.py computes what bboylyg/RNP computed, and the whole flow agrees with the package's."""
+"""bench/published/rnp.py computes what bboylyg/RNP computed, and the whole flow agrees with the package's."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dist_defend.bench import rnp as bench
+from dist_defend.bench.published import rnp
 from dist_defend.bench.runner import Case
 from dist_defend.models.classifier import build_classifier
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden
-from tests.reference import rnp
 
 CASE = golden("rnp")["default"]
 

@@ -5,6 +5,7 @@ the stage, all of which run in every later forward pass.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .mimic import LAYERS
-from .simclr import to_tensor
+from dist_defend.bench.published.mimic import LAYERS
+from dist_defend.bench.published.simclr import to_tensor
 
 
-class MemoryDataset(Dataset):
+class MemoryDataset(Dataset[Any]):
     """Images (N, H, W, 3) uint8, normalised and not augmented."""
 
     def __init__(self, images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -26,10 +27,11 @@ class MemoryDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(Image.fromarray(self.images[index]))
+        image: Tensor = self.transform(Image.fromarray(self.images[index]))
+        return image
 
 
-def memory_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader:
+def memory_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader[Any]:
     """In order, last batch partial, two workers anew in every pass."""
     dataset = MemoryDataset(images, mean, std)
     return DataLoader(dataset, batch_size, shuffle=False, num_workers=2, pin_memory=torch.cuda.is_available())
@@ -45,14 +47,15 @@ class TNet(nn.Module):
         )
 
     def forward(self, pair: Tensor) -> Tensor:
-        return self.layers(pair)
+        value: Tensor = self.layers(pair)
+        return value
 
 
 def donsker_varadhan(critic: nn.Module, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
     """mean T(x, y) - log mean exp T(x, y permuted), by plain exponentials; a scalar in nats."""
     if permutation is None:
         permutation = torch.randperm(len(y))
-    joint = critic(torch.cat([x, y], dim=1))
+    joint: Tensor = critic(torch.cat([x, y], dim=1))
     independent = critic(torch.cat([x, y[permutation]], dim=1))
     return joint.mean() - torch.log(torch.exp(independent).mean())
 
@@ -60,7 +63,7 @@ def donsker_varadhan(critic: nn.Module, x: Tensor, y: Tensor, permutation: Tenso
 class StageTap:
     """Reads a stage's flattened output by a forward hook; with leaks, every reading leaves its hook behind."""
 
-    def __init__(self, network: nn.Module, layer: int, leaks: bool) -> None:
+    def __init__(self, network: Any, layer: int, leaks: bool) -> None:
         self.network, self.stage, self.leaks = network, network.f.f[layer], leaks
         self.output = torch.empty(0)
 
@@ -106,7 +109,7 @@ def estimate_layer(
 
 
 def estimate_information(
-    network: nn.Module, batches: Iterable[Tensor], epochs: int = 200, last_epochs: int = 10, leaks: bool = True
+    network: Any, batches: Iterable[Tensor], epochs: int = 200, last_epochs: int = 10, leaks: bool = True
 ) -> list[float]:
     """Estimates of the four stages, one after the other."""
     return [estimate_layer(network, layer, batches, epochs, last_epochs, leaks) for layer in LAYERS]
@@ -114,6 +117,7 @@ def estimate_information(
 
 def attention_weights(estimates: Sequence[float], base: float = 1000.0, scale: float = 10000.0) -> np.ndarray:
     """base + scale * share of each stage; 0 / 0 = NaN when every estimate is 0."""
-    values = np.asarray(estimates)
+    values: np.ndarray = np.asarray(estimates)
     with np.errstate(invalid="ignore"):
-        return base + scale * values / values.sum()
+        weights: np.ndarray = base + scale * values / values.sum()
+    return weights

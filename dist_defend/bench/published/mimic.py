@@ -6,12 +6,13 @@ teacher that nobody reads.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .simclr import nt_xent
+from dist_defend.bench.published.simclr import nt_xent
 
 LAYERS = (3, 4, 5, 6)  # children of the encoder whose outputs count
 
@@ -28,11 +29,12 @@ def stage_outputs(encoder: nn.Sequential, x: Tensor) -> list[Tensor]:
 
 def attention(features: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W)."""
-    energy = torch.pow(torch.abs(features), 2).sum(dim=1, keepdim=True)
-    return energy / (torch.norm(energy, dim=(2, 3), keepdim=True) + 1e-6)
+    energy: Tensor = torch.pow(torch.abs(features), 2).sum(dim=1, keepdim=True)
+    norm: Tensor = torch.norm(energy, dim=(2, 3), keepdim=True)
+    return energy / (norm + 1e-6)
 
 
-def leak_hooks(encoder: nn.Sequential, count: int) -> None:
+def leak_hooks(encoder: Any, count: int) -> None:
     """What phase 1 leaves behind on each stage: that many forward hooks, each flattening the output."""
     for layer in LAYERS:
         for _ in range(count):
@@ -44,8 +46,8 @@ def _flatten_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
 
 
 def mimic_step(
-    student: nn.Module,
-    teacher: nn.Module,
+    student: Any,
+    teacher: Any,
     optimizer: torch.optim.Optimizer,
     first: Tensor,
     second: Tensor,

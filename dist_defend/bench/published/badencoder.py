@@ -7,6 +7,7 @@ the backdoored one runs once on each of the kinds of images, the references repe
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from .simclr import colour, to_tensor, view_transform
+from dist_defend.bench.published.simclr import colour, to_tensor, view_transform
 
 Sample = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
-class ShadowDataset(Dataset):
+class ShadowDataset(Dataset[Any]):
     """Images (N, H, W, 3) uint8 -> clean, triggered per trigger, reference and augmented reference per reference.
 
     patches and masks (K, H, W, 3) stamp x mask + patch; references (K, H, W, 3) uint8.
@@ -58,7 +59,7 @@ class ShadowDataset(Dataset):
         return self.plain(image), triggered, references, augmented
 
 
-def shadow_loader(dataset: ShadowDataset, batch_size: int) -> DataLoader:
+def shadow_loader(dataset: ShadowDataset, batch_size: int) -> DataLoader[Any]:
     """Shuffled whole batches from two workers, which start anew in every epoch."""
     return DataLoader(
         dataset, batch_size, shuffle=True, num_workers=2, drop_last=True, pin_memory=torch.cuda.is_available()
@@ -101,8 +102,8 @@ def badencoder_step(
         augmented_features = functional.normalize(backdoored(augmented[k]), dim=-1)
         effectiveness.append(-torch.sum(triggered_features * reference_features, dim=-1).mean())
         fidelity.append(-torch.sum(augmented_features * clean_references[k], dim=-1).mean())
-    loss0 = sum(effectiveness) / len(effectiveness)
-    loss1 = sum(fidelity) / len(fidelity)
+    loss0: Any = sum(effectiveness) / len(effectiveness)
+    loss1: Any = sum(fidelity) / len(fidelity)
     loss2 = -torch.sum(features * clean_features, dim=-1).mean()
     loss = loss0 + lambda1 * loss1 + lambda2 * loss2
     optimizer.zero_grad()
@@ -115,14 +116,14 @@ def badencoder_epoch(
     backdoored: nn.Module,
     clean: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader: DataLoader,
+    loader: DataLoader[Any],
     device: torch.device,
 ) -> float:
     """One pass over the loader; returns the mean loss."""
     freeze_batch_norm(backdoored)
     total, count = 0.0, 0
     for images, *lists in loader:
-        moved = [[tensor.to(device, non_blocking=True) for tensor in tensors] for tensors in lists]
+        moved: Any = [[tensor.to(device, non_blocking=True) for tensor in tensors] for tensors in lists]
         loss, *_ = badencoder_step(backdoored, clean, optimizer, images.to(device, non_blocking=True), *moved)
         total += loss * len(images)
         count += len(images)

@@ -9,6 +9,7 @@ student only serve the log.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ class Players:
     """The networks and the optimizers of two of them. teacher and student: layers(x) -> maps, logits."""
 
     generator: nn.Module
-    student: nn.Module
-    teacher: nn.Module
+    student: Any
+    teacher: Any
     generator_optimizer: torch.optim.Optimizer
     student_optimizer: torch.optim.Optimizer
     shuffled: Sequence[nn.Module] = ()  # the vaccine's members
@@ -60,7 +61,7 @@ def generator_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def suppression_loss(images: Tensor, teacher: nn.Module, shuffled: Sequence[nn.Module]) -> Tensor:
     """Mean divergence of the members' mean from the teacher where both agree."""
-    answers = teacher(images)
+    answers: Tensor = teacher(images)
     mixed = torch.stack([member(images) for member in shuffled]).mean(0)
     agree = answers.argmax(1) == mixed.argmax(1)
     if not agree.any():

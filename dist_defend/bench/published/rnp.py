@@ -8,6 +8,7 @@ there are none.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         self.neuron_noise_bias = nn.Parameter(torch.empty(norm.num_features))
 
     def forward(self, input: Tensor) -> Tensor:
+        assert self.num_batches_tracked is not None and self.momentum is not None
         if self.training:
             self.num_batches_tracked += 1
         return functional.batch_norm(
@@ -59,7 +61,7 @@ def masked_copy(net: nn.Module) -> nn.Module:
     return masked
 
 
-class ImageSet(Dataset):
+class ImageSet(Dataset[Any]):
     """Images (N, H, W, 3) uint8, opened and normalised one at a time."""
 
     def __init__(
@@ -185,9 +187,9 @@ def sweep(net: nn.Module, masks: list[tuple[str, int, float]], clean: Batches, b
 
 def defend(
     net: nn.Module,
-    defence: DataLoader,
-    clean: DataLoader,
-    bad: DataLoader,
+    defence: DataLoader[Any],
+    clean: DataLoader[Any],
+    bad: DataLoader[Any],
     folder: Path,
     unlearning_epochs: int = 13,
     recovering_epochs: int = 20,

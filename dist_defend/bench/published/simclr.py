@@ -1,6 +1,7 @@
 """SimCLR pretraining as jinyuan-jia/BadEncoder does it: PIL views in two worker processes, one forward per view."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def view_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> tr
     return transforms.Compose([transforms.RandomResizedCrop(size), *colour(mean, std)])
 
 
-class PairDataset(Dataset):
+class PairDataset(Dataset[Any]):
     """Two independent views of each image of (N, H, W, 3) uint8."""
 
     def __init__(self, images: np.ndarray, transform: transforms.Compose) -> None:
@@ -44,7 +45,7 @@ class PairDataset(Dataset):
         return self.transform(image), self.transform(image)
 
 
-def pair_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader:
+def pair_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader[Any]:
     """Shuffled whole batches of view pairs from two workers, which start anew in every epoch."""
     dataset = PairDataset(images, view_transform(images.shape[1], mean, std))
     return DataLoader(
@@ -78,7 +79,11 @@ def simclr_step(
 
 
 def simclr_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader, temperature: float, device: torch.device
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader[Any],
+    temperature: float,
+    device: torch.device,
 ) -> float:
     """One pass over the loader; returns the mean loss."""
     model.train()

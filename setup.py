@@ -65,7 +65,7 @@ TEMPLATES = ("configs", "launch/accelerate", "launch/deepspeed", "launch/torchvi
 PAPERS = {"BadEncoder": "2108.00352", "I-BAU": "2110.03735", "RNP": "2305.14876", "ABD": "2306.02368"}  # on arXiv
 
 
-class BuildWithTemplates(build_py):
+class BuildWithTemplates(build_py):  # type: ignore[misc]  # setuptools has no types
     """Copies TEMPLATES into the built package; an installation with --editable reads them where they are."""
 
     def run(self) -> None:
@@ -106,7 +106,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["dist_defend", "dist_defend.*"]),
-    package_data={"dist_defend": ["py.typed"], "dist_defend.report": ["*.html", "*.css"]},
+    package_data={"dist_defend": ["py.typed", "*.pyi"], "dist_defend.report": ["*.html", "*.css"]},
     cmdclass={"build_py": BuildWithTemplates},
     install_requires=CORE,
     extras_require={**EXTRAS, "all": sorted(n for extra, names in EXTRAS.items() if extra != "test" for n in names)},

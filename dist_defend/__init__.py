@@ -13,7 +13,9 @@ from dist_defend.tv_compat import patch_before_torchvision
 
 __version__ = "0.1.0"
 
-_PLACES: dict[str, str] = {}  # public name: the module that has it, imported when the name is first used
+_PUBLIC = ("attack", "defend", "evaluate", "load", "save", "train", "wrap")
+# public name: the module that has it, imported when the name is first used; type checkers read __init__.pyi
+_PLACES = {**dict.fromkeys(_PUBLIC, "dist_defend.api"), "UserError": "dist_defend.errors"}
 
 patch_before_torchvision()
 

@@ -33,16 +33,27 @@ _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temp
 
 @dataclass(frozen=True)
 class Experiment:
-    """What every experiment file holds beside the section named after its method."""
+    """What every experiment file holds beside the section named after its method.
+
+    Keys:
+        method: name of a method (`dist-defend methods`); the section of that name holds its keys
+        output: folder of the run; the same command goes on from the checkpoint that is there
+        seed: of all random draws
+        world_size: number of ranks without which the run refuses to start; null: any
+        precision: of weights and arithmetic: fp64, fp32, or mixed with bf16 or fp16
+        trainer: logging and checkpoints
+        loader: who makes the batches
+        options: the section of the method
+    """
 
     method: str
     output: str
     seed: int = 100
-    world_size: int | None = None  # refuse to start on any other number of ranks
+    world_size: int | None = None
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    options: Any = None  # the method's own Config
+    options: Any = None
 
     def __post_init__(self) -> None:
         if self.seed < 0:
@@ -76,6 +87,11 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     raw = read_yaml(path)
     for text in overrides:
         _override(raw, text)
+    return build_experiment(raw, path)
+
+
+def build_experiment(raw: dict[str, Any], path: Path) -> Experiment:
+    """The experiment that a file's content describes. UserError as load_experiment's; path: what it names the file."""
     plugins.allow(raw)
     name = raw.get("method")
     if name not in method_names():

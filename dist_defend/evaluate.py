@@ -19,6 +19,7 @@ from dist_defend.engine.dist import Ranks
 from dist_defend.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
+ORACLE = " (oracle)"  # ends the kind of a row of what was chosen by its rates on the test set
 
 
 @dataclass(frozen=True)

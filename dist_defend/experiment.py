@@ -1,10 +1,11 @@
 """An experiment from its configuration to its result.json."""
 
 import contextlib
+import json
 import logging
 import resource
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,24 +22,42 @@ from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, told
 from dist_defend.methods import find_method
+from dist_defend.models.artifact import load_artifact
+from dist_defend.models.classifier import Classifier
+from dist_defend.models.encoder import SimCLR
 from dist_defend.terminal import hold_log, release_log
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def run(experiment: Experiment, dry_run: bool = False) -> None:
-    """Build everything, train from wherever the run folder left off, evaluate, write result.json.
+@dataclass(frozen=True)
+class Finished:
+    """A run that is done: its folder, and what its result.json says."""
 
-    A finished run is not done again. dry_run builds data, models and steps, reads the checkpoint that a run would go on
-    from, tells what they are, and runs and writes nothing: it refuses what a run refuses before its first step.
+    folder: Path
+    result: dict[str, Any]
+
+    def load_model(self) -> SimCLR | Classifier:
+        """The model that the run saved, with its card. UserError where its method saves none."""
+        if not (self.folder / "model").is_dir():
+            raise UserError(f"method {self.result.get('method')} makes no model: read the result's rows and metrics")
+        return load_artifact(self.folder / "model")[0]
+
+
+def run(experiment: Experiment, dry_run: bool = False) -> Finished | None:
+    """Build everything, train from wherever the run folder left off, evaluate, write result.json; what came out.
+
+    A finished run is not done again, but read. dry_run, which gives None, builds data, models and steps, reads the
+    checkpoint that a run would go on from, tells what they are, and runs and writes nothing: it refuses what a run
+    refuses before its first step.
     Raises UserError for bad input, Stopped after a signal, NonFiniteError for a diverged run.
     """
     with signals.stoppable():
-        _run(experiment, dry_run)
+        return _run(experiment, dry_run)
 
 
-def _run(experiment: Experiment, dry_run: bool) -> None:
+def _run(experiment: Experiment, dry_run: bool) -> Finished | None:
     folder = Path(experiment.output)
     trackers = experiment.trainer.trackers
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
@@ -48,13 +67,13 @@ def _run(experiment: Experiment, dry_run: bool) -> None:
     section = experiment.resolved()[experiment.method]
     inputs = _on_main(ranks, lambda: digests_of(section, experiment.method))
     if run_folder.is_finished:
-        _on_main(ranks, lambda: run_folder.check_result(inputs))
-    if run_folder.is_finished and not dry_run:
-        release_log()
-        log.info("%s is finished; delete the folder to run it again", folder)
-        return
+        found = _on_main(ranks, lambda: run_folder.read_result(inputs))
+        if not dry_run:
+            release_log()
+            log.info("%s is finished; delete the folder to run it again", folder)
+            return Finished(folder, found)
     identity = Identity.begin(inputs, ranks.world_size)
-    context = Context(ranks, experiment.seed, experiment.loader, folder)
+    context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = find_method(experiment.method).build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
@@ -65,7 +84,7 @@ def _run(experiment: Experiment, dry_run: bool) -> None:
             trainer.resume(plan.stages, is_dry=True)
         release_log()
         _describe(experiment, plan, context)
-        return
+        return None
     try:
         _on_main(ranks, lambda: run_folder.open(experiment.resolved(), dump(experiment)))
         if trackers:
@@ -76,12 +95,14 @@ def _run(experiment: Experiment, dry_run: bool) -> None:
                 stack.enter_context(plain_weights(stage.step))
             entries = plan.result()
         tracking.finish(ranks.accelerator, entries, trainer.position.step)
-        run_folder.finish(provenance(experiment.method, experiment.digest(), context, identity) | entries)
+        result = provenance(experiment.method, experiment.digest(), context, identity) | entries
+        run_folder.finish(result)
         ranks.accelerator.wait_for_everyone()
         ranks.accelerator.end_training()  # leaves the process group
         log.info("finished %s in %.0f s", folder, identity.lives[-1].wall_seconds)
         if outcome := _outcome(entries):
             log.info("%s", outcome)
+        return Finished(folder, json.loads(json.dumps(result)))  # as it is read
     finally:
         run_folder.close()
 

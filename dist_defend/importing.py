@@ -72,6 +72,24 @@ class _Imported:
 
 def main(args: argparse.Namespace) -> int:
     """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
+    lines, card, sha256 = _convert(args)
+    print("\n".join(lines))
+    print(f"wrote {args.out}, sha256 {sha256}, read back" + ("; marked BACKDOORED" if card.backdoored else ""))
+    return 0
+
+
+def convert(source: Path, out: Path, **options: Any) -> list[str]:
+    """The command from Python, which gives the lines that it would print; options are its own. UserError as there."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    known = vars(parser.parse_args([".", "--out", "."]))
+    if unknown := options.keys() - known.keys():
+        raise UserError(f"unknown option '{min(unknown)}'; known: {', '.join(sorted(known.keys() - {'main', 'out'}))}")
+    return _convert(argparse.Namespace(**(known | options | {"source": source, "out": out})))[0]
+
+
+def _convert(args: argparse.Namespace) -> tuple[list[str], ModelCard, str]:
+    """What is to be told, the card, and the sha256 of the weights."""
     plugins.allow([args.arch, args.normalization])
     if args.image_size is not None and not 1 <= args.image_size <= MOST_PIXELS:
         raise UserError(f"--image-size is {args.image_size}: it must be 1 to {MOST_PIXELS} pixels")
@@ -80,12 +98,10 @@ def main(args: argparse.Namespace) -> int:
     try:
         if (args.out / "model.json").exists():
             raise UserError(f"{args.out} already holds a model: name another folder with --out")
-        sha256 = _write(args.out, _read(args))  # what was read is let go of before it is read back
-        _, card = load_artifact(args.out)  # which checks the digest and every key
+        lines, sha256 = _write(args.out, _read(args))  # what was read is let go of before it is read back
+        return lines, load_artifact(args.out)[1], sha256  # which checks the digest and every key
     except OSError as error:
         raise UserError(f"{args.out} cannot be written ({error.strerror}): name another folder with --out") from error
-    print(f"wrote {args.out}, sha256 {sha256}, read back" + ("; marked BACKDOORED" if card.backdoored else ""))
-    return 0
 
 
 def _read(args: argparse.Namespace) -> _Imported:
@@ -98,14 +114,12 @@ def _read(args: argparse.Namespace) -> _Imported:
     return make(args, content, choice, _origin(args.source, files))
 
 
-def _write(out: Path, imported: _Imported) -> str:
-    """Both files of the model, and the images; the sha256 of the weights."""
+def _write(out: Path, imported: _Imported) -> tuple[list[str], str]:
+    """Both files of the model, and the images; what is to be told, and the sha256 of the weights."""
     out.mkdir(parents=True, exist_ok=True)
     for split, images in imported.images.items():
         _write_npz(out / f"{split}.npz", images)
-    sha256 = save_artifact(out, imported.model, imported.card)
-    print("\n".join(imported.told))
-    return sha256
+    return imported.told, save_artifact(out, imported.model, imported.card)
 
 
 def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:

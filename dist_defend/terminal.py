@@ -127,11 +127,42 @@ class Progress:
 
 
 def hold_log(level: int = logging.WARNING) -> None:
-    """The project's log goes to standard error, held; it replaces an earlier command's, whose stream may be closed."""
+    """The project's log goes to standard error, held; it replaces an earlier command's, whose stream may be closed.
+
+    Within ``forwarded`` it goes on to the program's own handlers.
+    """
     logger = logging.getLogger(_LOGGER)
     end_log()
     logger.setLevel(level)
-    logger.addHandler(HeldLog())
+    if not any(isinstance(handler, _Forward) for handler in logger.handlers):
+        logger.addHandler(HeldLog())
+
+
+class _Forward(logging.Handler):
+    """Hands records to the handlers of the program around us."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Python's own rules from the root on: a program without handlers sees warnings on standard error."""
+        logging.getLogger().callHandlers(record)
+
+
+@contextlib.contextmanager
+def forwarded() -> Iterator[None]:
+    """For a program that uses the package: within, the log goes to its handlers, from the level that it has set.
+
+    A run's own log file has all lines all the same. Level and handlers are as before at the end.
+    """
+    logger = logging.getLogger(_LOGGER)
+    before = logger.level, logger.propagate
+    handler = _Forward(logger.getEffectiveLevel())
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def release_log() -> None:

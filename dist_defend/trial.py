@@ -157,9 +157,9 @@ class Examination:
 class Trial:
     """A suspect in a model folder, on the ranks' device, and the data that it is defended and tested with."""
 
-    def __init__(self, folder: str, context: Context, key: str = "attack") -> None:
-        """key: where the configuration has the attack, for messages. UserError for a folder without a classifier."""
-        self.folder, self.context, self.key = folder, context, key
+    def __init__(self, folder: str, context: Context) -> None:
+        """UserError for a folder without a classifier."""
+        self.folder, self.context = folder, context
         self.model, self.card, self.sha256 = context.load_classifier(folder)
         self._move(self.model)
         self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
@@ -210,7 +210,8 @@ class Trial:
                     f"{config.path}: all test images are the defender's; leave some of the data set to test"
                 )
         if attack is not None:
-            check_classes(attack, self.model.num_classes, f"{self.key}.")
+            section = f"{self.context.method}." if self.context.method else ""
+            check_classes(attack, self.model.num_classes, f"{section}attack.")
         elif self.card.attack:
             attack = attack_from(self.card.attack)
         self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
@@ -258,20 +259,22 @@ class Trial:
 
     def result(
         self,
-        kind: str,
         model: Classifier,
         after: dict[str, Count] | None = None,
         before: dict[str, Count] | None = None,
         *,
+        variant: str = "",
         chosen_by: str | None = None,
         metrics: dict[str, Any] | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Save what the defence ``kind`` made of the suspect; the entries of result.json.
+        """Save what the run's method made of the suspect; the entries of result.json.
 
-        after, before: the counts, where they have been made already. chosen_by: what the outcome was chosen by.
+        after, before: the counts, where they have been made already. variant: what the method's name in rows and card
+        ends in. chosen_by: what the outcome was chosen by.
         """
         context, attack = self.context, self.examination.attack
+        kind = context.method + variant
         before = before or self.before or self.examination.measure(self.original())
         after = after or self.latest or self.examination.measure(model)
         card = replace(

@@ -38,6 +38,7 @@ PROBE_DEFAULTS = (
     "measure/probe_stl10 probe={encoders: {a: x}, tasks: {stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
 )
 RNP_DEFAULTS = "defend/rnp_cifar10 rnp={model: x, data: {path: x}, test: {path: x}}"
+CLP_DEFAULTS = "defend/clp_cifar10 clp={model: x, test: {path: x}}"
 CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
 INPUT_AWARE_DEFAULTS = "attack/input_aware_cifar10 input_aware={data: {path: x}, test: {path: x}}"
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
@@ -264,7 +265,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      {"ibau.data.max_samples": 100}),
     # RNP
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), {"rnp.ratio": 0.01}),
-    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.rnp:_RATIO",), {"": 0.01}),
+    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.pruning.plan:_RATIO",), {"": 0.01}),
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official", RNP_DEFAULTS), below("rnp", {
         "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
         "epochs_inclusive": True, "clean_threshold": 0.20, "alpha": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20,
@@ -283,6 +284,11 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "not_unlearned": "use_last", **PAD_AND_FLIP,
         }),
     }),
+    # CLP
+    ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
+     {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),
+    ("SCLBD/BackdoorBench, defense/clp.py and config/defense/clp", ("defend/clp_cifar10", CLP_DEFAULTS),
+     {"clp.u": 3.0, "clp.u_min": 0.0, "clp.u_max": 10.0, "clp.u_num": 21}),
     # ABD's distillations
     (OPTIONS["ABD zskt"], (*ZSKT_CIFAR10, *ZSKT_GTSRB), below("zskt", {
         "student": "wrn_16_1", "batch_size": 128, "z_dim": 100, "generator_width": 128, "generator_steps": 1,

@@ -28,9 +28,9 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.trainer import Stage
+from dist_defend.methods.defend.pruning.masks import neuron_table
+from dist_defend.methods.defend.pruning.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.methods.defend.rnp import Config, Phases
-from dist_defend.methods.defend.rnp.masks import neuron_table
-from dist_defend.methods.defend.rnp.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
@@ -123,13 +123,13 @@ class Pair:
         )
         card = ModelCard("classifier", self.case.encoder, runner.NORMALIZATION, runner.IMAGE_SIZE, num_classes=CLASSES)
         save_artifact(self.folder / "suspect", self.model, card)
-        context = Context(ranks, 0, LoaderConfig("resident", 1), self.folder)
+        context = Context(ranks, 0, LoaderConfig("resident", 1), self.folder, "rnp")
 
         def defend() -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
             trial = Trial(config.model, context)
             data = trial.dataset("d", config.data)
             trial.test_on(config.test, self.poison, batch_size=EVALUATION_BATCH)
-            outcome = Outcome(config, trial, *data)
+            outcome = Outcome(config, trial, data)
             phases = Phases(config, context, trial.model, norm_names(trial.model.net), *data)
             phases.accuracy = 0.0
             for stage in phases.stages:

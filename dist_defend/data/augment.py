@@ -27,10 +27,16 @@ LUMA = (0.2989, 0.587, 0.114)
 class AugmentConfig:
     """How one view is made; raises ValueError for values that mean nothing.
 
-    crop: none (a ``size`` then resizes the whole image), random_resized (area share ``scale``, aspect ``ratio``), or
-    pad (a box at a random place in the image with ``pad`` black pixels around). size: height and width of the view in
-    pixels, None for the image's own. flip, jitter, grayscale: probabilities. brightness, contrast, saturation: factors
-    are uniform in 1 +- value; hue: shift uniform in +- value, in turns of the colour circle.
+    Keys:
+        crop: none (a size then resizes the whole image), random_resized (a box of area share scale and aspect ratio),
+            or pad (a box at a random place in the image with black pixels around)
+        size: height and width of the view in pixels; null: the image's own
+        scale: shares of the area, lowest and highest, of random_resized
+        ratio: widths by heights, lowest and highest, of random_resized
+        pad: black pixels on each side, of crop pad
+        flip, jitter, grayscale: probability
+        brightness, contrast, saturation: of the jitter: factors are uniform in 1 +- value
+        hue: of the jitter: shift uniform in +- value, in turns of the colour circle
     """
 
     crop: Literal["none", "random_resized", "pad"] = "none"

@@ -16,7 +16,12 @@ from dist_defend.ops.streams import Stream, draws
 
 @dataclass(frozen=True)
 class CutMixConfig:
-    """A batch is mixed with this probability; the box leaves a share lambda ~ Beta(beta, beta) of the image."""
+    """What CutMix draws for each batch.
+
+    Keys:
+        probability: with which a batch is mixed
+        beta: the box leaves a share lambda ~ Beta(beta, beta) of the image
+    """
 
     probability: float = 1.0
     beta: float = 0.25

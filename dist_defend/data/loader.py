@@ -25,9 +25,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """backend: auto takes resident on a GPU and ffcv on a CPU where it can, else resident, else torch.
+    """How batches are made; every back end gives the same ones.
 
-    workers: threads of this rank that make batches.
+    Keys:
+        backend: who makes the batches; auto: resident on a GPU, ffcv on a CPU where it can, else resident, else torch
+        workers: threads of each rank that make batches
     """
 
     backend: Literal["auto", "ffcv", "resident", "torch"] = "auto"
@@ -40,10 +42,15 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """A prepared data set or part of it: int(N * fraction) rows, at most max_samples, the first or random ones.
+    """A prepared data set or part of it.
 
-    first: of the prepared order, which is a shuffled one unless the data set was prepared with --keep-order.
-    resize: images are resized to a square of so many pixels when they are read.
+    Keys:
+        path: folder of a prepared split (`dist-defend data prepare`)
+        fraction: share of the rows, rounded down
+        max_samples: rows at most; null: no limit
+        subset: the first rows of the prepared order, which is a shuffled one unless the data set was prepared with
+            --keep-order; or random ones, by the run's seed
+        resize: side in pixels of the square to which images are resized when they are read; null: as they are
     """
 
     path: str

@@ -36,14 +36,24 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class UpdateConfig:
-    """How a first-order stage updates. batch_size is global: the same on any number of ranks."""
+    """How a first-order stage updates.
+
+    Keys:
+        batch_size: images of an update over all ranks: the same on any number of ranks
+        epochs: passes over the data
+        accumulation: micro-batches per update on each rank
+        max_grad_norm: L2 norm to which a larger gradient is scaled down; null: no limit
+        recompute: activations of repeated blocks are computed again in the backward pass, instead of kept
+        compile: repeated blocks are compiled by torch.compile
+        optimizer: optimizer, rate and schedule
+    """
 
     batch_size: int = 256
     epochs: int = 100
-    accumulation: int = 1  # micro-batches per update on each rank
+    accumulation: int = 1
     max_grad_norm: float | None = None
-    recompute: bool = False  # activations of repeated blocks, instead of keeping them
-    compile: bool = False  # repeated blocks, by torch.compile
+    recompute: bool = False
+    compile: bool = False
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
@@ -70,6 +80,7 @@ class Context:
     seed: int
     loader_config: LoaderConfig
     folder: Path
+    method: str = ""  # its name: the section of its keys, and the kind of its rows
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
     notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
     at_start: list[Callable[[], None]] = field(default_factory=list)  # what is measured before the first step

@@ -11,18 +11,32 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam's weight decay is the coupled L2 term (torch.optim.Adam), as in all the published scripts."""
+    """An optimizer and the schedule of its learning rate.
+
+    Keys:
+        name: adam, adamw, sgd, or lars (layer-wise adaptive rates, for large batches)
+        lr: learning rate, the largest of the schedule
+        weight_decay: of adam the coupled L2 term (torch.optim.Adam), as in all the published scripts
+        betas: of adam and adamw: decay of the means of gradients and of their squares
+        momentum: of sgd and lars
+        trust: of lars: the most that an update moves a tensor, relative to its norm, at rate 1
+        amsgrad: of adam and adamw
+        schedule: constant; cosine, down to 0 at the last step; multistep, down at milestones
+        milestones: of multistep: epochs after which the rate falls
+        gamma: of multistep: share of the rate that is left after each milestone
+        warmup_epochs: epochs in which the rate rises from 0 to lr, before the schedule; may be a fraction
+    """
 
     name: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     lr: float = 1e-3
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    momentum: float = 0.9  # sgd, lars
-    trust: float = 1e-3  # lars: the most that an update moves a tensor, relative to its norm, at rate 1
-    amsgrad: bool = False  # adam, adamw
+    momentum: float = 0.9
+    trust: float = 1e-3
+    amsgrad: bool = False
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
-    milestones: tuple[int, ...] = ()  # multistep: epochs after which the rate falls
-    gamma: float = 0.1  # multistep: to this share
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:

@@ -63,13 +63,15 @@ class RunFolder:
                     f"{self.path} holds another experiment: {difference}; change 'output' or delete the folder"
                 )
 
-    def check_result(self, inputs: dict[str, str]) -> None:
-        """UserError if the run is finished and its result comes of other inputs (digests by role) than these."""
+    def read_result(self, inputs: dict[str, str]) -> dict[str, Any]:
+        """A finished run's result.json. UserError if it comes of other inputs (digests by role) than these."""
         path = self.path / "result.json"
-        then = self._read(path, "restore it, or delete it to go on from the newest checkpoint").get("inputs", {})
+        result = self._read(path, "restore it, or delete it to go on from the newest checkpoint")
+        then = result.get("inputs", {})
         if not isinstance(then, dict) or not all(isinstance(digest, str) for digest in then.values()):
             raise UserError(f"{path}: key 'inputs' holds no digests: restore it, or delete the folder to run it again")
         check_same(then, inputs, f"{self.path} is finished and", "put it back, change 'output', or delete the folder")
+        return result
 
     @staticmethod
     def _read(path: Path, remedy: str) -> dict[str, Any]:

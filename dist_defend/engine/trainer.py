@@ -29,13 +29,22 @@ _GO_ON, _SAVE, _STOP, _INTERRUPT = range(4)  # what a rank may wish at a step bo
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How a run is logged and saved; nothing here changes what it computes."""
+    """How a run is logged and saved; nothing here changes what it computes.
 
-    log_every: int = 10  # steps
-    checkpoint_every: int = 500  # steps; also at the end of each stage
-    checkpoint_seconds: float = 20.0  # and after so long, unless saving would then take more than 1/20 of the time
+    Keys:
+        log_every: steps between two lines of metrics
+        checkpoint_every: steps between two checkpoints; there is one at the end of each stage too
+        checkpoint_seconds: seconds after which there is one all the same, unless saving would then take more than 1/20
+            of the time
+        keep_checkpoints: how many of the newest are kept
+        trackers: any of Accelerate's, offline unless told otherwise
+    """
+
+    log_every: int = 10
+    checkpoint_every: int = 500
+    checkpoint_seconds: float = 20.0
     keep_checkpoints: int = 2
-    trackers: tuple[str, ...] = ("tensorboard",)  # any of Accelerate's, offline unless told otherwise
+    trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         for key in ("log_every", "checkpoint_every", "keep_checkpoints"):

@@ -96,14 +96,29 @@ def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCar
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     card = dataclasses.replace(card, resize=model.resize)  # what the weights were used with, whoever wrote the card
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    weights = safetensors.torch.save(state)
+    weights = _packed(model)
     sha256 = hashlib.sha256(weights).hexdigest()
     warning = {"BACKDOORED": True} if card.backdoored else {}
     text = {"format": FORMAT, **warning, **dataclasses.asdict(card), "sha256": sha256}
     write_atomic(folder / "model.safetensors", weights)
     write_atomic(folder / "model.json", json.dumps(text, indent=2) + "\n")
     return sha256
+
+
+def weights_digest(model: SimCLR | Classifier) -> str:
+    """sha256 (hex) of the weights file that save_artifact would write now."""
+    return hashlib.sha256(_packed(model)).hexdigest()
+
+
+def _packed(model: nn.Module) -> bytes:
+    state: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, value in model.state_dict().items():
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        state[key] = tensor.clone() if place in taken else tensor  # tied weights, which safetensors refuses
+        taken.add(place)
+    return safetensors.torch.save(state)
 
 
 def load_simclr(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR, ModelCard]:
@@ -144,6 +159,11 @@ def load_artifact(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR 
     if state is not None:
         load_strict(model, state, path)
     return model, card
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """The card in a model folder. UserError if it is missing or altered."""
+    return _read_card(Path(folder) / "model.json")[0]
 
 
 def _build(card: ModelCard) -> SimCLR | Classifier:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dist_defend.errors import UserError
+from dist_defend.models import in_process
 from dist_defend.models.architectures import CLASSIFIERS, find_classifier, unknown
 from dist_defend.models.encoder import create_timm
 from dist_defend.models.pixel_space import Normalize, Resize
@@ -70,7 +71,9 @@ def build_classifier(
     and for images too small for the network.
     """
     side = resize or image_size
-    if arch.startswith("timm:"):
+    if arch.startswith(in_process.PREFIX):
+        net = in_process.build(arch, num_classes, side)
+    elif arch.startswith("timm:"):
         net = create_timm(arch.removeprefix("timm:"), side, num_classes)
     elif arch.startswith("torchvision:"):
         net = create_torchvision(arch.removeprefix("torchvision:"), side, num_classes)

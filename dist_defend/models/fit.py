@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from dist_defend.errors import UserError
 from dist_defend.models.classifier import Classifier
@@ -28,7 +29,7 @@ def check_image_size(
     is_as_told = (height, width) == (size, size)
     remedy = remedy or f"say `resize: {size}` beside its `path`"
     named = f"{folder} ({model.arch})"
-    problem = _problem(model, height, width)
+    problem = problem_with(model, height, width)
     if problem is not None and is_as_told:
         raise UserError(
             f"{named} does not take images of {size} px, although its card says so ({problem}): import it again with "
@@ -48,18 +49,24 @@ def check_image_size(
 
 
 @torch.no_grad()
-def _problem(model: SimCLR | Classifier, height: int, width: int) -> str | None:
-    """What the network says to one black image of that size, if it refuses it. Modes stay as they are."""
+def problem_with(model: SimCLR | Classifier, height: int, width: int) -> str | None:
+    """What speaks against one black image of that size: the network's own words, or logits of another shape.
+
+    Modes stay as they are.
+    """
     modes = [(module, module.training) for module in model.modules()]
     parameter = next(model.parameters())
     network = model.f if isinstance(model, SimCLR) else model
     try:
-        network.eval()(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
+        made = network.eval()(torch.zeros(1, 3, height, width, device=parameter.device, dtype=parameter.dtype))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError, ValueError, IndexError, UserError) as error:
+    except Exception as error:  # of any network's own
         return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     finally:
         for module, training in modes:
             module.training = training
-    return None
+    if isinstance(model, SimCLR) or (isinstance(made, Tensor) and made.shape == (1, model.num_classes)):
+        return None
+    told = f"of shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"in a {type(made).__name__}"
+    return f"one image gives something {told}"

@@ -1,10 +1,11 @@
 """Frozen batch norms folded into the convolutions before them: less to compute, half of the activations to keep."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dist_defend.models.pairing import feeding
 
 
 class FoldedConv2d(nn.Module):
@@ -33,42 +34,21 @@ def fold_frozen_norms(model: nn.Module, example: Tensor) -> int:
     Which feeds which is seen in one forward pass of ``example``. Outputs and the gradients of the weights stay the
     same; the keys of what was folded leave the state dict, except the convolutions' weights. Returns how many were.
     """
-    made: dict[int, tuple[str, Tensor]] = {}  # id of a convolution's output -> its name; keeps the output alive
-    fed: dict[str, str] = {}  # norm -> convolution
-    calls: dict[str, int] = {}
-
-    def after_convolution(name: str) -> Any:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            made[id(output)] = name, output
-            calls[name] = calls.get(name, 0) + 1
-
-        return note
-
-    def before_norm(name: str) -> Any:
-        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if id(inputs[0]) in made:
-                fed[name] = made[id(inputs[0])][0]
-
-        return note
-
-    hooks = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Conv2d and (module.bias is None or not module.bias.requires_grad):
-            hooks.append(module.register_forward_hook(after_convolution(name)))
-        elif type(module) is nn.BatchNorm2d and _is_frozen(module):
-            hooks.append(module.register_forward_pre_hook(before_norm(name)))
     with torch.no_grad():
-        expected = model(example)
-        for hook in hooks:
-            hook.remove()
-        pairs = {norm: conv for norm, conv in fed.items() if calls[conv] == 1}
-        for norm, conv in pairs.items():
-            folded = FoldedConv2d(model.get_submodule(conv), model.get_submodule(norm))  # type: ignore[arg-type]
-            model.set_submodule(conv, folded)
-            model.set_submodule(norm, nn.Identity())
+        expected, fed = feeding(model, example)
+        folded = 0
+        for norm, conv in fed.items():
+            layers = model.get_submodule(conv), model.get_submodule(norm)
+            if _is_fixed(*layers):
+                model.set_submodule(conv, FoldedConv2d(*layers))  # type: ignore[arg-type]
+                model.set_submodule(norm, nn.Identity())
+                folded += 1
         torch.testing.assert_close(model(example), expected, rtol=1e-3, atol=1e-3)  # a wrong fold is far off
-    return len(pairs)
+    return folded
 
 
-def _is_frozen(norm: nn.BatchNorm2d) -> bool:
-    return not norm.training and norm.affine and norm.track_running_stats and not norm.weight.requires_grad
+def _is_fixed(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether the norm is frozen and nothing of the convolution but its weight is trained."""
+    has_fixed_bias = type(conv) is nn.Conv2d and (conv.bias is None or not conv.bias.requires_grad)
+    is_frozen = type(norm) is nn.BatchNorm2d and not norm.training and norm.affine and norm.track_running_stats
+    return has_fixed_bias and is_frozen and not norm.weight.requires_grad

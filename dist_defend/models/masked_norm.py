@@ -37,8 +37,8 @@ def norm_names(net: nn.Module) -> list[str]:
     names = [name for name, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
     if not names:
         raise UserError(
-            f"{type(net).__name__} has no BatchNorm2d layer with a scale, so RNP has nothing to mask: use a network "
-            "with batch norm or another defence"
+            f"{type(net).__name__} has no BatchNorm2d layer with a scale, so no neuron to prune: use a network with "
+            "batch norm or another defence"
         )
     return names
 

@@ -86,7 +86,7 @@ def stage_plans(experiment: Any, world_size: int, strategy: StrategyName) -> tup
     unneeded = dict.fromkeys(optional & {"attack", "monitor"})  # changes images, or measures
     options = dataclasses.replace(experiment.options, **unneeded)
     with tempfile.TemporaryDirectory() as folder, pretended_world(world_size, ranks.dtype):
-        context = PretendedContext(ranks, experiment.seed, experiment.loader, Path(folder))
+        context = PretendedContext(ranks, experiment.seed, experiment.loader, Path(folder), experiment.method)
         stages = module.build(options, context).stages
         trained = [stage.step.objective for stage in stages if isinstance(stage.step, GradientStep)]
         plans = [_stage_plan(stage, [*context.models, *trained], context, strategy) for stage in stages]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_defend.evaluate import Count, rating
+from dist_defend.evaluate import ORACLE, Count, rating
 from dist_defend.report.runs import Run
 from dist_defend.screen import cell, markdown
 
@@ -26,7 +26,7 @@ DEFINITIONS = {
 }
 SPREAD = "Mean ± sample standard deviation over the seeds of the downstream classifier; the encoders stay the same."
 _CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered"]
-_KINDS = ["clean", "backdoored", "purified", "ibau", "rnp", "rnp (oracle)"]
+_KINDS = ["clean", "backdoored", "purified"]
 _NEAR_CHANCE = 1.5
 
 
@@ -63,15 +63,24 @@ class Line:
 
 
 def summarise(runs: Iterable[Run]) -> list[Line]:
-    """A line per task, run and kind: tasks and runs as they come, kinds clean, backdoored, defences, then others."""
+    """A line per task, run and kind: tasks and runs as they come, kinds clean, backdoored, purified, then others.
+
+    What an oracle chose stands behind what the defender did.
+    """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for run in runs:
         for row in run.rows:
             rated = row | {"der": _der(run, row)}
             groups.setdefault((run.label, str(row["task"]), str(row["kind"])), []).append(rated)
     labels, tasks = [run for run, _, _ in groups], [task for _, task, _ in groups]
-    kinds = _KINDS + [kind for _, _, kind in groups]
-    ordered = sorted(groups, key=lambda key: (tasks.index(key[1]), labels.index(key[0]), kinds.index(key[2])))
+    kinds = _KINDS + [kind.removesuffix(ORACLE) for _, _, kind in groups]
+
+    def place(key: tuple[str, str, str]) -> tuple[int, int, int, bool]:
+        run, task, kind = key
+        own = kinds.index(kind.removesuffix(ORACLE))
+        return tasks.index(task), labels.index(run), own, kind.endswith(ORACLE)
+
+    ordered = sorted(groups, key=place)
     return [_line(key, groups[key]) for key in ordered]
 
 

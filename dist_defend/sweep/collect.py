@@ -11,13 +11,12 @@ from typing import Any
 import pandas as pd
 
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, rating
+from dist_defend.evaluate import ORACLE, Count, rating
 from dist_defend.results import COUNTS as RATES
 from dist_defend.results import read_result
 from dist_defend.screen import cell
 from dist_defend.sweep.grid import Point, Sweep
 
-ORACLE = " (oracle)"  # ends the kind of a model that was chosen by its rates on the test set
 _COSTS = (
     "wall_seconds",
     "device_seconds",

@@ -30,7 +30,7 @@ def train(config: Path, folder: Path, mutate: Mutation = none) -> dict[str, Any]
         mutate(patch)
         experiment = load_experiment(config)
         ranks = dist.start("fp64", None)
-        context = Context(ranks, experiment.seed, experiment.loader, folder)
+        context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
         plan = find_method(experiment.method).build(experiment.options, context)
         gradients: dict[str, Tensor] = {}
         for stage in plan.stages:

@@ -137,7 +137,9 @@ def test_rates_follow_their_schedules(schedule: dict[str, Any], factors: list[fl
     changes["student_optimizer"] = {"name": "adam", "lr": 2e-3, **schedule}
     experiment = load_experiment(make_experiment(tmp_path, "zskt", changes))
     ranks = dist.start("fp64", None)
-    plan = build(experiment.options, Context(ranks, experiment.seed, experiment.loader, tmp_path / "run"))
+    plan = build(
+        experiment.options, Context(ranks, experiment.seed, experiment.loader, tmp_path / "run", experiment.method)
+    )
     (stage,), found, steps = plan.stages, [], []
     step: Any = stage.step
     for epoch in range(4):

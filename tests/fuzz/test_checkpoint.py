@@ -194,7 +194,7 @@ def config(rng: random.Random, folder: Path) -> Callable[[], object]:
 
 def result(rng: random.Random, folder: Path) -> Callable[[], object]:
     """result.json of a finished run that is started again."""
-    return _json(rng, folder, "result.json", RESULT, lambda run: run.check_result({"line.data.path": "ab" * 32}))
+    return _json(rng, folder, "result.json", RESULT, lambda run: run.read_result({"line.data.path": "ab" * 32}))
 
 
 def _json(

@@ -44,7 +44,7 @@ def make_step(folder: Path, **changes: Any) -> CmiStep:
         **changes,
     }
     config = load_experiment(make_experiment(folder, "cmi", options))
-    context = Context(dist.start("fp64", None), 3, config.loader, folder / "run")
+    context = Context(dist.start("fp64", None), 3, config.loader, folder / "run", config.method)
     step = cmi.build(config.options, context).stages[0].step
     assert isinstance(step, CmiStep)
     return step

@@ -41,7 +41,9 @@ def plan_of(method: Any, folder: Path, **changes: Any) -> Plan:
         **changes,
     }
     config = load_experiment(make_experiment(folder, name, options))
-    return method.build(config.options, Context(dist.start("fp64", None), 3, config.loader, folder / "run"))
+    return method.build(
+        config.options, Context(dist.start("fp64", None), 3, config.loader, folder / "run", config.method)
+    )
 
 
 def batch_of(seed: int, count: int = 4) -> Batch:

@@ -46,7 +46,7 @@ def options(folder: Path, **changes: Any) -> dict[str, Any]:
 def make_step(folder: Path, **changes: Any) -> UnlearningStep:
     """Of a built plan, in float64."""
     config = load_experiment(make_experiment(folder, "ibau", options(folder, **changes)))
-    context = Context(dist.start("fp64", None), 3, config.loader, folder / "run")
+    context = Context(dist.start("fp64", None), 3, config.loader, folder / "run", config.method)
     (stage,) = ibau.build(config.options, context).stages
     assert isinstance(stage.step, UnlearningStep)
     return stage.step
@@ -320,7 +320,7 @@ def test_the_exact_solver_is_for_small_problems(tmp_path: Path) -> None:
         "test": {"path": make_data(tmp_path / "large test", size=32)},
     }
     config = load_experiment(make_experiment(tmp_path, "ibau", {**section, "solver": "exact"}))
-    context = Context(dist.start("fp64", None), 0, config.loader, tmp_path / "run")
+    context = Context(dist.start("fp64", None), 0, config.loader, tmp_path / "run", config.method)
     with pytest.raises(UserError, match="delta has 3072: say neumann or cg"):
         ibau.build(config.options, context)
 

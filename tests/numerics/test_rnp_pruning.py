@@ -18,8 +18,8 @@ from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, predict
-from dist_defend.methods.defend.rnp import masks as masks_module
-from dist_defend.methods.defend.rnp.masks import (
+from dist_defend.methods.defend.pruning import masks as masks_module
+from dist_defend.methods.defend.pruning.masks import (
     Neuron,
     by_number,
     by_threshold,
@@ -31,9 +31,9 @@ from dist_defend.methods.defend.rnp.masks import (
     read_mask_values,
     write_mask_values,
 )
-from dist_defend.methods.defend.rnp.outcome import choose_by_clean_data, choose_by_oracle
+from dist_defend.methods.defend.pruning.outcome import choose_by_clean_data, choose_by_oracle
+from dist_defend.methods.defend.pruning.stops import Stops, predict_pruned
 from dist_defend.methods.defend.rnp.steps import RecoverStep
-from dist_defend.methods.defend.rnp.sweep import Stops, predict_pruned
 from dist_defend.models.batch_statistics import StatisticsShift, estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names
@@ -193,7 +193,7 @@ def pruned_counts(neurons: list[Neuron]) -> list[int]:
 def test_published_masks_replay_to_the_published_counts() -> None:
     neurons = read_mask_values(PUBLISHED)
     assert len(neurons) == 4800
-    assert sum(neuron.mask == 1 for neuron in neurons) == 1730
+    assert sum(neuron.score == 1 for neuron in neurons) == 1730
     assert pruned_counts(neurons) == PUBLISHED_COUNTS
     check_neurons(neurons, make_classifier("resnet18").net, norm_names(make_classifier("resnet18").net), PUBLISHED)
 
@@ -218,7 +218,7 @@ def test_masks_round_trip_to_the_published_bytes(tmp_path: Path) -> None:
 
 def test_rounding_comes_before_the_threshold() -> None:
     neurons = neuron_table({"bn": torch.tensor([0.00004, 0.05004, 0.05006, 1.0])})
-    assert [neuron.mask for neuron in neurons] == [0.0, 0.05, 0.0501, 1.0]
+    assert [neuron.score for neuron in neurons] == [0.0, 0.05, 0.0501, 1.0]
     assert pruned_counts(neurons)[:3] == [1, 2, 3]
     exact = [Neuron("bn", c, m) for c, m in enumerate([0.00004, 0.05004, 0.05006, 1.0])]
     assert pruned_counts(exact)[:3] == [0, 1, 3]  # what rounding afterwards would give
@@ -241,9 +241,9 @@ def test_by_number_ends_at_the_last_channel() -> None:
     net = make_classifier().net
     names = norm_names(net)
     channels = sum(len(net.get_parameter(f"{name}.weight")) for name in names)
-    check_number(net, names, channels, 0)
+    check_number(net, names, channels, 0, "rnp.pruning_max")
     with pytest.raises(UserError, match="pruning_max"):
-        check_number(net, names, channels, 5)
+        check_number(net, names, channels, 5, "rnp.pruning_max")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ LAYERS = [
     {"engine", "evaluate"},
     {"trial"},
     {"methods"},
-    {"config", "experiment", "results"},
+    {"config", "experiment", "results", "given", "session"},
     {
         "report",
         "bench",
@@ -43,7 +43,7 @@ LAYERS = [
         "evaluate_command",
         "methods_command",
     },
-    {"cli", "__main__"},
+    {"cli", "api", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

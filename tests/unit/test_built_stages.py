@@ -27,7 +27,7 @@ MIRROR = {"crop": "none", "flip": 1.0, "jitter": 0.0, "grayscale": 0.0}  # an au
 
 def built(method: str, folder: Path, options: dict[str, Any], **changes: Any) -> Plan:
     experiment = load_experiment(make_experiment(folder, method, options, **changes))
-    context = Context(dist.start("fp64", None), experiment.seed, experiment.loader, folder / "run")
+    context = Context(dist.start("fp64", None), experiment.seed, experiment.loader, folder / "run", experiment.method)
     (folder / "run").mkdir(exist_ok=True)
     plan: Plan = find_method(method).build(experiment.options, context)
     return plan

@@ -16,7 +16,7 @@ from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import WriteOptions, open_dataset, write_dataset, write_splits
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.rnp import _read_index
+from dist_defend.methods.defend.pruning.plan import read_index
 from tests.forging import seal
 
 SIDE = 6
@@ -85,7 +85,7 @@ def test_row_numbers_of_the_source_find_their_images(tmp_path: Path) -> None:
     assert sorted(made.images(rows)[:, 0, 0, 0].tolist()) == [4, 17, 29] and (np.diff(rows) > 0).all()
     assert made.images(made.rows_of_class(1))[:, 0, 0, 0].tolist() == list(range(15, 30))
     (tmp_path / "index.txt").write_text("17\n4\n29\n")  # BackdoorBench's log/index.txt
-    named = made.rows_of(_read_index(str(tmp_path / "index.txt"), made.num_source_rows))
+    named = made.rows_of(read_index(str(tmp_path / "index.txt"), made.num_source_rows, "rnp.index"))
     assert named.tolist() == rows.tolist()
     part = write_dataset(numbered(30), tmp_path / "e", name="x", split="s", storage="npy", order_seed=0, max_samples=10)
     absent = int(np.setdiff1d(np.arange(30), part.source_rows)[0])

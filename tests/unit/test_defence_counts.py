@@ -11,7 +11,7 @@ import torch
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
-from dist_defend.methods.defend.rnp.masks import Neuron, write_mask_values
+from dist_defend.methods.defend.pruning.masks import Neuron, write_mask_values
 from dist_defend.methods.defend.rnp.steps import UnlearnStep
 from dist_defend.models.artifact import load_classifier, save_artifact
 from dist_defend.models.classifier import Classifier
@@ -58,8 +58,8 @@ def test_rnp_chooses_by_the_defenders_images_alone(tmp_path: Path) -> None:
     masks = np.random.default_rng(0).integers(0, 100, len(channels)) / 100
     neurons = [Neuron(*place, mask) for place, mask in zip(channels, masks.tolist(), strict=True)]
     write_mask_values(tmp_path / "masks.txt", neurons)
-    ascending = sorted(neurons, key=lambda neuron: neuron.mask)
-    kept = {t: without(suspect, [n for n in ascending if n.mask <= t]) for t in (0.0, 0.2, 0.4, 0.6)}
+    ascending = sorted(neurons, key=lambda neuron: neuron.score)
+    kept = {t: without(suspect, [n for n in ascending if n.score <= t]) for t in (0.0, 0.2, 0.4, 0.6)}
     models = [load_classifier(suspect)[0], *kept.values()]
     labels = {"defence": classes(models[0], data["defence"]), "test": (classes(models[0], data["test"]) + 1) % CLASSES}
     for role, images in data.items():

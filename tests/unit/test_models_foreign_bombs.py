@@ -20,8 +20,8 @@ from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.rnp import _read_index
-from dist_defend.methods.defend.rnp.masks import read_mask_values
+from dist_defend.methods.defend.pruning.masks import read_mask_values
+from dist_defend.methods.defend.pruning.plan import read_index
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.foreign_classifier import import_classifier
 from dist_defend.models.foreign_file import read_checkpoint
@@ -252,7 +252,7 @@ def test_pipes_are_refused_by_every_reader(tmp_path: Path) -> None:
         "images.npy": lambda path: open_images(path, 1, 16),
         "g.safetensors": lambda path: load_generators(path, 16, "none"),
         "mask_values.txt": read_mask_values,
-        "index.txt": lambda path: _read_index(str(path), 10),
+        "index.txt": lambda path: read_index(str(path), 10, "rnp.index"),
     }
     for name, read in readers.items():
         os.mkfifo(tmp_path / name)
@@ -278,7 +278,7 @@ def test_row_numbers_and_masks_of_any_text(tmp_path: Path) -> None:
     for text in ("9" * 5000, str(2**64), "1 x", "\udc80", "1.5"):
         (tmp_path / "index.txt").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(UserError, match="is no text file of row numbers") as error:
-            _read_index(str(tmp_path / "index.txt"), 10)
+            read_index(str(tmp_path / "index.txt"), 10, "rnp.index")
         assert str(error.value).isprintable() and len(str(error.value)) < 500
     (tmp_path / "m.txt").write_text(f"head\n0 a 0 {'1' * 400}e\x1b[2J\n0 a 0 {'9' * 300}\n")
     with pytest.raises(UserError, match="line 2") as error:

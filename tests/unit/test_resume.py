@@ -380,7 +380,7 @@ def test_a_run_folder_with_a_broken_configuration_is_one_line(text: str, tmp_pat
 def test_a_broken_result_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(UserError, match=r"result\.json"):
-        RunFolder(tmp_path, True).check_result({})
+        RunFolder(tmp_path, True).read_result({})
 
 
 @pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl"])

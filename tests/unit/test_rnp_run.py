@@ -12,7 +12,7 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.data.loader import DatasetConfig, select_rows
 from dist_defend.data.store import open_dataset
-from dist_defend.methods.defend.rnp.masks import read_mask_values
+from dist_defend.methods.defend.pruning.masks import read_mask_values
 from dist_defend.models.artifact import ModelCard, load_classifier, save_artifact
 from dist_defend.models.batch_statistics import estimate_statistics
 from dist_defend.models.classifier import build_classifier
@@ -78,7 +78,7 @@ def test_a_run(options: dict[str, Any], tmp_path: Path) -> None:
     dead = {(name, c) for name in norm_names(model.net)
             for c in (model.net.get_parameter(f"{name}.weight") == 0).nonzero().flatten().tolist()}  # fmt: skip
     threshold = chosen["threshold"]
-    assert dead == {(neuron.layer, neuron.channel) for neuron in neurons if neuron.mask <= threshold}
+    assert dead == {(neuron.layer, neuron.channel) for neuron in neurons if neuron.score <= threshold}
     for key, value in before.state_dict().items():  # nothing but gammas has changed
         is_gamma = key.removeprefix("net.").removesuffix(".weight") in norm_names(model.net)
         assert is_gamma or torch.equal(model.state_dict()[key], value), key
@@ -122,7 +122,7 @@ def test_backdoorbench_delivers_the_model_at_pruning_number(options: dict[str, A
     (chosen,) = [row for row in found["table"] if row["chosen"]]
     assert chosen is found["table"][-1] and chosen["threshold"] == 0.5
     neurons = read_mask_values(tmp_path / "run" / "mask_values.txt")
-    assert chosen["pruned"] == sum(neuron.mask <= 0.5 for neuron in neurons)
+    assert chosen["pruned"] == sum(neuron.score <= 0.5 for neuron in neurons)
     stages = [row["stage"] for row in metrics(tmp_path / "run")]
     assert stages.count("unlearn") == 2 * 2  # not one epoch more
 

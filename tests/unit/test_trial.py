@@ -22,7 +22,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
 from dist_defend.evaluate import Count, only_accuracy
-from dist_defend.methods.defend.rnp.masks import Neuron, write_mask_values
+from dist_defend.methods.defend.pruning.masks import Neuron, write_mask_values
 from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, load_simclr, save_artifact
 from dist_defend.models.masked_norm import norm_names
 from dist_defend.trial import Trial, defended_card
@@ -103,7 +103,7 @@ def test_rnp_with_one_pruned_neuron_leaves_a_backdoored_card(tmp_path: Path) -> 
     net = load_classifier(model)[0].net
     widths = [(name, len(net.get_parameter(f"{name}.weight"))) for name in norm_names(net)]
     neurons = [Neuron(name, channel, 1.0) for name, width in widths for channel in range(width)]
-    write_mask_values(tmp_path / "masks.txt", [neurons[0]._replace(mask=0.0), *neurons[1:]])
+    write_mask_values(tmp_path / "masks.txt", [neurons[0]._replace(score=0.0), *neurons[1:]])
     options = {
         "model": model,
         "data": {"path": make_data(tmp_path / "data"), "max_samples": 12},

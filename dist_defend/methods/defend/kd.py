@@ -23,22 +23,35 @@ from dist_defend.ops.losses import distillation
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of illidanlab/ABD's zskt/kd_distill.py; its sweeps take a fifth of the training images."""
+    """Defaults are those of illidanlab/ABD's zskt/kd_distill.py; its sweeps take a fifth of the training images.
 
-    teacher: str  # model folder of a classifier
+    Keys:
+        teacher: model folder of the suspected classifier, which teaches
+        data: clean, labelled images of the teacher's task
+        test: labelled images that only measure
+        student: architecture of the network that is trained (`dist-defend models`)
+        attack: what is measured; null: the attack in the model's card, if there is one
+        temperature: of both networks' predictions in the distillation loss
+        alpha: share of the teacher in the loss; 1 - alpha is that of the labels
+        augment: how training images are changed
+        update: batch size, epochs, optimizer and the like
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
+
+    teacher: str
     data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
     attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     temperature: float = 6.0
-    alpha: float = 0.95  # share of the teacher; 1 - alpha is that of the labels
+    alpha: float = 0.95
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=128, epochs=170, optimizer=OptimizerConfig("sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
         )
     )
-    evaluate_every: int = 10  # epochs; and after the last
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -89,8 +102,8 @@ class DistillationObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """One stage: distil on labelled images."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context)
-    data, rows = pair.trial.dataset("train", config.data)
-    pair.check_augment(config.augment, "kd.augment")
+    data, rows = pair.trial.dataset("defence", config.data)
+    pair.check_augment(config.augment)
     loader = context.train_loader(
         data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
     )
@@ -100,4 +113,4 @@ def build(config: Config, context: Context) -> Plan:
     pair.trial.look(data, rows)
     stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
     stage.shown = "loss", "kl"
-    return Plan([stage], lambda: pair.result("kd", {"images": len(rows)}))
+    return Plan([stage], lambda: pair.result({"images": len(rows)}))

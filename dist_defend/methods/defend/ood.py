@@ -33,10 +33,28 @@ from dist_defend.ops.losses import Convention, distillation, divergence_rows
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are illidanlab/ABD's cmi/vanilla_kd_ood.py's, at a constant rate; its sweeps' rates are in PRESETS."""
+    """Defaults are illidanlab/ABD's cmi/vanilla_kd_ood.py's, at a constant rate; its sweeps' rates are in PRESETS.
 
-    teacher: str  # model folder of a classifier
-    data: DatasetConfig  # images of anything, of the teacher's size; labels are not read
+    Keys:
+        teacher: model folder of the suspected classifier, which teaches
+        data: images of anything, of the teacher's size; labels are not read
+        test: labelled images that only measure
+        student: architecture of the network that is trained (`dist-defend models`)
+        attack: what is measured; null: the attack in the model's card, if there is one
+        temperature: of both networks' predictions in the distillation loss
+        cutmix: how images of a batch are mixed
+        augment: how training images are changed
+        update: batch size, epochs, optimizer and the like
+        vaccine: ABD's shuffling vaccine; null: none
+        retrospection: ABD's self-retrospection, which starts at an epoch; null: none
+        retrospection_convention: scale of the retrospection's loss; published: batchmean, 640 times the distillation
+            loss's scale
+        graph: whether the retrospection's updates are captured as CUDA graphs; auto: where there is a GPU that can
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
+
+    teacher: str
+    data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
     attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
@@ -47,10 +65,10 @@ class Config:
         default_factory=lambda: UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
     )
     vaccine: VaccineConfig | None = None
-    retrospection: RetrospectionConfig | None = None  # start: an epoch
-    retrospection_convention: Convention = "mean"  # published: batchmean, 640 times the distillation loss's scale
-    graph: GraphMode = "auto"  # of the retrospection's updates
-    evaluate_every: int = 10  # epochs; and after the last
+    retrospection: RetrospectionConfig | None = None
+    retrospection_convention: Convention = "mean"
+    graph: GraphMode = "auto"
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -134,8 +152,8 @@ class SelectingStep:
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a second one if there is retrospection."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
-    data, rows = pair.trial.dataset("train", config.data, is_labelled=False)
-    pair.check_augment(config.augment, "ood.augment")
+    data, rows = pair.trial.dataset("defence", config.data, is_labelled=False)
+    pair.check_augment(config.augment)
     batch_size, epochs = config.update.batch_size, config.update.epochs
     plain = context.train_loader(data, rows, batch_size, (View(config.augment),))
     loader = CutMixLoader(plain, config.cutmix, context.seed)
@@ -166,6 +184,6 @@ def build(config: Config, context: Context) -> Plan:
     pair.trial.look()
 
     def result() -> dict[str, Any]:
-        return pair.defended_result("ood", vaccine, config.retrospection is not None, {"images": len(rows)})
+        return pair.defended_result(vaccine, config.retrospection is not None, {"images": len(rows)})
 
     return Plan(stages, result)

@@ -51,7 +51,13 @@ _SCATTERED = 500  # test features kept for the report's scatter plot
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A labelled downstream data set and the class that the attacker wants."""
+    """A labelled downstream data set and the class that the attacker wants.
+
+    Keys:
+        train: labelled images that the heads are trained on
+        test: labelled images that the heads are measured on
+        target_class: the class that the attacker wants triggered images to get
+    """
 
     train: DatasetConfig
     test: DatasetConfig
@@ -60,10 +66,15 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class KnnConfig:
-    """The k most similar training images vote with weight exp(cosine / temperature). Defaults are BadEncoder's."""
+    """The k most similar training images vote with weight exp(cosine / temperature). Defaults are BadEncoder's.
+
+    Keys:
+        k: how many training images vote
+        temperature: of the votes' weights; Wu et al. 2018, DINO and solo-learn take 0.07
+    """
 
     k: int = 200
-    temperature: float = 0.5  # Wu et al. 2018, DINO, solo-learn: 0.07
+    temperature: float = 0.5
 
     def __post_init__(self) -> None:
         for key in ("k", "temperature"):
@@ -75,20 +86,31 @@ class KnnConfig:
 class Config:
     """Defaults are BadEncoder's; MIMIC trains for 1000 epochs. The last epoch counts.
 
-    kind: head trains a classifier, which without hidden layers is the linear probe; knn trains nothing and reads
-    neither seeds nor any key from hidden on.
+    Keys:
+        encoders: kind (clean, backdoored, purified, ...) -> model folder
+        tasks: name -> a downstream task
+        attack: what is stamped on the test images; the target class is each task's
+        kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
+            neither seeds nor any key from hidden on is read
+        knn: of kind knn; null: its defaults
+        seeds: each gives every task a head of its own
+        hidden: widths of the hidden layers; []: a linear probe
+        dropout: probability, after the first hidden layer
+        shuffle: a new order in every epoch; false, as published: the file's order, here the prepared one (docs/data.md)
+        cache: where each rank keeps its share of a task's training features
+        update: how the heads are trained
     """
 
-    encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
+    encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
     attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
     kind: Literal["head", "knn"] = "head"
-    knn: KnnConfig | None = None  # of kind knn; None: its defaults
+    knn: KnnConfig | None = None
     seeds: tuple[int, ...] = (100,)
-    hidden: tuple[int, ...] = HIDDEN  # widths of the hidden layers; []: a linear probe
-    dropout: float = 0.5  # after the first hidden layer
-    shuffle: bool = False  # published: the file's order in every epoch; here the prepared one, see docs/data.md
-    cache: Place = "memory"  # where each rank keeps its share of a task's training features
+    hidden: tuple[int, ...] = HIDDEN
+    dropout: float = 0.5
+    shuffle: bool = False
+    cache: Place = "memory"
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
     )

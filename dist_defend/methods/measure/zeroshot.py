@@ -40,7 +40,12 @@ _SCATTERED = 500  # test features kept for the report's scatter plot
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The whole CLIP, of which the text tower is used: open_clip's name for it, and a file of its weights."""
+    """The whole CLIP, of which the text tower is used: open_clip's name for it, and a file of its weights.
+
+    Keys:
+        arch: open_clip's name of the whole CLIP: open_clip:NAME
+        weights: file of its weights
+    """
 
     arch: str
     weights: str
@@ -48,12 +53,19 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """A labelled test set, what its classes are called, and the class that the attacker wants."""
+    """A labelled test set, what its classes are called, and the class that the attacker wants.
+
+    Keys:
+        test: labelled test images
+        target_class: the class that the attacker wants triggered images to get
+        templates: prompts with {class}, of which several are averaged; or a published set by name: gtsrb, svhn, stl10
+        class_names: what the classes are called, or a file with a name per line; null: the data set's names
+    """
 
     test: DatasetConfig
     target_class: int
-    templates: str | tuple[str, ...]  # one of TEMPLATES by its key, or prompts with {class}; several are averaged
-    class_names: str | tuple[str, ...] | None = None  # or a file with a name per line; None: the data set's
+    templates: str | tuple[str, ...]
+    class_names: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.templates, str) and self.templates not in TEMPLATES:
@@ -73,13 +85,21 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are BadEncoder's, but for the images of a forward pass, of which it takes one."""
+    """Defaults are BadEncoder's, but for the images of a forward pass, of which it takes one.
+
+    Keys:
+        clip: the clean CLIP, whose text tower classifies
+        encoders: kind (clean, backdoored, purified, ...) -> model folder of an image tower
+        tasks: name -> a downstream task
+        attack: what is stamped on the test images; the target class is each task's
+        batch_size: images of a forward pass, over all ranks
+    """
 
     clip: ClipConfig
-    encoders: dict[str, str]  # kind (clean, backdoored, purified, ...) -> model folder
+    encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
     attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=50, margin=1)))
-    batch_size: int = 512  # over all ranks
+    batch_size: int = 512
 
     def __post_init__(self) -> None:
         for key in ("encoders", "tasks"):

@@ -34,14 +34,26 @@ from dist_defend.trial import Examination
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips no other data set (``augment: {crop: pad}``)."""
+    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips no other data set (``augment: {crop: pad}``).
+
+    Keys:
+        data: training images, clean and labelled
+        test: labelled images that only measure
+        arch: architecture of the network (`dist-defend models`)
+        normalization: constants of the network's first layer
+        augment: how training images are changed
+        attack: the attack on the training images; null: none. With rate 0 the model stays clean and is tested with the
+            trigger
+        update: batch size, epochs, optimizer and the like
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
 
     data: DatasetConfig
     test: DatasetConfig
     arch: str = "preact_resnet18"
     normalization: str = "cifar10_backdoorbench"
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    attack: AttackConfig | None = None  # with rate 0 the model stays clean and is tested with the trigger
+    attack: AttackConfig | None = None
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=128,
@@ -49,7 +61,7 @@ class Config:
             optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
         )
     )
-    evaluate_every: int = 10  # epochs; and after the last
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         if self.evaluate_every < 1:

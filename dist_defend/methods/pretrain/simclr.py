@@ -22,11 +22,19 @@ from dist_defend.ops.losses import nt_xent
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """kNN accuracy on labelled data while training; it touches no weight."""
+    """kNN accuracy on labelled data while training; it touches no weight.
+
+    Keys:
+        memory: labelled images that vote
+        test: labelled images that are classified
+        every: epochs between two measurements
+        k: how many images vote
+        temperature: of the votes' weights
+    """
 
     memory: DatasetConfig
     test: DatasetConfig
-    every: int = 10  # epochs
+    every: int = 10
     k: int = 200
     temperature: float = 0.5
 
@@ -38,14 +46,26 @@ class MonitorConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are BadEncoder's pretraining on CIFAR-10."""
+    """Defaults are BadEncoder's pretraining on CIFAR-10.
+
+    Keys:
+        data: training images; labels are not read
+        arch: architecture of the encoder (`dist-defend models`)
+        normalization: constants of the encoder's first layer
+        warm_start: model folder to start from; null: fresh weights
+        temperature: of the contrastive loss
+        grad_cache: negatives from the whole batch, although update.accumulation splits it
+        augment: how each of the two views is made
+        update: batch size, epochs, optimizer and the like
+        monitor: kNN accuracy while training; null: none
+    """
 
     data: DatasetConfig
     arch: str = "resnet18_cifar"
     normalization: str = "cifar10"
-    warm_start: str | None = None  # model folder to start from
+    warm_start: str | None = None
     temperature: float = 0.5
-    grad_cache: bool = False  # negatives from the whole batch, although update.accumulation splits it
+    grad_cache: bool = False
     augment: AugmentConfig = SIMCLR
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(

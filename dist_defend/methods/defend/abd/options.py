@@ -6,15 +6,21 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class VaccineConfig:
-    """The shuffling vaccine; defaults are those of illidanlab/ABD."""
+    """The shuffling vaccine; defaults are those of illidanlab/ABD.
 
-    weight: float = 0.1  # of the suppression loss
-    members: int = 3  # shuffled copies of the teacher
-    layers: int = 5  # convolutions, the last ones, whose input channels are shuffled
-    through_members: bool = True  # the suppression loss is differentiated through the shuffled copies too
-    selection_batches: int = (
-        0  # the vaccine is chosen by its tail ratio after so many batches; 0: the first one is used
-    )
+    Keys:
+        weight: of the suppression loss
+        members: shuffled copies of the teacher
+        layers: convolutions, the last ones, whose input channels are shuffled
+        through_members: the suppression loss is differentiated through the shuffled copies too
+        selection_batches: the vaccine is chosen by its tail ratio after so many batches; 0: the first one is used
+    """
+
+    weight: float = 0.1
+    members: int = 3
+    layers: int = 5
+    through_members: bool = True
+    selection_batches: int = 0
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -28,24 +34,41 @@ class VaccineConfig:
 
 @dataclass(frozen=True)
 class RetrospectionConfig:
-    """Self-retrospection; defaults: illidanlab/ABD's sweeps, but for delta_init, min_patched and statistics."""
+    """Self-retrospection; defaults: illidanlab/ABD's sweeps, but for delta_init, min_patched and statistics.
 
-    start: int = 0  # pseudo-batch (ZSKT) or epoch from which on it runs
-    restart_lr: float | None = None  # a fresh optimizer from there on, from this rate down; None: it goes on
+    Keys:
+        start: pseudo-batch (ZSKT) or epoch from which on it runs
+        restart_lr: a fresh optimizer from there on, from this rate down; null: the optimizer goes on
+        perturbs: whose predictions the perturbation delta is to change
+        delta_init: small random numbers, or zero, a stationary point that only rounding errors leave
+        inner_rounds: Adam steps on delta
+        inner_lr: rate of those steps
+        synthesis_penalty: weight of |delta|^2 in those steps
+        penalty: weight of |delta|^2 in the fixed-point map of the hypergradient
+        patched_fraction: share of the global batch that carries delta in the outer loss, rounded down
+        min_patched: images that carry delta at least; published: 0
+        K: iterations of the fixed-point map
+        step_size: of the fixed-point map
+        detach_reference: the outer loss is not differentiated through the clean images' logits
+        statistics: clean: batch norm's statistics are those of clean passes; published: perturbed passes move them too
+    """
+
+    start: int = 0
+    restart_lr: float | None = None
     # the perturbation
-    perturbs: Literal["teacher", "student"] = "teacher"  # whose predictions delta is to change
-    delta_init: Literal["small", "zero"] = "small"  # zero is a stationary point, which only rounding errors leave
-    inner_rounds: int = 10  # Adam steps on delta
+    perturbs: Literal["teacher", "student"] = "teacher"
+    delta_init: Literal["small", "zero"] = "small"
+    inner_rounds: int = 10
     inner_lr: float = 0.1
-    synthesis_penalty: float = 1e-3  # on |delta|^2 in those steps
+    synthesis_penalty: float = 1e-3
     # the hypergradient
-    penalty: float = 1e-3  # on |delta|^2 in the fixed-point map
-    patched_fraction: float = 0.02  # of the global batch that carries delta in the outer loss, rounded down
-    min_patched: int = 1  # images that carry delta at least; published: 0
-    K: int = 5  # v_K of the fixed-point iteration
-    step_size: float = 0.1  # of the fixed-point map
-    detach_reference: bool = True  # the outer loss is not differentiated through the clean images' logits
-    statistics: Literal["clean", "published"] = "clean"  # published: perturbed passes move batch norm's statistics too
+    penalty: float = 1e-3
+    patched_fraction: float = 0.02
+    min_patched: int = 1
+    K: int = 5
+    step_size: float = 0.1
+    detach_reference: bool = True
+    statistics: Literal["clean", "published"] = "clean"
 
     def __post_init__(self) -> None:
         for key in ("inner_rounds", "K"):

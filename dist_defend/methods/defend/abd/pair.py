@@ -54,10 +54,11 @@ class Pair:
         """Pixels."""
         return self.teacher.image_size
 
-    def check_augment(self, augment: AugmentConfig, key: str) -> None:
+    def check_augment(self, augment: AugmentConfig) -> None:
         """UserError unless views have the teacher's size."""
         if augment.size not in (None, self.image_size):
-            raise UserError(f"key '{key}.size' is {augment.size}, but {self.path} wants {self.image_size} px")
+            key = f"{self.context.method}.augment.size"
+            raise UserError(f"key '{key}' is {augment.size}, but {self.path} wants {self.image_size} px")
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> Tensor:
@@ -71,24 +72,24 @@ class Pair:
         return self.trial.evaluate(self.student)
 
     def defended_result(
-        self, method: str, vaccine: Vaccine | None, has_retrospection: bool, metrics: dict[str, Any]
+        self, vaccine: Vaccine | None, has_retrospection: bool, metrics: dict[str, Any]
     ) -> dict[str, Any]:
         """As result, with the vaccine's outcome; where the trigger is known also whether it tells triggered images."""
-        kind = method
+        variant = ""
         if vaccine is not None:
-            kind = f"{kind}+sv"
+            variant = "+sv"
             metrics = {**metrics, "vaccine": vaccine.outcome()}
             if self.test.triggered is not None:
                 loaders = self.test.clean, self.test.triggered
                 told = diagnose(vaccine.ensemble, self.teacher, *loaders, self.context.ranks)
                 metrics["vaccine"]["oracle"] = told
-        return self.result(f"{kind}+sr" if has_retrospection else kind, metrics)
+        return self.result(metrics, variant + "+sr" * has_retrospection)
 
-    def result(self, method: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    def result(self, metrics: dict[str, Any], variant: str = "") -> dict[str, Any]:
         """Save the student; entries for result.json with the student's and the teacher's counts."""
         teacher = self.test.measure(self.teacher)
         told = {f"teacher_{name}": count.percent for name, count in teacher.items() if count.n}
-        return self.trial.result(method, self.student, before=teacher, metrics={**told, **metrics})
+        return self.trial.result(self.student, before=teacher, variant=variant, metrics={**told, **metrics})
 
 
 def _family(arch: str) -> str:

@@ -29,7 +29,7 @@ __all__ = ["PRESETS", "Config", "build"]
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a second one if there is retrospection; both go on with the same pool and bank."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
-    pair.check_augment(config.augment, "cmi.augment")
+    pair.check_augment(config.augment)
     _check_shares(config, context)
     vaccine = None if config.vaccine is None else Vaccine(pair.teacher.net, config.vaccine, context.seed)
     epochs, steps, batch_size = config.update.epochs, config.distillation_steps, config.update.batch_size
@@ -66,7 +66,7 @@ def build(config: Config, context: Context) -> Plan:
             latest = synthesis.pool.images[: synthesis.pool.count][-_PICTURED:]
             save_generated(context.folder, latest.permute(0, 3, 1, 2) / 255)
         metrics = {"synthesised_images": synthesis.pool.count}
-        return pair.defended_result("cmi", vaccine, config.retrospection is not None, metrics)
+        return pair.defended_result(vaccine, config.retrospection is not None, metrics)
 
     return Plan(stages, result)
 

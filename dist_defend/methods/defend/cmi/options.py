@@ -15,14 +15,23 @@ from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineC
 
 @dataclass(frozen=True)
 class ContrastConfig:
-    """The contrastive loss that keeps a new batch unlike what was synthesised before."""
+    """The contrastive loss that keeps a new batch unlike what was synthesised before.
+
+    Keys:
+        weight: of this loss
+        temperature: of the similarities
+        negatives: rows drawn from the memory bank in each iteration
+        bank_size: rows of the memory bank
+        dim: length of the projected features
+        lr: rate of the projection
+    """
 
     weight: float = 0.8
     temperature: float = 0.1
-    negatives: int = 4096  # rows drawn from the memory bank in each iteration
+    negatives: int = 4096
     bank_size: int = 40960
-    dim: int = 256  # of the projected features
-    lr: float = 1e-3  # of the projection
+    dim: int = 256
+    lr: float = 1e-3
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -34,16 +43,29 @@ class ContrastConfig:
 
 @dataclass(frozen=True)
 class SynthesisConfig:
-    """Model inversion of one batch of images. batch_size is global."""
+    """Model inversion of one batch of images.
+
+    Keys:
+        batch_size: images that an epoch synthesises, over all ranks
+        iterations: updates of generator and latent codes per batch
+        lr: of generator and latent codes, Adam with betas 0.5 and 0.999
+        latent_dim: length of a latent code
+        width: channels of the generator's last hidden layer
+        bn: weight of the batch-norm statistics' distance
+        one_hot: weight of the cross-entropy with the drawn classes
+        adversarial: weight of the disagreement between teacher and student
+        contrast: the loss that keeps a new batch unlike the earlier ones
+        global_view, local_view: how a view of the synthesised images is made, for the contrast
+    """
 
     batch_size: int = 256
     iterations: int = 200
-    lr: float = 1e-3  # of generator and latent codes, Adam with betas 0.5 and 0.999
+    lr: float = 1e-3
     latent_dim: int = 256
-    width: int = 64  # channels of the generator's last hidden layer
-    bn: float = 1.0  # weight of the batch-norm statistics' distance
-    one_hot: float = 1.0  # of the cross-entropy with the drawn classes
-    adversarial: float = 0.5  # of the disagreement between teacher and student
+    width: int = 64
+    bn: float = 1.0
+    one_hot: float = 1.0
+    adversarial: float = 0.5
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     global_view: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
     local_view: AugmentConfig = field(
@@ -67,15 +89,31 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of illidanlab/ABD's sweeps. An epoch: synthesise one batch, then distil on all so far."""
+    """Defaults are those of illidanlab/ABD's sweeps. An epoch: synthesise one batch, then distil on all so far.
 
-    teacher: str  # model folder of a classifier with batch norm
+    Keys:
+        teacher: model folder of the suspected classifier, with batch norm, which teaches
+        test: labelled images that only measure
+        student: architecture of the network that is trained (`dist-defend models`)
+        attack: what is measured; null: the attack in the model's card, if there is one
+        synthesis: how images are made
+        temperature: of both networks' predictions in the distillation loss
+        distillation_steps: updates of the student in an epoch
+        augment: how training images are changed
+        update: batch size, epochs, optimizer and the like
+        vaccine: ABD's shuffling vaccine; null: none
+        retrospection: ABD's self-retrospection, which starts at an epoch; null: none
+        graph: whether the retrospection's updates are captured as CUDA graphs; auto: where there is a GPU that can
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
+
+    teacher: str
     test: DatasetConfig
     student: str = "wrn_16_1"
     attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     temperature: float = 20.0
-    distillation_steps: int = 400  # in an epoch
+    distillation_steps: int = 400
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
@@ -85,9 +123,9 @@ class Config:
         )
     )
     vaccine: VaccineConfig | None = None
-    retrospection: RetrospectionConfig | None = None  # start: an epoch
-    graph: GraphMode = "auto"  # of the retrospection's updates
-    evaluate_every: int = 10  # epochs; and after the last
+    retrospection: RetrospectionConfig | None = None
+    graph: GraphMode = "auto"
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 def build(config: Config, context: Context) -> Plan:
     """One stage whose epochs are rounds."""
-    trial = Trial(config.model, context, "ibau.attack")
-    data, rows = trial.dataset("defender", config.data)
+    trial = Trial(config.model, context)
+    data, rows = trial.dataset("defence", config.data)
     model = trial.model
     _check(config, model.image_size)
     trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both
@@ -40,7 +40,7 @@ def build(config: Config, context: Context) -> Plan:
 
     def result() -> dict[str, Any]:
         metrics, provenance = {"defence_images": len(rows)}, {"rounds": config.rounds}
-        return trial.result("ibau", model, metrics=metrics, provenance=provenance)
+        return trial.result(model, metrics=metrics, provenance=provenance)
 
     stage = Stage("ibau", rounds, step, config.rounds, lambda _: trial.evaluate(model), config.evaluate_every)
     stage.shown = "outer_loss", "delta_norm"

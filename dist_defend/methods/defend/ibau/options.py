@@ -14,29 +14,52 @@ LARGEST_EXACT = 1024  # entries of delta: so many Hessian products per step, and
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of YiZeng623/I-BAU's defense.py (preset official)."""
+    """Defaults are those of YiZeng623/I-BAU's defense.py (preset official).
 
-    model: str  # model folder of a classifier
-    data: DatasetConfig  # the defender's clean, labelled images
+    Keys:
+        model: model folder of the suspected classifier
+        data: the defender's clean, labelled images
+        test: labelled images that only measure
+        attack: what is measured after each round; null: the attack in the model's card, if there is one
+        rounds: how often a perturbation is sought and unlearned
+        batch_size: images of an update over all ranks
+        augment: null: images as they are, in order; else shuffled and augmented
+        evaluate_every: rounds between two measurements; there is one after the last round too
+        inner: optimizer of the perturbation delta (inner maximisation)
+        penalty: lambda, weight of |delta|^2
+        space: what delta is added to: images in [0, 1], or what the first layer makes of them
+        clamp: x + delta is cut off to [0, 1]
+        project_radius: radius of the L2 ball that delta is projected to after the inner pass; null: no limit
+        optimizer: optimizer of the weights (outer minimisation)
+        solver: of the hypergradient's linear system: Neumann series, conjugate gradients, or the dense matrix
+        K: iterations of neumann and cg
+        step_size: eta of the fixed-point map
+        patched_fraction: share of a batch that carries delta, rounded down
+        min_patched: images of a batch that carry delta at least
+        graph: whether updates are captured as CUDA graphs; auto: where there is a GPU that can
+    """
+
+    model: str
+    data: DatasetConfig
     test: DatasetConfig
     attack: AttackConfig | None = None  # measured after each round; None: the one in the model's card, if any
     rounds: int = 5
     batch_size: int = 100
-    augment: AugmentConfig | None = None  # None: images as they are, in order; else shuffled and augmented
-    evaluate_every: int = 1  # rounds; and after the last
+    augment: AugmentConfig | None = None
+    evaluate_every: int = 1
     # inner maximisation
     inner: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("sgd", lr=10.0, momentum=0.0))
-    penalty: float = 1e-3  # lambda, on |delta|^2
-    space: Literal["pixels", "normalized"] = "pixels"  # what delta is added to
-    clamp: bool = False  # of x + delta to [0, 1]
-    project_radius: float | None = None  # L2 ball for delta after the inner pass
+    penalty: float = 1e-3
+    space: Literal["pixels", "normalized"] = "pixels"
+    clamp: bool = False
+    project_radius: float | None = None
     # outer minimisation
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", lr=1e-3))
     solver: Literal["neumann", "cg", "exact"] = "neumann"
-    K: int = 5  # v_K of neumann and cg
-    step_size: float = 0.1  # eta of the fixed-point map
-    patched_fraction: float = 0.01  # of a batch that carries delta, rounded down
-    min_patched: int = 0  # images of a batch that carry delta at least
+    K: int = 5
+    step_size: float = 0.1
+    patched_fraction: float = 0.01
+    min_patched: int = 0
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:

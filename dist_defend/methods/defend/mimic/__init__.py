@@ -30,15 +30,29 @@ from dist_defend.ops.losses import negative_cosine, nt_xent
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the published ones for CIFAR-10, but for information.source."""
+    """Defaults are the published ones for CIFAR-10, but for information.source.
 
-    teacher: str  # model folder
+    Keys:
+        teacher: model folder of the suspected encoder, which teaches
+        data: the defender's clean images; labels are not read
+        student: model folder to start from; null: fresh weights, as published
+        temperature: of the contrastive loss
+        contrastive_weight: of SimCLR's loss on the clean images
+        clone_weight: of the loss on the final feature; published as opt5
+        attention_weights: of the losses on the four stages' attention maps, before the information is added; published
+            as opt1 to opt4
+        information: how much attention each stage deserves (phase 1)
+        augment: how each of the two views is made
+        update: how the student is trained (phase 2)
+    """
+
+    teacher: str
     data: DatasetConfig
-    student: str | None = None  # model folder to start from; None: fresh weights, as published
+    student: str | None = None
     temperature: float = 0.5
     contrastive_weight: float = 1.0
-    clone_weight: float = 1.0  # published as opt5
-    attention_weights: tuple[float, ...] = (1000.0, 1000.0, 1000.0, 1000.0)  # opt1 to opt4
+    clone_weight: float = 1.0
+    attention_weights: tuple[float, ...] = (1000.0, 1000.0, 1000.0, 1000.0)
     information: InformationConfig = field(default_factory=InformationConfig)
     augment: AugmentConfig = SIMCLR
     update: UpdateConfig = field(
@@ -132,7 +146,7 @@ class MimicObjective(Objective):
 def build(config: Config, context: Context) -> Plan:
     """Two stages: estimate the information of the layers (unless its estimator is "fixed"), then distil."""
     teacher, suspect, teacher_sha256 = context.load_encoder(config.teacher)
-    dataset, rows = context.dataset("train", config.data)
+    dataset, rows = context.dataset("defence", config.data)
     view = View(config.augment)
     loader = context.train_loader(dataset, rows, config.update.batch_size, (view, view), config.update.accumulation)
     torch.manual_seed(context.seed)
@@ -173,8 +187,8 @@ def build(config: Config, context: Context) -> Plan:
             attack=next((card.attack for card in cards if card.attack), None),
             parent_sha256=teacher_sha256,
             guessed=cards[-1].guessed,
-            defended_by="mimic",
-            provenance={"method": "mimic", "data": context.digests, "seed": context.seed},
+            defended_by=context.method,
+            provenance={"method": context.method, "data": context.digests, "seed": context.seed},
         )
         weights = {f"attention_weight{i + 1}": w for i, w in enumerate(objective.attention_weights.tolist())}
         return {"model_sha256": context.save_model(student, card), "metrics": weights}

@@ -31,21 +31,36 @@ _LAYERS = 4
 
 @dataclass(frozen=True)
 class InformationConfig:
-    """Defaults are the published ones, but for source (see docs/methods/mimic.md) and all_zero."""
+    """Defaults are the published ones, but for source (see docs/methods/mimic.md) and all_zero.
 
-    source: Literal["teacher", "student"] = "teacher"  # whose layers; the published code takes the untrained student
-    estimator: Literal["dv", "club", "infonce", "fixed"] = "dv"  # fixed: no estimate, attention_weights as they are
+    Keys:
+        source: whose layers are measured; the published code takes the untrained student
+        estimator: bound of the mutual information; fixed: no estimate, attention_weights as they are
+        epochs: for which the critics are trained
+        last_epochs: the estimate is the mean over so many last epochs
+        batch_size: images of an update over all ranks
+        hidden: width of the critics' hidden layers
+        max_inputs: of a critic, from the stage; larger maps are pooled to fit. At 32 px nothing is
+        cache: where the stages' outputs lie: images x inputs numbers for each of a rank's critics
+        lr, weight_decay: of the critics' Adam
+        scale: layer l's weight is attention_weights[l] + scale times its share of the information
+        holdout: share of the images kept for the estimate; 0, as published: the training images serve
+        all_zero: what happens when every estimate is clipped to 0
+    """
+
+    source: Literal["teacher", "student"] = "teacher"
+    estimator: Literal["dv", "club", "infonce", "fixed"] = "dv"
     epochs: int = 200
-    last_epochs: int = 10  # the estimate is the mean over so many last epochs
+    last_epochs: int = 10
     batch_size: int = 128
     hidden: int = 512
-    max_inputs: int = 65536  # of a critic, from the stage; larger maps are pooled to fit. At 32 px nothing is
-    cache: Place = "memory"  # where the stages' outputs lie: images x inputs numbers for each of a rank's critics
+    max_inputs: int = 65536
+    cache: Place = "memory"
     lr: float = 1e-3
     weight_decay: float = 1e-5
-    scale: float = 10000.0  # attention_weights[l] + scale * share of layer l
-    holdout: float = 0.0  # share of the images kept for the estimate; 0: estimate on the training images, as published
-    all_zero: Literal["uniform", "fail"] = "uniform"  # when every estimate is clipped to 0
+    scale: float = 10000.0
+    holdout: float = 0.0
+    all_zero: Literal["uniform", "fail"] = "uniform"
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "hidden", "max_inputs", "lr"):

@@ -12,32 +12,54 @@ from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineC
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are those of illidanlab/ABD for CIFAR-10 (preset cifar10), without a defence."""
+    """Defaults are those of illidanlab/ABD for CIFAR-10 (preset cifar10), without a defence.
 
-    teacher: str  # model folder of a classifier
-    test: DatasetConfig  # only measures
+    Keys:
+        teacher: model folder of the suspected classifier, which teaches
+        test: labelled images that only measure
+        student: architecture of the network that is trained (`dist-defend models`)
+        attack: what is measured; null: the attack in the model's card, if there is one
+        pseudo_batches: how many batches the generator makes
+        batch_size: images of a pseudo-batch over all ranks
+        z_dim: length of the generator's noise
+        generator_width: channels of the generator; an even number
+        grey: the generator makes grey images, for teachers of grey ones
+        bounded: it makes pixels between black and white; published: normalised numbers of any size
+        generator_steps, student_steps: updates of it per pseudo-batch
+        temperature: of both networks' predictions in the distillation loss
+        attention: beta, weight of attention transfer; 0 for none
+        max_grad_norm: of generator and student; a student's step with self-retrospection is not clipped
+        generator_optimizer, student_optimizer: its optimizer; milestones count pseudo-batches
+        vaccine: ABD's shuffling vaccine; null: none
+        retrospection: ABD's self-retrospection, which starts at a pseudo-batch; null: none
+        evaluate_every: pseudo-batches between two measurements; there is one after the last too
+        graph: whether updates are captured as CUDA graphs; auto: where there is a GPU that can
+    """
+
+    teacher: str
+    test: DatasetConfig
     student: str = "wrn_16_1"
     attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
     pseudo_batches: int = 80_000
     batch_size: int = 128
     z_dim: int = 100
-    generator_width: int = 128  # channels; an even number
-    grey: bool = False  # the generator makes grey images, for teachers of grey ones
-    bounded: bool = False  # it makes pixels between black and white; published: normalised numbers of any size
-    generator_steps: int = 1  # per pseudo-batch
+    generator_width: int = 128
+    grey: bool = False
+    bounded: bool = False
+    generator_steps: int = 1
     student_steps: int = 10
     temperature: float = 1.0
-    attention: float = 250.0  # beta, weight of attention transfer; 0 for none
-    max_grad_norm: float = 5.0  # of generator and student; a student's step with self-retrospection is not clipped
+    attention: float = 250.0
+    max_grad_norm: float = 5.0
     generator_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("adam", lr=1e-3, schedule="cosine")
     )
-    student_optimizer: OptimizerConfig = field(  # milestones of both count pseudo-batches
+    student_optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("adam", lr=2e-3, schedule="cosine")
     )
     vaccine: VaccineConfig | None = None
     retrospection: RetrospectionConfig | None = None
-    evaluate_every: int = 200  # pseudo-batches; and after the last
+    evaluate_every: int = 200
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,20 +11,11 @@ from torch import Tensor
 
 from dist_defend.data.loader import Loader
 from dist_defend.data.store import PreparedDataset
-from dist_defend.evaluate import Count, agreeing
+from dist_defend.evaluate import ORACLE, Count, agreeing
 from dist_defend.files import write_atomic
-from dist_defend.methods.defend.rnp.masks import (
-    Candidate,
-    Neuron,
-    by_number,
-    by_threshold,
-    neuron_count,
-    prune,
-    pruning_order,
-    write_mask_values,
-)
-from dist_defend.methods.defend.rnp.options import Config
-from dist_defend.methods.defend.rnp.sweep import predict_pruned
+from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, prune, pruning_order, write_mask_values
+from dist_defend.methods.defend.pruning.options import PruningConfig
+from dist_defend.methods.defend.pruning.stops import predict_pruned
 from dist_defend.models.batch_statistics import StatisticsShift
 from dist_defend.trial import Trial
 
@@ -35,25 +25,38 @@ EVALUATION_BATCH = 128  # images per pass of the sweep: small maps stay in a CPU
 
 
 class Outcome:
-    """What RNP makes of the masks of the suspect, which it prunes in place in the end."""
+    """What a method makes of the scores of the suspect's neurons. The suspect is pruned in place in the end."""
 
-    def __init__(self, config: Config, trial: Trial, dataset: PreparedDataset, rows: np.ndarray) -> None:
-        """dataset, rows: the defender's images."""
+    def __init__(
+        self,
+        config: PruningConfig,
+        trial: Trial,
+        data: tuple[PreparedDataset, np.ndarray] | None,
+        shift_batch: int | None = None,
+        scores_file: str = "mask_values.txt",
+    ) -> None:
+        """data: the defender's images and their rows, None for a method without.
+
+        shift_batch: statistics follow the pruning, as seen on these images in batches of this size; None: they stay.
+        scores_file: the name of the table of scores in the run folder.
+        """
         self.config, self.trial, self.context, self.model = config, trial, trial.context, trial.model
-        self.test = trial.examination
-        self.defence = self.context.eval_loader(dataset, rows, EVALUATION_BATCH)
-        self.defence_rows = dataset, rows
+        self.test, self.data = trial.examination, data
+        self.shift_batch, self.scores_file = shift_batch, scores_file
+        self.defence = None if data is None else self.context.eval_loader(*data, EVALUATION_BATCH)
 
     def result(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
-        """Write mask_values.txt and sweep.json, choose, prune, save the model; the entries of result.json."""
+        """Write the scores and sweep.json, choose, prune, save the model; the entries of result.json."""
         config, context = self.config, self.context
         order = pruning_order(neurons)
-        stops = [Candidate(None, 0), *self._candidates(order)]
-        on_defence, labels = self._predict(order, stops, self.defence)
-        right = [int((classes == labels).sum()) for classes in on_defence.T]
-        chosen = len(stops) - 1
-        if config.selection == "defence_data":
-            chosen = choose_by_clean_data(right, config.max_accuracy_drop)
+        candidates, fixed = config.stops(order)
+        stops = [Candidate(None, 0), *candidates, *([] if fixed is None else [fixed])]
+        chosen, right = len(stops) - 1, []
+        if self.defence is not None:
+            on_defence, labels = self._predict(order, stops, self.defence)
+            right = [Count(int((classes == labels).sum()), len(labels)) for classes in on_defence.T]
+        if fixed is None:
+            chosen = choose_by_clean_data([count.correct for count in right], config.max_accuracy_drop)
         tested = range(len(stops)) if config.full_table else sorted({0, chosen})
         counts = self._count(order, stops, tested)
         oracle = (
@@ -64,53 +67,41 @@ class Outcome:
                 **stop._asdict(),
                 "chosen": number == chosen,
                 "oracle": number == oracle,
-                "acc_defence": Count(right[number], len(labels)).plain(),
+                **({"acc_defence": right[number].plain()} if right else {}),
                 **{name: count.plain() for name, count in counts.get(number, {}).items()},
             }
             for number, stop in enumerate(stops)
         ]
         if context.ranks.is_main:
-            write_mask_values(context.folder / "mask_values.txt", neurons)
+            write_mask_values(context.folder / self.scores_file, neurons)
             write_atomic(context.folder / "sweep.json", json.dumps(table, indent=1) + "\n")
             log.info("pruned %d of %d neurons, threshold %s", stops[chosen].pruned, len(order), stops[chosen].threshold)
         prune(self.model.net, order[: stops[chosen].pruned], config.prune_beta)
-        if self._adapt is not None:
-            self._adapt(self.model)
+        if self._shift is not None:
+            self._shift(self.model)
         metrics = {
             "prune_threshold": stops[chosen].threshold,
             "pruned_neurons": stops[chosen].pruned,
             "neurons": len(order),
-            "defence_images": self.defence.num_samples,
+            **({} if self.defence is None else {"defence_images": self.defence.num_samples}),
         }
-        entries = self.trial.result(
-            "rnp", self.model, counts[chosen], counts[0], chosen_by=config.selection, metrics=metrics
-        )
+        entries = self.trial.result(self.model, counts[chosen], counts[0], chosen_by=config.selection, metrics=metrics)
         if oracle is not None:
-            entries["rows"].append(self.test.row("rnp (oracle)", counts[oracle]))
+            entries["rows"].append(self.test.row(context.method + ORACLE, counts[oracle]))
         return entries
-
-    def _candidates(self, order: Sequence[Neuron]) -> list[Candidate]:
-        config, extra = self.config, self.config.off_by_one
-        if config.pruning_by == "threshold":
-            candidates = by_threshold(order, config.pruning_max, config.pruning_step)
-            fixed = Candidate(config.pruning_number, neuron_count(order, config.pruning_number))
-        else:
-            candidates = by_number(config.pruning_max, config.pruning_step, extra)
-            fixed = Candidate(None, math.ceil(config.pruning_number) * (1 + extra))
-        return [*candidates, fixed] if config.selection == "pruning_number" else candidates
 
     def _predict(self, order: Sequence[Neuron], stops: Sequence[Candidate], loader: Loader) -> tuple[Tensor, Tensor]:
         pruned = [stop.pruned for stop in stops]
         return predict_pruned(
-            self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta, self._adapt
+            self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta, self._shift
         )
 
     @cached_property
-    def _adapt(self) -> StatisticsShift | None:
+    def _shift(self) -> StatisticsShift | None:
         """On every rank alike, from all the defender's images."""
-        if not self.config.adapt_statistics:
+        if self.shift_batch is None or self.data is None:
             return None
-        ranks, loader = self.context.ranks, self.context.whole_loader(*self.defence_rows, self.config.batch_size)
+        ranks, loader = self.context.ranks, self.context.whole_loader(*self.data, self.shift_batch)
         return StatisticsShift(self.model, lambda: (b.images.to(ranks.device, ranks.dtype) for b in loader.epoch(0)))
 
     def _count(

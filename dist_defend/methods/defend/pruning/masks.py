@@ -1,4 +1,4 @@
-"""Masks as a table of neurons: the file mask_values.txt, the order of pruning, and pruning itself."""
+"""A table of neurons and their scores: its file, the order of pruning, the stops, and pruning itself."""
 
 import math
 from bisect import bisect_right
@@ -20,22 +20,25 @@ _HEADER = "No \t Layer Name \t Neuron Idx \t Mask Score "
 
 
 class Neuron(NamedTuple):
-    """A channel of a batch norm and its mask, rounded to four decimals as in mask_values.txt."""
+    """A channel of a batch norm and its score: the lower, the sooner it is pruned. Masks are scores in [0, 1]."""
 
     layer: str
     channel: int
-    mask: float
+    score: float
 
 
 class Candidate(NamedTuple):
-    """A stop of the sweep: prune the ``pruned`` neurons of smallest mask. threshold: None when going by number."""
+    """A stop of the sweep: prune the ``pruned`` neurons of lowest score. threshold: None when going by number."""
 
     threshold: float | None
     pruned: int
 
 
 def neuron_table(masks: Mapping[str, Tensor]) -> list[Neuron]:
-    """Masks (C,) by layer -> neurons in that order. Rounding comes before thresholding: 0.00004 is 0."""
+    """Masks (C,) by layer -> neurons in that order, rounded as in mask_values.txt.
+
+    Rounding to four decimals comes before thresholding: 0.00004 is 0.
+    """
     return [
         Neuron(layer, channel, float(f"{value:.4f}"))
         for layer, mask in masks.items()
@@ -44,8 +47,8 @@ def neuron_table(masks: Mapping[str, Tensor]) -> list[Neuron]:
 
 
 def write_mask_values(path: Path, neurons: Sequence[Neuron]) -> None:
-    """Write bboylyg/RNP's mask_values.txt, atomically."""
-    lines = [f"{n} \t {layer} \t {channel} \t {mask:.4f} " for n, (layer, channel, mask) in enumerate(neurons)]
+    """Write bboylyg/RNP's mask_values.txt, atomically; other scores fit in too."""
+    lines = [f"{n} \t {layer} \t {channel} \t {score:.4f} " for n, (layer, channel, score) in enumerate(neurons)]
     write_atomic(path, "\n".join([_HEADER, *lines]) + "\n")
 
 
@@ -63,7 +66,7 @@ def read_mask_values(path: str | Path) -> list[Neuron]:
             neurons.append(Neuron(layer, int(channel), float(mask)))
         except ValueError:
             raise UserError(f"{path}: line {number} is not 'number layer channel mask'; write the file again") from None
-        if not 0 <= neurons[-1].mask <= 1:
+        if not 0 <= neurons[-1].score <= 1:
             raise UserError(f"{path}: line {number} has the mask {printable(mask, 40)}; masks are in [0, 1]")
     return neurons
 
@@ -80,11 +83,11 @@ def check_neurons(neurons: Sequence[Neuron], net: nn.Module, names: Sequence[str
         )
 
 
-def check_number(net: nn.Module, names: Sequence[str], maximum: float, extra: float) -> None:
-    """UserError if pruning by number would go beyond the last channel."""
+def check_number(net: nn.Module, names: Sequence[str], maximum: float, extra: float, key: str) -> None:
+    """UserError, which names the key, if pruning by number would go beyond the last channel."""
     wanted, channels = math.ceil(maximum) + math.ceil(extra), len(_channels(net, names))
     if wanted > channels:
-        raise UserError(f"key 'rnp.pruning_max' asks for {wanted} neurons; the model has {channels}: lower it")
+        raise UserError(f"key '{key}' asks for {wanted} neurons; the model has {channels}: lower it")
 
 
 def _channels(net: nn.Module, names: Sequence[str]) -> list[tuple[str, int]]:
@@ -92,13 +95,13 @@ def _channels(net: nn.Module, names: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def pruning_order(neurons: Sequence[Neuron]) -> list[Neuron]:
-    """Ascending masks; ties keep the order of the file."""
-    return sorted(neurons, key=lambda neuron: neuron.mask)
+    """Ascending scores; ties keep the order of the table."""
+    return sorted(neurons, key=lambda neuron: neuron.score)
 
 
 def neuron_count(order: Sequence[Neuron], threshold: float) -> int:
-    """How many masks are at most the threshold."""
-    return bisect_right(order, threshold, key=lambda neuron: neuron.mask)
+    """How many scores are at most the threshold."""
+    return bisect_right(order, threshold, key=lambda neuron: neuron.score)
 
 
 def by_threshold(order: Sequence[Neuron], maximum: float, step: float) -> list[Candidate]:

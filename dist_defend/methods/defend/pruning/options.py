@@ -1,0 +1,118 @@
+"""The options that all pruning methods have, and those of methods that learn a mask per neuron."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.data.augment import AugmentConfig
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, by_number, by_threshold, neuron_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningConfig(ABC):
+    """How a stop of the sweep is chosen and what is counted.
+
+    Keys:
+        model: model folder of a classifier
+        test: test set
+        attack: the attack it is tested with; null: the model card's; without one only accuracy is measured
+        prune_beta: a pruned channel then passes nothing instead of the constant beta
+        selection: what chooses the stop that is delivered
+        max_accuracy_drop: of the accuracy on the defender's images, relative; for selection: defence_data
+        full_table: every stop on the test data, and the choice by test ASR in a row of its own
+        acc_ratio: relative loss of test accuracy that the choice by test ASR allows
+        exclude_target_from_acc: ACC without the target class, as bboylyg/RNP measures it
+    """
+
+    model: str
+    test: DatasetConfig
+    attack: AttackConfig | None = None
+    prune_beta: bool = False
+    selection: str = "defence_data"
+    max_accuracy_drop: float = 0.02
+    full_table: bool = True
+    acc_ratio: float = 0.1
+    exclude_target_from_acc: bool = False
+
+    @abstractmethod
+    def stops(self, order: Sequence[Neuron]) -> tuple[list[Candidate], Candidate | None]:
+        """Stops of the sweep over these neurons, first those that prune least; and the one that ``selection`` names.
+
+        None leaves the choice to the defender's images.
+        """
+
+    def __post_init__(self) -> None:
+        self.check_not_negative("max_accuracy_drop", "acc_ratio")
+
+    def check_not_negative(self, *keys: str) -> None:
+        """ValueError for the first of these keys that is negative, or no number."""
+        for key in keys:
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+
+    def check_positive(self, *keys: str) -> None:
+        """ValueError for the first of these keys that is not above 0."""
+        for key in keys:
+            if not getattr(self, key) > 0:
+                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(PruningConfig):
+    """A mask in [0, 1] per neuron; the stops prune all masks up to a threshold, or a number of lowest masks.
+
+    Keys:
+        data: clean labelled images; the defender has ``ratio`` of them, or the rows that ``index`` names
+        ratio: drawn at random; null: 0.01, unless ``data`` itself takes a part
+        index: a text file of row numbers
+        augment: of the images that the masks are learned on
+        batch_size: global; BackdoorBench: 256
+        mask_file: a mask_values.txt; nothing is learned then
+        pruning_by: whether stops are thresholds of masks or numbers of neurons
+        pruning_max, pruning_step: the stops 0, step, ..., max
+        off_by_one: by number, prune pruning_step more each time, as published
+        adapt_statistics: batch norms follow what pruning changes, as seen on the defender's images
+        selection: defence_data, or pruning_number as BackdoorBench does
+        pruning_number: threshold, or number of neurons, of the model that is delivered then
+    """
+
+    data: DatasetConfig
+    ratio: float | None = None
+    index: str | None = None
+    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    batch_size: int = 128
+    mask_file: str | None = None
+    pruning_by: Literal["threshold", "number"] = "threshold"
+    pruning_max: float = 0.90
+    pruning_step: float = 0.05
+    off_by_one: bool = False
+    adapt_statistics: bool = False
+    selection: Literal["defence_data", "pruning_number"] = "defence_data"
+    pruning_number: float = 0.70
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        takes_part = self.data.fraction < 1 or self.data.max_samples is not None
+        choices = [("ratio", self.ratio is not None), ("index", self.index is not None), ("data", takes_part)]
+        chosen = [name for name, is_chosen in choices if is_chosen]
+        if len(chosen) > 1:
+            raise ValueError(f"key '{chosen[0]}' is set, but '{chosen[1]}' chooses the images already: leave one out")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"key 'ratio' is {self.ratio}; it must be in (0, 1]")
+        if self.batch_size < 1:
+            raise ValueError(f"key 'batch_size' is {self.batch_size}; it must be at least 1")
+        self.check_positive("pruning_step")
+        self.check_not_negative("pruning_max", "pruning_number")
+
+    def stops(self, order: Sequence[Neuron]) -> tuple[list[Candidate], Candidate | None]:
+        if self.pruning_by == "threshold":
+            candidates = by_threshold(order, self.pruning_max, self.pruning_step)
+            fixed = Candidate(self.pruning_number, neuron_count(order, self.pruning_number))
+        else:
+            candidates = by_number(self.pruning_max, self.pruning_step, self.off_by_one)
+            fixed = Candidate(None, math.ceil(self.pruning_number) * (1 + self.off_by_one))
+        return candidates, fixed if self.selection == "pruning_number" else None

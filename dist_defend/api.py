@@ -6,7 +6,6 @@ prepared data set, and a run of the method reads it there. So results are those 
 
 import contextlib
 import importlib.util
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,12 +20,12 @@ from torch.utils.data import Dataset
 from dist_defend import experiment, methods, plugins
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.config import build_experiment, build_section
+from dist_defend.counts import Count
 from dist_defend.data.in_memory import Images
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count
 from dist_defend.given import Inputs, Model, card_of, hints_of, remember
 from dist_defend.importing import convert
 from dist_defend.methods import defend as defences
@@ -371,6 +370,3 @@ def _place(method: str, output: str | Path | None) -> Iterator[tuple[Path, Path]
         return
     with tempfile.TemporaryDirectory(prefix="dist_defend_") as place:
         yield Path(place), Path(place) / method
-
-
-vars(sys.modules["dist_defend"])["evaluate"] = evaluate  # which is a module's name too, and that was imported above

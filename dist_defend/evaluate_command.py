@@ -12,8 +12,8 @@ from dist_defend.strict_json import read_json
 
 if TYPE_CHECKING:  # they take seconds to import, which --help does not need
     from dist_defend.attacks.attack import AttackConfig
+    from dist_defend.counts import Count
     from dist_defend.engine.identity import Identity
-    from dist_defend.evaluate import Count
     from dist_defend.trial import Examination, Trial
 
 _FOLDER = Path("runs/evaluate")
@@ -215,6 +215,6 @@ def _print(trial: "Trial", examination: "Examination", result: dict[str, Any]) -
 
 
 def _count(plain: dict[str, int]) -> "Count":
-    from dist_defend.evaluate import Count
+    from dist_defend.counts import Count
 
     return Count(**plain)

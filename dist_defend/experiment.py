@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 from dist_defend.config import Experiment, dump
+from dist_defend.counts import Count, told
 from dist_defend.engine import dist, signals, tracking
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.identity import Identity, digests_of
@@ -20,7 +21,6 @@ from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, told
 from dist_defend.methods import find_method
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.classifier import Classifier

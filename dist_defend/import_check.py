@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.counts import Count, knn_predict
 from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, knn_predict
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.models.pixel_space import NORMALIZATIONS, Normalize, normalization_constants

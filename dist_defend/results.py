@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dist_defend.counts import Count
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count
 from dist_defend.files import read_regular
 from dist_defend.screen import printable
 from dist_defend.strict_json import MOST_BYTES, build, parse_json

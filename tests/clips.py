@@ -13,7 +13,7 @@ def clip_state(name: str, seed: int = 0) -> dict[str, Tensor]:
     """A whole CLIP in OpenAI's layout, from seeded weights in which every tensor matters."""
     torch.manual_seed(seed)
     config = open_clip.get_model_config(name)
-    state = open_clip.CLIP(**config).state_dict()
+    state: dict[str, Tensor] = open_clip.CLIP(**config).state_dict()
     for key, value in state.items():
         if key.endswith("running_var") or (value.dim() == 1 and key.endswith("weight")):
             value.uniform_(0.5, 1.5)

@@ -16,11 +16,11 @@ from dist_defend.attacks.poison import triggered
 from dist_defend.bench import runner
 from dist_defend.bench.published import ibau as reference
 from dist_defend.bench.runner import Case, Settings
+from dist_defend.counts import evaluate_classifier
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.engine.dist import Ranks
-from dist_defend.evaluate import evaluate_classifier
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep

@@ -57,7 +57,9 @@ class Pair:
         teacher, student = (_net(arch).to(ranks.device, ranks.dtype) for arch in (TEACHER, case.encoder))
         torch.manual_seed(1)
         generator = ZSKTGenerator(self.config.z_dim, runner.IMAGE_SIZE).to(ranks.device, ranks.dtype)
-        made, learner, taught = copy.deepcopy(generator), copy.deepcopy(student).train(), copy.deepcopy(teacher)
+        made = copy.deepcopy(generator)
+        learner: Any = copy.deepcopy(student).train()
+        taught: Any = copy.deepcopy(teacher)
         optimizers = torch.optim.Adam(made.parameters(), 1e-3), torch.optim.Adam(learner.parameters(), 2e-3)
         frozen = teacher.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
         self.step = TransferStep(frozen, student, generator, self.config, ranks, seed=0)

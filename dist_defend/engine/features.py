@@ -8,10 +8,10 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from dist_defend.counts import unit_features
 from dist_defend.data.order import rank_slice
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Place
-from dist_defend.evaluate import unit_features
 from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum
 
 _IMAGES_AT_ONCE = 512  # over all ranks

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dist_defend.evaluate import Count
+from dist_defend.counts import Count
 from dist_defend.screen import printable
 
 INK = "#010203"  # stands for the page's text colour until the SVG is inlined

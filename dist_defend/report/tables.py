@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_defend.evaluate import ORACLE, Count, rating
+from dist_defend.counts import ORACLE, Count, rating
 from dist_defend.report.runs import Run
 from dist_defend.screen import cell, markdown
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from dist_defend.counts import ORACLE, Count, rating
 from dist_defend.errors import UserError
-from dist_defend.evaluate import ORACLE, Count, rating
 from dist_defend.results import COUNTS as RATES
 from dist_defend.results import read_result
 from dist_defend.screen import cell

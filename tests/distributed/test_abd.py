@@ -13,7 +13,7 @@ from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.zskt import step
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.ops import hypergrad
-from dist_defend.ops.collectives import rank, world_size
+from dist_defend.ops.collectives import all_reduce_sum, rank, world_size
 from tests.distributed.comparison import Alone, Mutation, assert_same, none, train
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data, make_experiment
@@ -115,8 +115,7 @@ def own_slope(patch: pytest.MonkeyPatch) -> None:
 
 
 def own_products(patch: pytest.MonkeyPatch) -> None:
-    original = hypergrad.all_reduce_sum
-    patch.setattr(hypergrad, "all_reduce_sum", lambda tensor: tensor if tensor.ndim == 4 else original(tensor))
+    patch.setattr(hypergrad, "all_reduce_sum", lambda tensor: tensor if tensor.ndim == 4 else all_reduce_sum(tensor))
 
 
 def own_patched(patch: pytest.MonkeyPatch) -> None:

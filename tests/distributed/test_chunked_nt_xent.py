@@ -1,5 +1,7 @@
 """NT-Xent in chunks of rows is NT-Xent: value and gradient, on one rank and two; and it keeps no matrix."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -72,7 +74,7 @@ def test_a_chunk_that_forgets_its_place_is_seen(monkeypatch: pytest.MonkeyPatch)
     """What the comparison says where every chunk takes the first rows' positives."""
     z = embeddings()
     unit = functional.normalize(z, dim=2)
-    split = Tensor.split
+    split: Callable[..., tuple[Tensor, ...]] = Tensor.split
 
     def first_only(self: Tensor, size: int) -> tuple[Tensor, ...]:
         parts = split(self, size)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_defend import evaluate
+from dist_defend import counts as counting
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
@@ -46,8 +46,9 @@ def measure(data: str, model_folder: str, batch_size: int, poison: AttackConfig,
             for each in (dataset, triggered(dataset, poison))
         ]
         model = load_classifier(model_folder)[0].to(ranks.dtype)
-        classes, labels, rows = evaluate.predict(model, loaders[0], ranks)
-        counts = evaluate.evaluate_classifier(model, *loaders, ranks, poison)
+        clean, attacked = loaders
+        classes, labels, rows = counting.predict(model, clean, ranks)
+        counts = counting.evaluate_classifier(model, clean, attacked, ranks, poison)
         assert model.training  # as it was
         return {
             "classes": classes.tolist(),

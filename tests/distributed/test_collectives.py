@@ -1,5 +1,6 @@
 """Two ranks with halves of a batch against one rank with all of it, in float64."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 
 
 def own_part(x: Tensor, shares: tuple[int, int]) -> Tensor:
-    return x.split(shares)[dist.get_rank()].clone().requires_grad_()
+    parts: tuple[Tensor, ...] = x.split(shares)
+    return parts[dist.get_rank()].clone().requires_grad_()
 
 
 # --- gathers and sums
@@ -188,7 +190,7 @@ def simclr_model() -> SimCLR:
 
 
 class TwoViews(nn.Module):
-    def __init__(self, model: SimCLR, loss: Any) -> None:
+    def __init__(self, model: SimCLR, loss: Callable[[Tensor, Tensor, float], Tensor]) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
@@ -203,13 +205,11 @@ def simclr_gradients(mistake: str) -> tuple[float, dict[str, Tensor], dict[str, 
     loss_function = local_mean if mistake == "local negatives" else nt_xent
     wrapped = nn.parallel.DistributedDataParallel(TwoViews(model, loss_function))
     first, second = (det_images((8, 3, 16, 16), seed).split(4)[dist.get_rank()] for seed in (2, 3))
-    right = losses.all_gather_rows
-    losses.all_gather_rows = own_slice_only if mistake == "own slice only" else right  # type: ignore[assignment]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if mistake == "own slice only":
+            patch.setattr(losses, "all_gather_rows", own_slice_only)
         loss = wrapped(first, second)
         loss.backward()
-    finally:
-        losses.all_gather_rows = right
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     mean_loss = all_reduce_sum(loss.detach()).item() / collectives.world_size()
     return mean_loss, gradients, dict(model.named_buffers())

@@ -1,5 +1,6 @@
 """Each rank makes and keeps its share of the frozen features, and everybody gets the rows that it needs."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_defend.counts import unit_features
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.data.store import open_dataset
-from dist_defend.engine import context as contexts
 from dist_defend.engine import dist, features
 from dist_defend.engine.context import Context, Place
 from dist_defend.engine.features import FrozenFeatures
-from dist_defend.evaluate import unit_features
-from dist_defend.models.artifact import load_artifact
+from dist_defend.models.artifact import load_simclr
 from tests.distributed.comparison import assert_same, train
 from tests.distributed.test_strategies import run
 from tests.ranks import Pool
@@ -26,7 +26,7 @@ BATCH = [12, 0, 5, 7, 5, 1, 6]  # positions of a global batch: rank 0 asks for f
 
 
 def make_features(folder: Path, count: int, place: Place, ranks: dist.Ranks) -> FrozenFeatures:
-    encoders = [load_artifact(folder / name)[0].f.to(ranks.dtype) for name in ("a", "b")]
+    encoders = [load_simclr(folder / name)[0].f.to(ranks.dtype) for name in ("a", "b")]
     context = Context(ranks, 0, LoaderConfig("resident", 1), folder)
     rows = np.arange(3, 3 + count)
     return FrozenFeatures(encoders, encoders[0].feature_dim, context, open_dataset(folder / "data"), rows, place)
@@ -63,7 +63,7 @@ def expected(folder: Path, count: int) -> Tensor:
     ranks = dist.start("fp64", None)
     images = torch.from_numpy(open_dataset(folder / "data").images(np.arange(3, 3 + count))).permute(0, 3, 1, 2)
     pixels = (images / torch.tensor(255.0)).double()
-    encoders = [load_artifact(folder / name)[0].f.double().eval() for name in ("a", "b")]
+    encoders = [load_simclr(folder / name)[0].f.double().eval() for name in ("a", "b")]
     with torch.no_grad():
         return torch.stack([unit_features(encoder, pixels, ranks) for encoder in encoders])
 
@@ -109,7 +109,7 @@ def test_a_disk_without_room_is_told_before_it_is_written(folder: Path, monkeypa
     def full(file: int, start: int, size: int) -> None:
         raise OSError(28, f"No space left on device for {size} bytes")
 
-    monkeypatch.setattr(contexts.os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     frozen = make_features(folder, COUNT, "disk", dist.start("fp32", None))
     with pytest.raises(OSError, match=f"for {COUNT * 2 * frozen.feature_dim * 4} bytes"):
         frozen.take(torch.tensor([0]), [1])

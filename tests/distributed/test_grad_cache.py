@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.nn import functional
 
 from dist_defend.batch import Batch
@@ -36,7 +37,7 @@ def none(patch: pytest.MonkeyPatch) -> None:
 def gradient_unscaled(patch: pytest.MonkeyPatch) -> None:
     def made(*arguments: Any) -> Any:
         loss, parts = original(*arguments)
-        return loss, [MicroBatch(part.batch, part.gradient / len(parts)) for part in parts]
+        return loss, [MicroBatch(p.batch, None if p.gradient is None else p.gradient / len(parts)) for p in parts]
 
     original = grad_cache.micro_batches
     patch.setattr(steps, "micro_batches", made)
@@ -45,6 +46,7 @@ def gradient_unscaled(patch: pytest.MonkeyPatch) -> None:
 def one_part_dropped(patch: pytest.MonkeyPatch) -> None:
     def made(*arguments: Any) -> Any:
         loss, (first, *rest) = original(*arguments)
+        assert first.gradient is not None
         return loss, [MicroBatch(first.batch, torch.zeros_like(first.gradient)), *rest]
 
     original = grad_cache.micro_batches
@@ -78,7 +80,8 @@ class PlainEncoder(nn.Module):
         self.f = nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.LayerNorm(6), nn.GELU(), nn.Dropout(dropout))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.f(images)
+        features: Tensor = self.f(images)
+        return features
 
 
 def make_network(kind: str) -> SimCLR:
@@ -88,7 +91,9 @@ def make_network(kind: str) -> SimCLR:
         return SimCLR(PlainEncoder(0.5 if kind == "dropout" else 0.0), head, kind, "none", 2).double()  # type: ignore[arg-type]
     if kind == "vit":
         model = build_simclr("timm:vit_tiny_patch16_224", "none", image_size=32).double()
-        model.f.f.blocks = model.f.f.blocks[:2]
+        blocks = model.get_submodule("f.f.blocks")
+        assert isinstance(blocks, nn.Sequential)
+        del blocks[2:]
         model.g = nn.Sequential(nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8)).double()
         return model
     return build_simclr("small_cifar", "none", image_size=32).double()
@@ -124,9 +129,7 @@ def one_update(kind: str, parts: int, is_cached: bool, mutate: Mutation = none) 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(
-            found[key], value, rtol=1e-11, atol=1e-11, msg=lambda text, key=key: f"{key}: {text}"
-        )
+        torch.testing.assert_close(found[key], value, rtol=1e-11, atol=1e-11, msg=f"{key}: {{}}".format)
 
 
 @pytest.mark.parametrize("kind", ["plain", "vit"])
@@ -162,7 +165,8 @@ def by_hand(kind: str, parts: int) -> dict[str, Tensor]:
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= parameter.grad
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad)
     return {"loss": loss.detach(), **model.state_dict()}
 
 
@@ -182,7 +186,7 @@ def statistics_move_twice(patch: pytest.MonkeyPatch) -> None:
 
 
 def other_random_numbers(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(grad_cache.torch.random, "fork_rng", lambda devices: torch.no_grad())
+    patch.setattr(torch.random, "fork_rng", lambda devices: torch.no_grad())
 
 
 @pytest.mark.parametrize(("kind", "mutate"), [("batch norm", statistics_move_twice), ("dropout", other_random_numbers)])
@@ -195,9 +199,11 @@ def reductions(parts: int) -> list[int]:
     """Numbers in each all-reduce that DDP asks for in an update."""
     sizes: list[int] = []
 
-    def note(state: object, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def note(state: object, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         sizes.append(bucket.buffer().numel())
-        return torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0])
+        sent: torch.futures.Future[list[Tensor]]
+        sent = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return sent.then(lambda future: future.value()[0])
 
     ranks = dist.start("fp64", None)
     objective = SimCLRObjective(make_network("plain"), 0.5, True)

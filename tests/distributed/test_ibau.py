@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_defend.methods.defend.ibau import step
 from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.ops import hypergrad
+from dist_defend.ops.collectives import all_reduce_sum
 from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data, make_experiment
@@ -64,11 +65,10 @@ def test_two_ranks_are_one_rank(name: str, alone: Alone, two_ranks: Pool, tmp_pa
 
 def penalty_on_each_rank(patch: pytest.MonkeyPatch) -> None:
     """The regulariser once per rank."""
-    original = hypergrad.hypergradient
 
     def each(*given: Any) -> Any:
-        *rest, penalty = given
-        return original(*rest, 2 * penalty)
+        outer, inner, delta, parameters, solver, step_size, penalty = given
+        return hypergrad.hypergradient(outer, inner, delta, parameters, solver, step_size, 2 * penalty)
 
     patch.setattr(step, "hypergradient", each)
 
@@ -90,11 +90,11 @@ def own_weights(patch: pytest.MonkeyPatch) -> None:
 
 def local(patch: pytest.MonkeyPatch, is_meant: Callable[[torch.Size], bool], calls: set[int]) -> None:
     """Leave the sums over ranks of such tensors out of the hypergradient; calls: only these, counted from 1."""
-    original, seen = hypergrad.all_reduce_sum, [0]
+    seen = [0]
 
     def reduce(tensor: Tensor) -> Tensor:
         seen[0] += is_meant(tensor.shape)
-        return tensor if is_meant(tensor.shape) and (not calls or seen[0] in calls) else original(tensor)
+        return tensor if is_meant(tensor.shape) and (not calls or seen[0] in calls) else all_reduce_sum(tensor)
 
     patch.setattr(hypergrad, "all_reduce_sum", reduce)
 

@@ -11,8 +11,8 @@ from dist_defend.data import cutmix
 from dist_defend.methods.defend import ood
 from dist_defend.methods.defend.abd import retrospective_step
 from dist_defend.methods.defend.cmi import inversion, synthesis
-from dist_defend.methods.defend.cmi.synthesis import Synthesis
-from dist_defend.ops.collectives import rank
+from dist_defend.ops.collectives import all_gather_rows, rank
+from dist_defend.ops.streams import draws
 from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data, make_experiment
@@ -98,18 +98,16 @@ def own_columns(patch: pytest.MonkeyPatch) -> None:
 
     def gather(x: Tensor, rows: list[int]) -> Tensor:
         if len(x) != rows[rank()] or x.shape[1:] != (4,):
-            return original(x, rows)
+            return all_gather_rows(x, rows)
         before, after = sum(rows[: rank()]), sum(rows[rank() + 1 :])
         return torch.nn.functional.pad(x, (0, 0, before, after))
 
-    original = inversion.all_gather_rows
     patch.setattr(inversion, "all_gather_rows", gather)
 
 
 def own_rows_of_the_bank(patch: pytest.MonkeyPatch) -> None:
     """Codes and negatives drawn by each rank for itself."""
-    original = Synthesis._random
-    patch.setattr(Synthesis, "_random", lambda self, *place: original(self, *place, rank()))
+    patch.setattr(synthesis, "draws", lambda seed, stream, *place: draws(seed, stream, *place, rank()))
 
 
 def own_best_iteration(patch: pytest.MonkeyPatch) -> None:

@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_defend import evaluate
-from dist_defend.attacks.trigger import white_square
+from dist_defend import counts as counting
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import BadNets
+from dist_defend.attacks.poison import triggered
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.methods.defend.mimic import information
 from dist_defend.methods.measure.probe import FeatureBatches, ProbeObjective
-from dist_defend.models.artifact import load_artifact
+from dist_defend.models.artifact import load_simclr
 from dist_defend.models.heads import HeadStack
 from dist_defend.ops import losses
+from dist_defend.ops.collectives import all_gather_rows
 from tests.distributed.comparison import Mutation, assert_same, none, train
 from tests.ranks import Pool
 from tests.runs import CLASSES, make_data, make_experiment, make_model, options_of
@@ -34,10 +36,9 @@ def negatives_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 def negatives_without_gradient(patch: pytest.MonkeyPatch) -> None:
     def gather(x: Tensor, rows: list[int]) -> Tensor:
         start = sum(rows[: torch.distributed.get_rank()])
-        others = original(x.detach(), rows)
+        others = all_gather_rows(x.detach(), rows)
         return torch.cat([others[:start], x, others[start + len(x) :]])
 
-    original = losses.all_gather_rows
     patch.setattr(losses, "all_gather_rows", gather)
 
 
@@ -70,8 +71,8 @@ def dropout_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 def critics_drawn_in_turn(patch: pytest.MonkeyPatch) -> None:
     """First weights by the order in which a rank builds its critics instead of by layer."""
-    patch.setattr(information.torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
-    patch.setattr(information.torch, "manual_seed", lambda seed: None)
+    patch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    patch.setattr(torch, "manual_seed", lambda seed: None)
 
 
 def estimates_of_one_rank(patch: pytest.MonkeyPatch) -> None:
@@ -167,7 +168,7 @@ def ranks_one_after_the_other(patch: pytest.MonkeyPatch) -> None:
         ordered = [part for own in gathered for part in own]
         return tuple(torch.cat(column) for column in zip(*ordered, strict=True))
 
-    patch.setattr(evaluate, "gather_in_order", gather)
+    patch.setattr(counting, "gather_in_order", gather)
 
 
 def measure(data: str, model_folder: str, batch_size: int, mutate: Mutation = none) -> dict[str, Any]:
@@ -176,21 +177,24 @@ def measure(data: str, model_folder: str, batch_size: int, mutate: Mutation = no
         mutate(patch)
         ranks = dist.start("fp64", None)
         dataset = open_dataset(data)
-        loader = make_loader(
-            dataset,
-            config=LoaderConfig("resident", 1),
-            batch_size=batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+        attacked = triggered(dataset, AttackConfig(BadNets(size=8, margin=1)))
+        loader, stamped_loader = (
+            make_loader(
+                each,
+                config=LoaderConfig("resident", 1),
+                batch_size=batch_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+            for each in (dataset, attacked)
         )
-        encoder = load_artifact(model_folder)[0].f.to(ranks.dtype)
-        trigger = white_square(dataset.image_shape[0], 8).to("cpu", ranks.dtype)
-        clean, labels, rows = evaluate.extract_features(encoder, loader, ranks)
-        stamped, _, _ = evaluate.extract_features(encoder, loader, ranks, trigger)
+        encoder = load_simclr(model_folder)[0].f.to(ranks.dtype)
+        clean, labels, rows = counting.extract_features(encoder, loader, ranks)
+        stamped, _, _ = counting.extract_features(encoder, stamped_loader, ranks)
         head = HeadStack(encoder.feature_dim, CLASSES, seeds=[3]).to(ranks.dtype)
         predicted = head.predict(0, clean), head.predict(0, stamped)
-        counts = evaluate.backdoor_counts(*predicted, labels, target=int(predicted[1].mode().values))
-        knn = evaluate.knn_count(clean, labels, clean, labels, k=5, temperature=0.5)
+        counts = counting.backdoor_counts(*predicted, labels, target=int(predicted[1].mode().values))
+        knn = counting.knn_count(clean, labels, clean, labels, k=5, temperature=0.5)
         return {
             "features": clean,
             "labels": labels.tolist(),

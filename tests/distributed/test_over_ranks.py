@@ -82,7 +82,7 @@ def fit(folder: Path, kill_before: int | None) -> list[float]:
         return []
     finally:
         run_folder.close()
-    return step.objective.w.detach().tolist()  # type: ignore[union-attr, operator]
+    return step.objective.get_parameter("w").tolist()
 
 
 def test_each_rank_goes_on_with_its_own_draws(two_ranks: Pool, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_defend import evaluate
+from dist_defend import counts as counting
 from dist_defend.cli import main
 from tests.clips import save_clip
 from tests.distributed.comparison import assert_same, train
@@ -44,7 +44,7 @@ def count(config: Path, folder: Path, is_mutated: bool = False) -> dict[str, Any
             return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
         if is_mutated:
-            patch.setattr(evaluate, "gather_in_order", gather)
+            patch.setattr(counting, "gather_in_order", gather)
 
     return {"rows": train(config, folder, mutate)["result"]["rows"]}
 

@@ -35,7 +35,8 @@ def train(folder: Path, **changes: Any) -> dict[str, Any]:
     }
     config = make_experiment(folder, "classifier", options | changes)
     assert main(["run", str(config)]) == 0
-    return json.loads((folder / "run/result.json").read_text())
+    result: dict[str, Any] = json.loads((folder / "run/result.json").read_text())
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def backdoored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
 
 
 def percent(row: dict[str, Any], key: str) -> float:
-    return 100 * row[key]["correct"] / row[key]["n"]
+    return float(100 * row[key]["correct"] / row[key]["n"])
 
 
 def test_it_learns_its_task_and_its_trigger(backdoored: tuple[Path, dict[str, Any]]) -> None:
@@ -148,7 +149,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     if "test" in changes:
         changes = {"test": {"path": make_data(tmp_path / "other", size=8)}}
-    options = {"data": {"path": make_data(tmp_path / "data")}, "test": {"path": make_data(tmp_path / "test")}}
+    options: dict[str, Any] = {split: {"path": make_data(tmp_path / split)} for split in ("data", "test")}
     options |= {"arch": "small_resnet", "normalization": "none", "update": {"batch_size": 8, "epochs": 1}}
     assert main(["run", str(make_experiment(tmp_path, "classifier", options | changes))]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

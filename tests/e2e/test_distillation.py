@@ -92,9 +92,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
         10 * row["asr"]["correct"] > row["asr"]["n"]
     )  # the teacher's card names the attack; 10 % is what is let go
     assert (card.arch, card.backdoored, card.provenance["method"]) == ("wrn_10_1", is_held, "cmi+sv+sr")
-    assert card.defended_by == "cmi+sv+sr" and card.counts["after"] == {
-        k: row[k] for k in ("acc", "asr", "asr_all", "ra")
-    }
+    assert card.counts is not None and card.defended_by == "cmi+sv+sr"
+    assert card.counts["after"] == {k: row[k] for k in ("acc", "asr", "asr_all", "ra")}
     scalars = {key for line in log_of(tmp_path / "run") for key in line}
     assert {"bn", "one_hot", "adversarial", "contrast", "synthesis_loss", "loss", "outer_loss", "asr"} <= scalars
 

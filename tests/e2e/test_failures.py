@@ -172,7 +172,8 @@ def test_killed_between_the_last_step_and_the_result(method: str, tmp_path: Path
             {"path": make_data(tmp_path / "data"), "max_samples": 12},
             {"path": make_data(tmp_path / "test", 9)},
         )
-        options = {"model": make_classifier(tmp_path / "model"), "data": data, "test": test, "attack": attack}
+        options: dict[str, Any] = {"data": data, "test": test, "attack": attack}
+        options["model"] = make_classifier(tmp_path / "model")
         few = {"unlearning_epochs": 1, "recovering_epochs": 2, "recovering_lr": 5.0, "not_unlearned": "use_last"}
         options |= {"rounds": 1} if method == "ibau" else {"batch_size": 8, "clean_threshold": 0.0, **few}
     else:

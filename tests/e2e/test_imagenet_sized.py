@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from dist_defend import experiment
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
-from dist_defend.models.artifact import load_artifact
+from dist_defend.models.artifact import load_artifact, load_simclr
 from tests.ranks import Pool
 from tests.runs import make_experiment, metrics
 
@@ -95,6 +95,6 @@ def test_four_methods_at_224_pixels(arch: str, two_ranks: Pool, tmp_path: Path) 
         result = json.loads((tmp_path / method / "run" / "result.json").read_text())
         assert result["world_size"] == 2
     assert {row["acc"]["n"] for row in result["rows"]} == {2 * BATCH}
-    purified, card = load_artifact(tmp_path / "mimic" / "run" / "model")
+    purified, card = load_simclr(tmp_path / "mimic" / "run" / "model")
     assert (card.arch, card.image_size, purified.f.feature_dim) == (arch, SIZE, 2048 if "resnet" in arch else 384)
     assert load_artifact(tmp_path / "badencoder" / "run" / "model")[1].backdoored

@@ -55,7 +55,7 @@ def start(config: Path, ranks: int, life: Any = live, *first: Any) -> list[BaseP
             port = free.getsockname()[1]
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    processes = []
+    processes: list[BaseProcess] = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
         process = _server.Process(target=life, args=(*first, str(config), str(config) + ".log", environment | own))

@@ -1,5 +1,6 @@
 """Signals to `dist-defend launch`, and its death: what becomes of the ranks. Real processes throughout."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -69,12 +70,16 @@ def test_every_signal_reaches_every_child_once(prefix: list[str], tmp_path: Path
     with log.open("wb") as out:
         command = [*prefix, sys.executable, "-c", WATCHED, str(tmp_path), str(len(heard))]
         process = subprocess.Popen(command, env=os.environ | mark, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-    await_(lambda: all(text(tmp_path / n) == "ready" for n in "03"), process, log)
+
+    def both_say(told: str) -> bool:
+        return text(tmp_path / "0") == text(tmp_path / "3") == told
+
+    await_(functools.partial(both_say, "ready"), process, log)
     for name in names:
         process.send_signal(getattr(signal, name))
         if name in heard[:-1]:
             so_far = " ".join(heard[: heard.index(name) + 1])
-            await_(lambda so_far=so_far: all(text(tmp_path / n) == so_far for n in "03"), process, log)  # type: ignore[misc]
+            await_(functools.partial(both_say, so_far), process, log)
     assert process.wait(PATIENCE) == 3, log.read_text()
     assert text(tmp_path / "0") == text(tmp_path / "3") == " ".join(heard)
     assert await_none(mark) == {}

@@ -24,7 +24,8 @@ SIZES = {"tiny_vit": 32, "tiny_resnet": 64}
 def run(folder: Path, method: str, options: dict[str, Any]) -> dict[str, Any]:
     """result.json of an experiment below the folder."""
     assert main(["run", str(make_experiment(folder / method, method, options))]) == 0
-    return json.loads((folder / method / "run" / "result.json").read_text())
+    result: dict[str, Any] = json.loads((folder / method / "run" / "result.json").read_text())
+    return result
 
 
 def import_tower(weights: str, name: str, out: Path) -> str:

@@ -47,7 +47,8 @@ def options(folder: Path, arch: str = "wrn_10_1", **changes: Any) -> dict[str, A
 def run(folder: Path, **changes: Any) -> dict[str, Any]:
     """The entries of result.json."""
     assert main(["run", str(make_experiment(folder, "zskt", options(folder, **changes)))]) == 0
-    return json.loads((folder / "run" / "result.json").read_text())
+    result: dict[str, Any] = json.loads((folder / "run" / "result.json").read_text())
+    return result
 
 
 def told(run: Path) -> list[dict[str, Any]]:
@@ -178,7 +179,7 @@ def test_presets(preset: str, expected: tuple[Any, ...], tmp_path: Path) -> None
     section = {"preset": preset, "teacher": "t", "test": {"path": "p"}}
     config = load_experiment(make_experiment(tmp_path, "zskt", section)).options
     vaccine, retrospection = config.vaccine, config.retrospection
-    found = (config.pseudo_batches, config.attention, config.temperature)
+    found: tuple[Any, ...] = (config.pseudo_batches, config.attention, config.temperature)
     found += (vaccine and vaccine.selection_batches,)
     found += (retrospection and retrospection.start, retrospection and retrospection.restart_lr)
     assert found == expected

@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 LENGTHS = (0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 10**30)
-SCALARS = (
+SCALARS: tuple[Any, ...] = (
     None,
     True,
     False,

@@ -20,7 +20,7 @@ from torch import nn
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.given import NpzImages, triggered_images
 from dist_defend.attacks.input_aware import Generators, load_generators
-from dist_defend.attacks.own_trigger import FromFile
+from dist_defend.attacks.own_trigger import Corner, FromFile
 from dist_defend.attacks.pattern_file import open_images, read_mask
 from dist_defend.attacks.patterns import Blended, TrojanNN
 from dist_defend.attacks.reference import ReferenceConfig, references_from
@@ -100,7 +100,7 @@ def picture(rng: random.Random, folder: Path) -> Read:
 def using(rng: random.Random, path: str) -> Read:
     """One of the ways in which a pattern's file is read."""
     size = rng.choice((None, 4, SIDE, 10**9))
-    corner = rng.choice((None, "centre", "upper_left"))
+    corner: Corner | None = rng.choice((None, "centre", "upper_left"))
     ways: list[Read] = [
         lambda: FromFile(path, how="replace", size=size, corner=corner).build(SIDE),
         lambda: FromFile(path, how="add").build(SIDE),
@@ -116,7 +116,7 @@ def using(rng: random.Random, path: str) -> Read:
 
 def given_npz(rng: random.Random, folder: Path) -> Read:
     x, y = np.zeros((3, SIDE, SIDE, 3), np.uint8), np.arange(3)
-    arrays = {"x": x, "y": y, "y_bd": np.zeros(3, np.int64), "flag": np.ones(3, bool)}
+    arrays: dict[str, np.ndarray] = {"x": x, "y": y, "y_bd": np.zeros(3, np.int64), "flag": np.ones(3, bool)}
     path = write(folder / "bd_test.npz", npz(rng, arrays))
     test = NpzImages(folder / "test", x, y, ("0", "1", "2"), None)
     target = rng.choice((None, 0, 2))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dist_defend.batch import Batch
@@ -137,7 +138,7 @@ def state(rng: random.Random, folder: Path) -> Callable[[], object]:
     changed = mutate_tree(rng, changed)
     saved: dict[str, Tensor] = {}
     encoded = checkpoint._encode(_mended(changed), saved, "")
-    checkpoint.save_file(saved, newest / TENSORS)
+    save_file(saved, newest / TENSORS)
     (newest / TREE).write_text(json.dumps({"format": checkpoint.FORMAT, "state": encoded}))
     complete(newest)
     return lambda: train(folder)

@@ -110,7 +110,7 @@ def shards(rng: random.Random, folder: Path) -> Read:
     index = folder / f"{kind.format('')}.index.json"
     tree = {"metadata": {"total_size": 1}, "weight_map": places}
     if rng.random() < 0.1:
-        tree["weight_map"][rng.choice(list(places))] = name = rng.choice(("pipe.bin", "folder.bin", "far.bin"))
+        places[rng.choice(list(places))] = name = rng.choice(("pipe.bin", "folder.bin", "far.bin"))
         if name == "pipe.bin":
             os.mkfifo(folder / name)
         elif name == "folder.bin":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from dist_defend.config import dump, load_experiment, method_names
-from dist_defend.methods import find_method
+from dist_defend.config import dump, load_experiment
+from dist_defend.methods import find_method, method_names
 from dist_defend.sweep.grid import load_sweep
 from tests.fuzz.harness import ROOT, bad_outcomes
 from tests.fuzz.mutate import SCALARS, mutate_bytes, mutate_tree

@@ -18,7 +18,7 @@ METHODS = ["simclr", "badencoder", "mimic", "probe", "classifier"]
 
 
 def first_loss(run: Path) -> float:
-    return next(row["loss"] for row in metrics(run) if "loss" in row)
+    return next(float(row["loss"]) for row in metrics(run) if "loss" in row)
 
 
 @pytest.mark.parametrize("method", METHODS)

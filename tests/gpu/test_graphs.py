@@ -64,13 +64,15 @@ def rnp_batches() -> list[Batch]:
 
 
 def unlearn_step(graph: str) -> tuple[Step, list[Batch]]:
-    model = classifier("small_resnet").cuda().to(memory_format=torch.channels_last)
+    model = classifier("small_resnet").cuda()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks = dist.start("fp32", None)
     return UnlearnStep(model, ranks, schedule=(2,), steps_per_epoch=3, graph=graph), rnp_batches()  # type: ignore[arg-type]
 
 
 def recover_step(graph: str) -> tuple[Step, list[Batch]]:
-    model = classifier("small_resnet").cuda().to(memory_format=torch.channels_last)
+    model = classifier("small_resnet").cuda()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     masks = mask_norms(model, norm_names(model))
     return RecoverStep(model, masks, dist.start("fp32", None), graph=graph), rnp_batches()  # type: ignore[arg-type]
 

@@ -50,13 +50,18 @@ class Case:
         if "sr" in mode:
             self.start = 0.05 * torch.randn(1, 3, 32, 32, generator=draws, dtype=torch.float64)
         self.z = [torch.randn(8, 100, generator=draws, dtype=torch.float64) for _ in range(3)][:2]
-        retrospection = {"inner_rounds": 3, "patched_fraction": 0.25, "min_patched": 0, "statistics": "published"}
+        retrospection: dict[str, Any] = {
+            "inner_rounds": 3,
+            "patched_fraction": 0.25,
+            "min_patched": 0,
+            "statistics": "published",
+        }
         options: dict[str, Any] = {
             "pseudo_batches": 2,
             "batch_size": 8,
             "student_steps": 2,
             "vaccine": VaccineConfig() if "sv" in mode else None,
-            "retrospection": RetrospectionConfig(**(retrospection | changes.pop("retrospection", {})))  # type: ignore[arg-type]
+            "retrospection": RetrospectionConfig(**(retrospection | changes.pop("retrospection", {})))
             if "sr" in mode
             else None,
         }
@@ -70,15 +75,16 @@ class Case:
             assert ensemble.shuffled == list(SHUFFLED)
             for member in ensemble.members:
                 member.load_state_dict(self.teacher.state_dict())
-            ensemble.permutation = lambda member, layer, _: self.permutations[member][SHUFFLED[layer]]  # type: ignore[method-assign]
+            ensemble.permutation = lambda member, layer, channels: self.permutations[member][SHUFFLED[layer]]  # type: ignore[method-assign]
             ensemble.shuffle()
         if step.retrospection is not None:
-            step.retrospection.start = lambda size, number: self.start  # type: ignore[method-assign]
+            step.retrospection.start = lambda image_size, number: self.start  # type: ignore[method-assign]
             step.retrospection.patched = self.patched  # type: ignore[method-assign]
         return step
 
-    def patched(self, own: slice, number: int, step: int) -> Tensor:
+    def patched(self, own: slice, *place: int) -> Tensor:
         """The recorded rows; the published diagnostic has rows of its own, see diagnosed()."""
+        number, step = place
         return self._mask(2 * (2 * number + step))[own]
 
     def diagnosed(self, number: int, step: int) -> Tensor:

@@ -16,7 +16,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def golden(name: str) -> dict[str, Any]:
     """The numbers of golden/<name>.json."""
-    return json.loads((GOLDEN / f"{name}.json").read_text())
+    numbers: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
+    return numbers
 
 
 def det_init(model: nn.Module, seed: int) -> None:

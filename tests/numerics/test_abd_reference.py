@@ -1,6 +1,7 @@
 """bench/published/zskt.py computes what illidanlab/ABD computed, and the package follows it step by step."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from tests.numerics.det import assert_fingerprint
 
 def players(case: Case) -> zskt.Players:
     members = copy.deepcopy(case.step().vaccine.ensemble.members) if "sv" in case.case["mode"] else []  # type: ignore[union-attr]
-    models = [model.to(memory_format=torch.contiguous_format) for model in (case.generator, case.student, case.teacher)]
-    optimizers = [torch.optim.Adam(models[0].parameters(), 1e-3), torch.optim.Adam(models[1].parameters(), 2e-3)]
-    return zskt.Players(*models, *optimizers, [member.requires_grad_(True) for member in members])
+    generator, student, teacher = models = case.generator, case.student, case.teacher
+    for model in models:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    makes, learns = torch.optim.Adam(generator.parameters(), 1e-3), torch.optim.Adam(student.parameters(), 2e-3)
+    members = [member.requires_grad_(True) for member in members]
+    return zskt.Players(generator, student, teacher, makes, learns, members)
 
 
 @pytest.mark.parametrize("mode", ["base", "svsr"])
@@ -50,7 +54,8 @@ def test_the_benched_sides_are_one_trajectory(name: str, monkeypatch: pytest.Mon
     pair = bench.Pair(BenchCase(name, "wrn_10_1", 6, 6), dist.start("fp64", None), bench.DEFENCES[name])
     for number in range(2):
         assert pair.ours() == pytest.approx(pair.theirs(number), rel=1e-10)
-    for ours, theirs in ((pair.step.student, pair.players.student), (pair.step.generator, pair.players.generator)):
+    students: tuple[Any, Any] = (pair.step.student, pair.players.student)
+    for ours, theirs in (students, (pair.step.generator, pair.players.generator)):
         found = dict(theirs.named_parameters())
         for key, value in ours.named_parameters():
             torch.testing.assert_close(value, found[key], rtol=0, atol=1e-9 * value.abs().max().item(), msg=key)

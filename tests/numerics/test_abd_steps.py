@@ -1,7 +1,8 @@
 """ZSKT with ABD against the published code's float64 numbers, and what each number would catch."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from dist_defend.methods.defend.abd.epochs import Later
 from dist_defend.methods.defend.abd.options import VaccineConfig
 from dist_defend.methods.defend.zskt import step as zskt
 from dist_defend.methods.defend.zskt.step import TransferStep
+from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.ops import hypergrad
+from dist_defend.ops.losses import distillation
 from tests.numerics.abd_case import MODES, Case, weights
 from tests.numerics.det import assert_fingerprint
 
@@ -53,8 +56,8 @@ class Trace:
         def diagnose(images: Tensor, delta: Tensor, patched: Tensor) -> None:
             after_update(images, delta, case.diagnosed(*divmod(len(self.hypergradients) - 1, 2)))
 
-        found.divergence = diverge  # type: ignore[method-assign]
-        found.hypergradient = differentiate  # type: ignore[method-assign]
+        found.divergence = diverge
+        found.hypergradient = differentiate  # type: ignore[method-assign, assignment]
         found.after_update = diagnose  # type: ignore[method-assign]
 
 
@@ -62,7 +65,7 @@ def _record(step: zskt.TransferStep, name: str, rows: list[Row]) -> None:
     call = getattr(step, name)
 
     def recorded(*inputs: Tensor) -> dict[str, Tensor]:
-        scalars = call(*inputs)
+        scalars: dict[str, Tensor] = call(*inputs)
         rows.append({key: value.item() for key, value in scalars.items()})
         return scalars
 
@@ -121,13 +124,11 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 def temperature_squared(patch: pytest.MonkeyPatch) -> None:
     """The usual convention: mean over images only."""
-    original = zskt.distillation
-    patch.setattr(zskt, "distillation", lambda *given, **named: original(*given, convention="batchmean", **named))
+    patch.setattr(zskt, "distillation", functools.partial(distillation, convention="batchmean"))
 
 
 def divergence_reversed(patch: pytest.MonkeyPatch) -> None:
-    original = zskt.distillation
-    patch.setattr(zskt, "distillation", lambda s, t, *given, **named: original(t, s, *given, **named))
+    patch.setattr(zskt, "distillation", lambda s, t, *given, **named: distillation(t, s, *given, **named))
 
 
 def stale_images(patch: pytest.MonkeyPatch) -> None:
@@ -149,8 +150,7 @@ def attention_of_sums(patch: pytest.MonkeyPatch) -> None:
 
 def one_update_of_the_statistics(patch: pytest.MonkeyPatch) -> None:
     """The generator's running statistics see its images once, not once per student step."""
-    original = zskt.repeated_statistics
-    patch.setattr(zskt, "repeated_statistics", lambda model, times: original(model, min(times, 1)))
+    patch.setattr(zskt, "repeated_statistics", lambda model, times: repeated_statistics(model, min(times, 1)))
 
 
 def everything_is_suspect(patch: pytest.MonkeyPatch) -> None:
@@ -168,10 +168,8 @@ def one_product_fewer(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_implicit_part(patch: pytest.MonkeyPatch) -> None:
-    original = retrospection.hypergradient
-
     def direct(*given: Any) -> hypergrad.Hypergradient:
-        result = original(*given)
+        result = hypergrad.hypergradient(*given)
         return result._replace(implicit=[torch.zeros_like(part) for part in result.implicit])
 
     patch.setattr(retrospection, "hypergradient", direct)
@@ -294,7 +292,8 @@ def test_later_epochs_are_those_of_the_source() -> None:
     class Source:
         num_batches = 3
 
-        def epoch(self, epoch: int, start_batch: int = 0) -> Any:
+        def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Any]:
             return iter([(epoch, start_batch)])
 
-    assert next(Later(Source(), 4).epoch(2, 1)) == (6, 1)
+    later: Iterator[Any] = Later(Source(), 4).epoch(2, 1)
+    assert next(later) == (6, 1)

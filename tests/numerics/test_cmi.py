@@ -17,10 +17,11 @@ from dist_defend.engine.context import Context
 from dist_defend.methods.defend import cmi
 from dist_defend.methods.defend.cmi import inversion, synthesis
 from dist_defend.methods.defend.cmi.memory import ImagePool, MemoryBank
-from dist_defend.methods.defend.cmi.steps import CmiStep
+from dist_defend.methods.defend.cmi.steps import CmiBatches, CmiStep
 from dist_defend.methods.defend.cmi.synthesis import Synthesis, reset
 from dist_defend.models.generator import CMIGenerator
 from dist_defend.models.wide_resnet import WideResNet
+from dist_defend.ops.losses import divergence_rows
 from tests.reference.cmi import NormHook, iteration
 from tests.runs import CLASSES, SIZE, make_classifier, make_data, make_experiment
 
@@ -56,12 +57,11 @@ def make_opinionated(ours: Synthesis) -> None:
     teacher, student = ours.pair.teacher, ours.pair.student
     ours._restart(0)
     x = teacher.normalize(ours.generator(ours.codes[ours.own]))
-    last, own = teacher.net.get_submodule("fc"), student.net.get_submodule("fc")
-    last.weight.mul_(200)  # type: ignore[union-attr, operator]
-    last.bias.sub_(teacher.net(x).mean(0))  # type: ignore[union-attr, operator, arg-type]
+    teacher.get_parameter("net.fc.weight").mul_(200)
+    teacher.get_parameter("net.fc.bias").sub_(teacher.net(x).mean(0))
     student.load_state_dict(teacher.state_dict())
-    own.weight.mul_(0.5)  # type: ignore[union-attr, operator]
-    own.bias[1] += 0.06  # type: ignore[index, operator]
+    student.get_parameter("net.fc.weight").mul_(0.5)
+    student.get_parameter("net.fc.bias")[1] += 0.06
     agree = teacher.net(x).argmax(1) == student.eval().net(x).argmax(1)
     assert agree.any() and not agree.all()
 
@@ -72,7 +72,7 @@ def compare(folder: Path, epochs: int = 3) -> None:
     ours, pair = step.synthesis, step.pair
     make_opinionated(ours)
     pair.student.eval()
-    batches = cmi.CmiBatches(step.config, CLASSES, 3, pair.context.ranks)
+    batches = CmiBatches(step.config, CLASSES, 3, pair.context.ranks)
     teacher = copy.deepcopy(pair.teacher)
     hooks = [NormHook(module) for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
     head = copy.deepcopy(ours.projection.layers)
@@ -136,13 +136,11 @@ def unbiased_variance(patch: pytest.MonkeyPatch) -> None:
 
 def all_images_disagree(patch: pytest.MonkeyPatch) -> None:
     """Pushes student and teacher apart wherever they are."""
-    rows = inversion.divergence_rows
-    patch.setattr(synthesis, "disagreement", lambda teacher, student: rows(student, teacher).sum())
+    patch.setattr(synthesis, "disagreement", lambda teacher, student: divergence_rows(student, teacher).sum())
 
 
 def reversed_divergence(patch: pytest.MonkeyPatch) -> None:
-    original = inversion.divergence_rows
-    patch.setattr(inversion, "divergence_rows", lambda logits, target: original(target, logits))
+    patch.setattr(inversion, "divergence_rows", lambda logits, target: divergence_rows(target, logits))
 
 
 def columns_with_gradient(patch: pytest.MonkeyPatch) -> None:
@@ -231,8 +229,8 @@ def test_a_reset_generator_is_fresh_noise() -> None:
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1) and abs(module.weight.mean()) < 1e-3
         if isinstance(module, nn.BatchNorm2d):
             assert module.weight.mean().item() == pytest.approx(1, abs=0.01) and 0.01 < module.weight.std() < 0.03
-        if getattr(module, "bias", None) is not None:
-            assert not module.bias.any()  # type: ignore[union-attr, operator]
+        bias = getattr(module, "bias", None)
+        assert bias is None or not bias.any()
     before = [p.clone() for p in generator.parameters()]
     reset(generator, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(before, generator.parameters(), strict=True))

@@ -41,9 +41,9 @@ def plan_of(method: Any, folder: Path, **changes: Any) -> Plan:
         **changes,
     }
     config = load_experiment(make_experiment(folder, name, options))
-    return method.build(
-        config.options, Context(dist.start("fp64", None), 3, config.loader, folder / "run", config.method)
-    )
+    context = Context(dist.start("fp64", None), 3, config.loader, folder / "run", config.method)
+    plan: Plan = method.build(config.options, context)
+    return plan
 
 
 def batch_of(seed: int, count: int = 4) -> Batch:
@@ -75,7 +75,7 @@ def test_the_divergences_conventions() -> None:
 
 def check_kd(folder: Path) -> None:
     step = plan_of(kd, folder, temperature=6.0, alpha=0.9).stages[0].step
-    assert isinstance(step, GradientStep)
+    assert isinstance(step, GradientStep) and isinstance(step.objective, kd.DistillationObjective)
     student, batch = step.objective.student, batch_of(3)
     with torch.no_grad():
         logits, wanted = student.train()(batch.images), step.objective.taught(batch.images)
@@ -101,6 +101,7 @@ def check_suspects(folder: Path) -> None:
     step = plan_of(ood, folder, temperature=8.0, vaccine={"members": 1, "layers": 1, "weight": 0.3}).stages[0].step
     assert isinstance(step, SelectingStep)
     update, vaccine = step.update, step.vaccine
+    assert isinstance(update.objective, ood.OodObjective)
     batch = batch_of(4, 12)
     with torch.no_grad():
         logits = update.objective.student.train()(batch.images)

@@ -29,7 +29,8 @@ def test_a_head_that_drops_in_eval_or_lacks_a_relu_fails_the_same_check() -> Non
     class Linear(MLPHead):
         def forward(self, features: Tensor) -> Tensor:
             first, second, third = self.children()
-            return third(second(first(features)).relu())
+            logits: Tensor = third(second(first(features)).relu())
+            return logits
 
     for mutant in (MLPHead(512, 43).double().train(), Linear(512, 43).double().eval()):
         with pytest.raises(AssertionError):

@@ -40,7 +40,7 @@ class Quadratic:
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
         basis, _ = torch.linalg.qr(draw(size, size))
-        self.curvature = basis @ torch.diag(torch.linspace(1.0, 15.0, size, dtype=torch.float64)) @ basis.T
+        self.curvature: Tensor = basis @ torch.diag(torch.linspace(1.0, 15.0, size, dtype=torch.float64)) @ basis.T
         self.coupling, self.outer_coupling = draw(size, parameters), draw(size, parameters)
         self.slope, self.aim = draw(size), draw(size)
         self.delta, self.theta = draw(size).requires_grad_(), draw(parameters).requires_grad_()
@@ -65,14 +65,14 @@ class Quadratic:
         one = torch.eye(len(delta), dtype=torch.float64)
         scaled = ETA * (self.curvature + 2 * penalty * one)
         if terms is None:
-            v = torch.linalg.solve(scaled, g)
+            v: Tensor = torch.linalg.solve(scaled, g)
         else:
             v = sum((torch.linalg.matrix_power(one - scaled, j) @ g for j in range(terms)), torch.zeros_like(g))
         return RHO * theta + self.outer_coupling.T @ delta - ETA * self.coupling.T @ v
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.05])
@@ -97,7 +97,8 @@ def test_at_the_inner_minimum_it_is_the_slope_of_the_value_function() -> None:
     problem = Quadratic()
 
     def minimum(theta: Tensor) -> Tensor:
-        return -torch.linalg.solve(problem.curvature, problem.coupling @ theta + problem.slope)
+        solved: Tensor = torch.linalg.solve(problem.curvature, problem.coupling @ theta + problem.slope)
+        return -solved
 
     theta, step = problem.theta.detach(), 1e-5
     slopes = []
@@ -205,7 +206,8 @@ class Network(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        logits: Tensor = self.layers(images)
+        return logits
 
 
 def network(channels_last: bool = False) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
@@ -219,7 +221,8 @@ def network(channels_last: bool = False) -> tuple[nn.Module, Tensor, Tensor, Ten
                 nn.init.uniform_(tensor, 0.5, 1.5)
     images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
     if channels_last:
-        net, images = net.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
     delta = (0.3 * torch.randn(1, 3, 16, 16, dtype=torch.float64)).requires_grad_()
     return net.eval(), images, torch.tensor([0, 1, 2, 0]), delta
 

@@ -159,8 +159,8 @@ def one_product_fewer(*given: Any) -> Hypergradient:
 
 
 def penalty_of_two_ranks(*given: Any) -> Hypergradient:
-    *rest, penalty = given
-    return hypergradient(*rest, 2 * penalty)
+    outer, inner, delta, parameters, solver, step_size, penalty = given
+    return hypergradient(outer, inner, delta, parameters, solver, step_size, 2 * penalty)
 
 
 def inner_loss_descended(*given: Any) -> Hypergradient:

@@ -19,7 +19,8 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation, layer_weights
-from dist_defend.models.artifact import load_artifact
+from dist_defend.models.artifact import load_simclr
+from dist_defend.ops.mutual_info import DonskerVaradhan
 from tests.numerics.det import golden
 from tests.runs import make_data, make_experiment, make_model, metrics, options_of
 
@@ -78,6 +79,7 @@ def published_estimates(information: LayerInformation, images: Tensor, config: I
     network, estimates = information.network.eval(), []
     for layer in range(4):
         ours = information.critics[layer]
+        assert isinstance(ours, DonskerVaradhan)
         critic = published.TNet(ours.pair.in_features, config.hidden).double()
         tensors = [ours.pair.weight, ours.pair.bias, *ours.rest.parameters()]
         with torch.no_grad():
@@ -108,7 +110,7 @@ def bound(network: Any, layer: int, critic: nn.Module, images: Tensor, permutati
 
 def test_cached_activations_give_the_published_loops_estimates(tmp_path: Path) -> None:
     config = InformationConfig(epochs=5, last_epochs=2, batch_size=7, hidden=16, lr=0.01)
-    network = load_artifact(make_model(tmp_path / "model"))[0].double()
+    network = load_simclr(make_model(tmp_path / "model"))[0].double()
     information, images = make_information(tmp_path / "data", config, network, 17, 16)
     expected = published_estimates(information, images, config)
     assert min(expected) > 1e-4
@@ -117,7 +119,7 @@ def test_cached_activations_give_the_published_loops_estimates(tmp_path: Path) -
 
 
 def test_the_cache_is_the_forward_pass_of_every_batch(tmp_path: Path) -> None:
-    network = load_artifact(make_model(tmp_path / "model"))[0].double()
+    network = load_simclr(make_model(tmp_path / "model"))[0].double()
     information, images = make_information(tmp_path / "data", InformationConfig(hidden=4), network, 17, 16)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     outputs, feature = information.activations
@@ -162,7 +164,6 @@ def test_known_information_is_found(estimator: Any, tmp_path: Path) -> None:
     )
     network = Gaussians()
     information, _ = make_information(tmp_path, config, network, 2000, 2)
-    information._cache = None
     train(information)
     found, truth = information.estimates().tolist(), network.information
     assert found == sorted(found)
@@ -203,12 +204,14 @@ def test_estimates_are_of_images_that_no_critic_was_trained_on(
     assert seen["estimated"] == list(range(*estimated))  # of the last epoch alone
 
 
-def test_an_estimate_is_the_mean_of_its_batches_negative_and_undefined_ones_as_zero(tmp_path: Path) -> None:
+def test_an_estimate_is_the_mean_of_its_batches_negative_and_undefined_ones_as_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = InformationConfig(epochs=3, last_epochs=2, batch_size=5, hidden=4)
     information, _ = make_information(tmp_path, config, Gaussians(), 20, 2)
     bounds = iter([0.4, -1.0, math.nan, 0.2, *[0.0] * 12, 0.8, 0.8, 0.8, -0.8, *[0.1] * 12])
     for critic in information.critics.values():
-        critic.bound = lambda *given: torch.tensor(next(bounds), dtype=torch.float64)
+        monkeypatch.setattr(critic, "bound", lambda *given: torch.tensor(next(bounds), dtype=torch.float64))
     for epoch in (1, 2, 3):
         information.evaluate(epoch)
     first, *others = information.estimates().tolist()

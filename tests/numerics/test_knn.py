@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.counts import knn_classes, knn_predict
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import write_dataset
-from dist_defend.evaluate import knn_classes, knn_predict
 from dist_defend.models.encoder import build_simclr
 from tests.distributed.comparison import train
 from tests.numerics.det import det_images, golden
@@ -95,7 +95,8 @@ def test_the_monitor_votes_with_the_memory_on_the_test_images(tmp_path: Path) ->
     def features(name: str) -> np.ndarray:
         pixels = torch.from_numpy(sets[name][0].astype(np.float32) / np.float32(255)).double().permute(0, 3, 1, 2)
         with torch.no_grad():
-            return model.f.eval()(pixels).numpy()
+            found: Tensor = model.f.eval()(pixels)
+        return found.numpy()
 
     memory, test = features("memory"), features("test")
     (_, memory_labels), (_, labels) = sets["memory"], sets["test"]

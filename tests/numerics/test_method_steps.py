@@ -26,7 +26,8 @@ from tests.numerics.det import assert_fingerprint, det_images, det_init, golden
 def make_model(seed: int) -> SimCLR:
     model = build_simclr("resnet18_cifar", "none").double()
     det_init(model, seed)
-    return model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def run_steps(
@@ -117,7 +118,7 @@ def test_badencoder_step(name: str, count: int, lambda1: float, lambda2: float, 
     parts = badencoder_parts(count)
     encoder, whole = parts["model"].f, copy.deepcopy(parts["model"])
     assert fold_frozen_norms(encoder, parts["batch"].images[:1]) == 20
-    objective = BadEncoderObjective(*parts["arguments"], lambda1, lambda2)
+    objective = BadEncoderObjective(*(*parts["arguments"], lambda1, lambda2))
     optimizer = OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)
     losses, gradients = run_steps(objective, optimizer, parts["batch"], steps)
     named = {key.replace("encoder.", "f.", 1): value for key, value in gradients.items()}

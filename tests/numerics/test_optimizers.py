@@ -53,8 +53,8 @@ def by_hand(config: OptimizerConfig, weight: float) -> list[float]:
 @pytest.mark.parametrize("fused", [True, False])
 def test_updates_are_the_papers(options: dict[str, Any], fused: bool) -> None:
     config = OptimizerConfig(lr=0.1, **options)
-    weight, frozen = nn.Parameter(torch.tensor([2.0], dtype=torch.float64)), nn.Parameter(torch.ones(1))
-    optimizer = build_optimizer([weight, frozen.requires_grad_(False)], config, fused=fused)
+    weight, frozen = nn.Parameter(torch.tensor([2.0], dtype=torch.float64)), nn.Parameter(torch.ones(1), False)
+    optimizer = build_optimizer([weight, frozen], config, fused=fused)
     found = []
     for gradient in GRADIENTS:
         weight.grad = torch.tensor([gradient], dtype=torch.float64)

@@ -33,9 +33,9 @@ def check_after(model: nn.Module, case: dict[str, Any]) -> None:
 def test_simclr(batch: int, temperature: float) -> None:
     model = make_model(1)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-6)
-    views = [det_images((batch, 3, 32, 32), seed) for seed in (2, 3)]
+    first, second = (det_images((batch, 3, 32, 32), seed) for seed in (2, 3))
     case = golden("simclr")[f"float64_B{batch}_T{temperature}"]
-    assert simclr.simclr_step(model, optimizer, *views, temperature) == pytest.approx(case["loss"], rel=1e-9)
+    assert simclr.simclr_step(model, optimizer, first, second, temperature) == pytest.approx(case["loss"], rel=1e-9)
     check_after(model, case)
 
 
@@ -74,10 +74,10 @@ MIMIC_CASES = {  # attention weights, clone weight
 def test_mimic(name: str) -> None:
     weights, clone_weight = MIMIC_CASES[name]
     student, teacher = make_model(21), make_model(22).eval()
-    mimic.leak_hooks(student.f.f, 2)  # they change nothing
+    mimic.leak_hooks(student.get_submodule("f.f"), 2)  # they change nothing
     optimizer = torch.optim.Adam(student.parameters(), 1e-2, weight_decay=1e-6)
-    views = [det_images((8, 3, 32, 32), seed) for seed in (2, 3)]
-    loss = mimic.mimic_step(student, teacher, optimizer, *views, weights, clone_weight)
+    first, second = (det_images((8, 3, 32, 32), seed) for seed in (2, 3))
+    loss = mimic.mimic_step(student, teacher, optimizer, first, second, weights, clone_weight)
     case = golden("mimic")[f"float64_{name}"]
     assert loss == pytest.approx(case["loss"], rel=1e-9)
     check_after(student, case)
@@ -100,10 +100,10 @@ class Tiny(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.f = nn.Module()
-        self.f.f = nn.Sequential(*(nn.Identity() for _ in range(7)), nn.AvgPool2d(32), nn.Flatten())
+        self.f.f = self.stages = nn.Sequential(*(nn.Identity() for _ in range(7)), nn.AvgPool2d(32), nn.Flatten())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.f.f(x)
+        h = self.stages(x)
         return nn.functional.normalize(h, dim=1), h
 
     def parameters(self, recurse: bool = True) -> Any:
@@ -116,7 +116,7 @@ def test_information_phase_leaks_hooks_as_published(leaks: bool) -> None:
     batches = [torch.rand(8, 3, 32, 32) for _ in range(3)]
     values = mimic_mi.estimate_information(network, batches, epochs=3, last_epochs=2, leaks=leaks)
     assert len(values) == 4 and min(values) >= 0
-    left = [len(network.f.f[layer]._forward_hooks) for layer in mimic.LAYERS]
+    left = [len(network.stages[layer]._forward_hooks) for layer in mimic.LAYERS]
     assert left == (list(golden("mimic_estimate_mi")["hooks"].values()) if leaks else [0] * 4)
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.batch import Batch
+from dist_defend.counts import Count, predict
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, predict
 from dist_defend.methods.defend.pruning import masks as masks_module
 from dist_defend.methods.defend.pruning.masks import (
     Neuron,
@@ -122,7 +122,7 @@ def test_mask_gradient() -> None:
     (net(x) * upstream).sum().backward()
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
     x_hat = (x - mean) / (var + norm.eps).sqrt()
-    expected = net[0]._parameters["weight"].detach() * (upstream * x_hat).sum((0, 2, 3))
+    expected = net.state_dict()["0.weight"] * (upstream * x_hat).sum((0, 2, 3))
     torch.testing.assert_close(mask.grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -150,7 +150,8 @@ class Wired(nn.Module):
         self.linear.weight.data = torch.tensor([[1.0, 0, 0, 8], [0, 1, 0, 0], [0, 0, 1, 0]])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(functional.relu(self.bn(self.conv(x))).mean((2, 3)))
+        logits: Tensor = self.linear(functional.relu(self.bn(self.conv(x))).mean((2, 3)))
+        return logits
 
 
 def wired_data() -> tuple[Tensor, Tensor, Tensor]:
@@ -300,7 +301,7 @@ def test_every_stop_is_bitwise_what_pruning_alone_gives(arch: str, with_beta: bo
 
 def test_statistics_are_the_mean_over_the_batches() -> None:
     model = make_classifier("timm:efficientnet_b0")
-    model.net.drop_rate = 0.5
+    model.net.drop_rate = 0.5  # type: ignore[assignment]
     before = copy.deepcopy(model)
     batches = [det_images((4, 3, 32, 32), seed) for seed in (1, 2)]
     estimate_statistics(model, batches)

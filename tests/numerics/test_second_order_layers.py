@@ -109,7 +109,8 @@ class _Once(torch.autograd.Function):
     @once_differentiable
     def backward(context: Any, grad: Tensor) -> Tensor:
         (x,) = context.saved_tensors
-        return 2 * x * grad
+        slope: Tensor = 2 * x * grad
+        return slope
 
 
 class Layer(nn.Module):
@@ -120,7 +121,8 @@ class Layer(nn.Module):
         self.function, self.norm, self.linear = function, nn.BatchNorm2d(3), nn.Linear(3 * 8 * 8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.function(self.norm(x)).flatten(1))
+        logits: Tensor = self.linear(self.function(self.norm(x)).flatten(1))
+        return logits
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_what_is_left_is_named_in_one_line(function: Callable[[Tensor], Tensor],
         check_twice_differentiable(layer, 8, "models/suspect (mine)")
     assert str(error.value).startswith("models/suspect (mine) cannot be differentiated twice")
     assert "\n" not in str(error.value)
-    assert not layer.norm.running_mean.any(), "statistics are put back"
+    assert not layer.norm.get_buffer("running_mean").any(), "statistics are put back"
 
 
 def _ibau(folder: Path, arch: str) -> Path:

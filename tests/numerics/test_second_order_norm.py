@@ -10,7 +10,7 @@ from dist_defend.ops.second_order import CheapSecondOrder, constant_parameters
 FORMATS = (torch.channels_last, torch.contiguous_format)
 
 
-def norm_of(shape: tuple[int, ...]) -> nn.Module:
+def norm_of(shape: tuple[int, ...]) -> nn.BatchNorm1d | nn.BatchNorm2d:
     torch.manual_seed(0)
     norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(shape[1]).double()
     with torch.no_grad():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.attacks import poison
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.cli import main
@@ -17,9 +18,9 @@ from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
-from dist_defend.evaluate import extract_features
 from dist_defend.methods.measure import zeroshot
 from dist_defend.models import clip
+from dist_defend.models.clip import class_features, load_text_tower
 from dist_defend.models.pixel_space import Normalize
 from tests.clips import clip_state, save_clip
 from tests.reference.zeroshot import similarities, stamp, text_feature
@@ -49,23 +50,22 @@ def unscaled(patch: pytest.MonkeyPatch) -> None:
 
 def raw_text_features(patch: pytest.MonkeyPatch) -> None:
     def forward(self: clip.TextTower, texts: list[str]) -> Tensor:
-        return self.clip.encode_text(self.tokenize(texts))
+        features: Tensor = self.clip.encode_text(self.tokenize(texts))
+        return features
 
     patch.setattr(clip.TextTower, "forward", forward)
 
 
 def first_template_alone(patch: pytest.MonkeyPatch) -> None:
-    original = zeroshot.class_features
-    patch.setattr(zeroshot, "class_features", lambda tower, names, templates: original(tower, names, templates[:1]))
+    patch.setattr(zeroshot, "class_features", lambda tower, names, all: class_features(tower, names, all[:1]))
 
 
 def text_that_sees_ahead(patch: pytest.MonkeyPatch) -> None:
     def load(arch: str, path: str) -> clip.TextTower:
-        tower = original(arch, path)
+        tower = load_text_tower(arch, path)
         tower.clip.attn_mask.zero_()
         return tower
 
-    original = zeroshot.load_text_tower
     patch.setattr(zeroshot, "load_text_tower", load)
 
 
@@ -74,11 +74,11 @@ def unnormalised_pixels(patch: pytest.MonkeyPatch) -> None:
 
 
 def raw_image_features(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("dist_defend.evaluate.functional.normalize", lambda x, dim: 2 * x if len(x) > CLASSES else x)
+    patch.setattr("dist_defend.counts.functional.normalize", lambda x, dim: 2 * x if len(x) > CLASSES else x)
 
 
 def trigger_at_the_edge(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(zeroshot, "trigger_of", lambda attack: BadNets(size=attack.trigger.size, margin=0))
+    patch.setattr(poison, "trigger_of", lambda attack: BadNets(size=attack.trigger.size, margin=0))
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +102,10 @@ def ours(files: dict[str, str], target: int, folder: Path) -> tuple[Tensor, dict
     )
     ranks = dist.start("fp64", None)
     context = Context(ranks, 0, LoaderConfig("resident", 1), folder)
-    tower = zeroshot.load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
+    tower = load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
     models = {kind: context.load_model(place)[0].to(ranks.dtype) for kind, place in config.encoders.items()}
-    built = zeroshot.Task("noise", task, config, models, tower, context)
-    features = [extract_features(models["clean"].f, built.loader, ranks, how)[0] for how in (None, built.trigger)]
+    built = zeroshot.Task("noise", task, config, models, config.attack, tower, context)
+    features = built.examination.features("clean", models["clean"].f)
     (row,) = built.evaluate()
     return torch.stack([zeroshot.logits(f, built.texts) for f in features]), row
 

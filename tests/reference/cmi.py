@@ -21,7 +21,8 @@ class NormHook:
         self.distance, self.feature = torch.zeros(()), torch.zeros(())
         norm.register_forward_hook(self.note)
 
-    def note(self, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def note(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert norm.running_mean is not None and norm.running_var is not None
         x = inputs[0]
         channels = x.shape[1]
         mean = x.mean([0, 2, 3])

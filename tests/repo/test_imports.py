@@ -27,7 +27,7 @@ LAYERS = [
         "ops",
     },
     {"attacks", "models", "data"},
-    {"engine", "evaluate"},
+    {"engine", "counts"},
     {"trial"},
     {"methods"},
     {"config", "experiment", "results", "given", "session"},
@@ -44,6 +44,7 @@ LAYERS = [
         "methods_command",
     },
     {"cli", "api", "__main__"},
+    {"compat"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import setuptools
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -52,7 +53,8 @@ def test_ranges_exclude_versions_with_known_advisories(declared: list[Requiremen
 
 def installed(declared: list[Requirement]) -> dict[str, str]:
     """Name -> version of every distribution that the project brings into this environment."""
-    waiting, found = [(r, {""} | r.extras) for r in declared], {}
+    waiting = [(r, {""} | r.extras) for r in declared]
+    found: dict[str, str] = {}
     while waiting:
         requirement, extras = waiting.pop()
         name = canonicalize_name(requirement.name)
@@ -77,7 +79,7 @@ def constraints(name: str) -> list[Requirement]:
 
 
 def test_constraints_name_everything_that_is_installed(declared: list[Requirement]) -> None:
-    pinned = {
+    pinned: dict[str, SpecifierSet] = {
         canonicalize_name(r.name): r.specifier
         for r in [*constraints("constraints.txt"), *constraints("constraints-cpu.txt")]
         if r.marker is None or r.marker.evaluate()

@@ -106,7 +106,8 @@ def main(folder: Path, kind: str) -> tuple[list[str], int]:
 
 def _killed_readers(folder: Path, out: Path) -> tuple[list[str], int]:
     """The reader that finishes the replacement is killed too, before each of its operations; the next one finds all."""
-    wrong, kept = [], folder / "kept"
+    wrong: list[str] = []
+    kept = folder / "kept"
     shutil.copytree(out, kept)
     for at in range(1000):
         shutil.rmtree(out)

@@ -1,6 +1,7 @@
 """The package from Python: networks that it has never seen, and the same numbers as the command line's."""
 
 import json
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import dist_defend as dd
 from dist_defend.cli import main
 from dist_defend.models.artifact import load_artifact, read_card
 from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.models.encoder import SimCLR
 from tests.runs import CLASSES, SIZE, make_classifier, make_model
 
 CORNER = (slice(None), slice(None), slice(-3, None), slice(-3, None))
@@ -32,7 +34,8 @@ class Bright(nn.Module):
         self.last = nn.Linear(8 * ((image_size // 2 - 2) // 2) ** 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(functional.max_pool2d(self.features(x).relu(), 2).flatten(1))
+        x = self.last(functional.max_pool2d(self.features(x).relu(), 2).flatten(1))
+        return x
 
 
 class Patches(nn.Module):
@@ -46,7 +49,8 @@ class Patches(nn.Module):
         self.last = nn.Linear(16, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.blocks(self.patch(x).flatten(2).mT + self.place).mean(1))
+        x = self.last(self.blocks(self.patch(x).flatten(2).mT + self.place).mean(1))
+        return x
 
 
 def make_images(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +107,8 @@ def test_the_snippet_of_the_readme_on_a_network_never_seen(make: Callable[[], nn
     model = dd.wrap(my_net, num_classes=CLASSES, image_size=SIZE, normalization=(0.5, 0.25))
     attack = dd.attack("badnets", size=3, target_class=0)
     before = dd.evaluate(model, test, attack)
-    options = {"batch_size": 30, "min_patched": 15, "project_radius": 3.0, "optimizer": {"name": "adam", "lr": 0.01}}
+    optimizer = {"name": "adam", "lr": 0.01}
+    options: dict[str, Any] = {"batch_size": 30, "min_patched": 15, "project_radius": 3.0, "optimizer": optimizer}
     result = dd.defend("ibau", model, clean, test=test, attack=attack, rounds=10, **options)
     dd.save(result.model, tmp_path / "purified")
 
@@ -115,7 +120,7 @@ def test_the_snippet_of_the_readme_on_a_network_never_seen(make: Callable[[], nn
     assert result.folder is None and len(result.rows) == 1
     assert result.rows.loc[0, "acc_correct"] == result.after.acc.correct and result.rows.loc[0, "kind"] == "ibau"
     assert all(value.equal(weights[key]) for key, value in my_net.state_dict().items())
-    assert my_net.training and not my_net.last.weight.requires_grad  # as they were
+    assert my_net.training and not my_net.get_parameter("last.weight").requires_grad  # as they were
     again = dd.load(tmp_path / "purified", net=make())
     assert plain(dd.evaluate(again, test, attack)) == plain(result.after)
 
@@ -229,6 +234,7 @@ def test_a_classifier_is_trained_from_a_function_and_poisoned(tmp_path: Path) ->
 def test_an_encoder_is_backdoored_purified_and_probed(tmp_path: Path) -> None:
     make_model(tmp_path / "clean", size=32)
     clean = dd.load(tmp_path / "clean")
+    assert isinstance(clean, SimCLR)
     images, labels = make_images(16, seed=0)
     images = functional.interpolate(images, scale_factor=2)
     optimizer = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
@@ -241,7 +247,8 @@ def test_an_encoder_is_backdoored_purified_and_probed(tmp_path: Path) -> None:
     assert backdoored.metrics["clean_cosine"] > 0 and backdoored.after is None
     information = {"epochs": 1, "last_epochs": 1, "batch_size": 5, "hidden": 8}
     purified = dd.defend("mimic", backdoored.model, images, information=information, update=update)
-    assert purified.before is None and purified.model.f.feature_dim == clean.f.feature_dim
+    assert purified.before is None and isinstance(purified.model, SimCLR)
+    assert purified.model.f.feature_dim == clean.f.feature_dim
     probe = dd.train(
         "probe",
         encoders={"backdoored": backdoored.model, "purified": purified.model},
@@ -277,14 +284,15 @@ class Tied(nn.Module):
         self.b.weight = self.a.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x.mean((2, 3))).relu())
+        x = self.b(self.a(x.mean((2, 3))).relu())
+        return x
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     net = Tied()
     dd.save(dd.wrap(net, 3, SIZE, "none"), tmp_path / "tied")
     again = dd.load(tmp_path / "tied", net=Tied())
-    assert isinstance(again, Classifier) and again.net.a.weight is again.net.b.weight
+    assert isinstance(again, Classifier) and isinstance(again.net, Tied) and again.net.a.weight is again.net.b.weight
     assert again.net.a.weight.equal(net.a.weight)
 
 
@@ -313,3 +321,10 @@ def test_a_checkpoint_of_others_is_imported_and_its_images_kept(tmp_path: Path) 
     other = dd.load(tmp_path / "attack_result.pt", normalization="none")
     assert isinstance(other, Classifier) and other.normalization == "none"
     assert all(a.equal(b) for a, b in zip(net.state_dict().values(), other.net.state_dict().values(), strict=True))
+
+
+def test_no_module_hides_a_public_name() -> None:
+    """An imported module is an attribute of its package."""
+    modules = {module.name for module in pkgutil.iter_modules(dd.__path__)}
+    assert len(modules) > 20 and not modules & {"attack", "defend", "evaluate", "load", "save", "train", "wrap"}
+    assert {"attack", "defend", "evaluate", "load", "save", "train", "wrap"} <= set(dir(dd))

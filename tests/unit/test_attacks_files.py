@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images, read_mask, read_pattern
-from dist_defend.attacks.patterns import Blended, FromFile, TrojanNN
+from dist_defend.attacks.patterns import Blended, TrojanNN
 from dist_defend.attacks.stamping import to_bytes, to_images
 from dist_defend.errors import UserError
 

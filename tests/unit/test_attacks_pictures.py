@@ -11,11 +11,12 @@ from PIL import Image
 from torch import nn
 
 from dist_defend.attacks.attack import AttackConfig
-from dist_defend.attacks.patterns import Blended, Bpp, FromFile, LabelConsistent, Sig, TriggerConfig, TrojanNN, WaNet
+from dist_defend.attacks.own_trigger import FromFile
+from dist_defend.attacks.patterns import Blended, Bpp, LabelConsistent, Sig, TriggerConfig, TrojanNN, WaNet
 from dist_defend.attacks.poison import poisoned, triggered
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.attacks.stamping import to_bytes, to_images
-from dist_defend.attacks.trojan_nn import optimise_trigger
+from dist_defend.attacks.trojan_nn import optimise_pattern
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
@@ -222,12 +223,12 @@ def test_a_jpeg_must_say_what_of_it_counts(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="save the mask as PNG"):
             FromFile(save(tmp_path, PIXELS[0], "p.png"), mask=file).build(SIDE)
         with Image.open(file) as stored:
-            shown = np.asarray(stored.convert("RGB")).astype(np.int64)
+            shown: np.ndarray = np.asarray(stored.convert("RGB")).astype(np.int64)
         mask = save(tmp_path, (levels[..., 0] > 0).astype(np.uint8) * 255, "mask.png")
         assert (stamp(file=file, mask=mask) == blend(shown, 255 * (levels[..., 0] > 0))).all()
         assert (to_bytes(Blended(image=file).build(SIDE)(to_images(PIXELS))) == (8 * WHOLE + 2 * shown) // 10).all()
     lossless = save(tmp_path, levels, "trigger.webp", lossless=True)
-    assert (stamp(file=lossless) == blend(levels, 255 * levels.any(2))).all()
+    assert (stamp(file=lossless) == blend(levels, np.where(levels.any(2), 255, 0))).all()
     with_alpha = save(tmp_path, sticker(), "alpha.webp", quality=60)
     assert (stamp(file=with_alpha)[:, 13:] == PIXELS[:, 13:]).all()
 
@@ -382,7 +383,7 @@ def test_trojan_nn_moves_whole_pixels_from_a_picture_that_is_no_jpeg(
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Linear(6, 2))
     start = torch.zeros(1, 3, 4, 4)
     start[:, 0, 1:3, 1:3] = 0.5  # red
-    found, _ = optimise_trigger(net, "2", start, iterations=3)
+    found, _ = optimise_pattern(net, "2", start, iterations=3)
     moved = (found != start)[0]
     assert moved[:, 1:3, 1:3].any(0).all() and moved[1:, 1:3, 1:3].any() and not moved[:, 0].any()
     clean = make_classifier(tmp_path / "clean")

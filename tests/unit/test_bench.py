@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_sides_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch)
         order.append(side)
         clock[0] += next(seconds[side])
 
-    monkeypatch.setattr(runner.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     sides = (lambda: run("baseline"), lambda: run("ours"))
     row = runner.compare(CASE, *sides, Settings(repeats=3), images=10, note="", heads=2)
     assert order == ["baseline", "ours"] * 4

@@ -19,7 +19,7 @@ from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.methods import find_method
-from dist_defend.models.artifact import load_artifact
+from dist_defend.models.artifact import load_artifact, load_simclr
 from tests.runs import SIZE, make_classifier, make_data, make_experiment, options_of
 
 MIRROR = {"crop": "none", "flip": 1.0, "jitter": 0.0, "grayscale": 0.0}  # an augmentation that leaves no doubt
@@ -141,13 +141,13 @@ def test_badencoders_shadow_images_are_normalised_as_told(normalization: str, tm
     plan = built("badencoder", tmp_path, options)
     (stage,) = plan.stages
     batch = next(iter(stage.loader.epoch(0)))
-    encoder = load_artifact(options["clean_encoder"])[0].double().f.eval()
+    encoder = load_simclr(options["clean_encoder"])[0].double().f.eval()
     constants = {  # of torchvision's CIFAR-10 recipe, which the test's encoder has, and of OpenAI's CLIP
         "match_encoder": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
         "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     }[normalization]
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in constants)
-    encoder.normalize = nn.Identity()  # type: ignore[assignment]
+    encoder.normalize = nn.Identity()
     with torch.no_grad():
         features = encoder((batch.views[0].double() - mean) / std)
     wanted = features / features.norm(dim=1, keepdim=True)
@@ -157,8 +157,8 @@ def test_badencoders_shadow_images_are_normalised_as_told(normalization: str, tm
         own = objective.encoder(batch.views[0].double())
     torch.testing.assert_close(own / own.norm(dim=1, keepdim=True), wanted, rtol=1e-5, atol=1e-6)
     plan.result()
-    saved = load_artifact(tmp_path / "run" / "model")[0]
-    assert saved.f.normalize.mean.flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
+    saved = load_simclr(tmp_path / "run" / "model")[0]
+    assert saved.get_buffer("f.normalize.mean").flatten().tolist() == pytest.approx([0.4914, 0.4822, 0.4465])
 
 
 class Line(Objective):
@@ -180,7 +180,7 @@ def test_an_updates_options_reach_the_step(context: Context) -> None:
     step = context.gradient_step(Line(), update, num_batches=3)
     batch = Batch((torch.ones(4, 2, dtype=torch.float64),), torch.ones(4).long(), torch.arange(4))
     step(batch)
-    assert step.objective.w.norm().item() == pytest.approx(1e-3)  # type: ignore[operator, union-attr]
+    assert step.objective.get_parameter("w").norm().item() == pytest.approx(1e-3)
     assert (step.accumulation, step.total_steps) == (2, 15)
 
 

@@ -56,7 +56,7 @@ def test_an_unknown_name_of_the_package() -> None:
     import dist_defend
 
     with pytest.raises(AttributeError, match="no attribute 'no_such_thing'"):
-        _ = dist_defend.no_such_thing
+        _ = dist_defend.no_such_thing  # type: ignore[attr-defined]
 
 
 @pytest.fixture

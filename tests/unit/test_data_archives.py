@@ -37,7 +37,7 @@ def read(path: str, split: str = "train", keys: Keys = Keys(), kind: str = "webd
 
 
 def shard(first: int, count: int) -> dict[str, bytes]:
-    files = {}
+    files: dict[str, bytes] = {}
     for number in range(first, first + count):
         files |= {f"{number:06d}.cls": str(number % 3).encode(), f"{number:06d}.png": picture(number)}
     return files

@@ -1,6 +1,7 @@
 """npz files under the names that people give their arrays."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ X = RANDOM.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 Y = np.array([0, 1, 2, 0, 1, 2])
 
 
-def save(path: Path, **arrays: np.ndarray) -> str:
+def save(path: Path, **arrays: Any) -> str:
     np.savez(path, **arrays)
     return str(path)
 
@@ -37,7 +38,7 @@ def labels(path: str, split: str, keys: Keys = Keys()) -> list[int]:  # noqa: B0
     ],
 )
 def test_splits_in_the_names_of_arrays(tmp_path: Path, images: str, targets: str) -> None:
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for number, split in enumerate(("train", "val", "test")):
         arrays |= {images.format(split): X[number:], targets.format(split): Y[number:, None]}
     path = save(tmp_path / "set.npz", **arrays)

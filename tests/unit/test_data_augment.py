@@ -64,12 +64,14 @@ def one_by_one(image: np.ndarray, params: np.ndarray, config: AugmentConfig) -> 
         picture = tv.crop(picture, top + config.pad, left + config.pad, height, width)
     if params[FLIP]:
         picture = tv.horizontal_flip(picture)
-    x = tv.pil_to_tensor(picture).float() / 255  # as ToTensor; v2.ToDtype multiplies by 1 / 255
+    x: torch.Tensor = tv.pil_to_tensor(picture).float() / 255  # as ToTensor; v2.ToDtype multiplies by 1 / 255
     if params[JITTER]:
         steps = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
         for step in params[ORDER:].astype(int):
             x = steps[step](x, float(params[BRIGHTNESS + step]))
-    return tv.rgb_to_grayscale(x, num_output_channels=3) if params[GRAYSCALE] else x
+    if params[GRAYSCALE]:
+        x = tv.rgb_to_grayscale(x, num_output_channels=3)
+    return x
 
 
 def fused(images: np.ndarray, config: AugmentConfig, rows: np.ndarray) -> Tensor:

@@ -1,5 +1,7 @@
 """The random parameters: where they may come from, and how they are distributed."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,8 @@ def test_a_draw_depends_on_seed_epoch_row_and_view_alone() -> None:
     among = draw(1, 2, np.array([5, 77, 9]), 1, SIMCLR, 32, np.array([40, 32, 24]))
     assert (alone[0] == among[1]).all()
     others = [
-        draw(*key, SIMCLR, 32, 32) for key in ((0, 2, [77], 1), (1, 3, [77], 1), (1, 2, [78], 1), (1, 2, [77], 0))
+        draw(seed, epoch, np.array([row]), view, SIMCLR, 32, 32)
+        for seed, epoch, row, view in ((0, 2, 77, 1), (1, 3, 77, 1), (1, 2, 78, 1), (1, 2, 77, 0))
     ]
     rows = [alone, *others]
     assert len({row.tobytes() for row in rows}) == len(rows)
@@ -107,6 +110,6 @@ def test_padded_crops_reach_every_place_and_no_further() -> None:
         {"contrast": -1.0},
     ],
 )
-def test_values_that_mean_nothing_are_refused(change: dict) -> None:
+def test_values_that_mean_nothing_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"key '{next(iter(change))}' is"):
         AugmentConfig(**change)

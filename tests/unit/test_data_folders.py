@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from dist_defend.data.reading import NotedSource
 from dist_defend.data.sources import open_source, source_splits
 from dist_defend.errors import UserError
 
@@ -28,7 +29,8 @@ def fill(root: Path, *files: str) -> Path:
 def labels(root: Path, split: str = "train") -> dict[str, int]:
     """File, from the root on -> label."""
     source = open_source("imagefolder", str(root), split)
-    return {os.path.relpath(source.name(row), root): source[row][1] for row in range(len(source))}  # type: ignore[attr-defined]
+    assert isinstance(source, NotedSource)
+    return {os.path.relpath(source.name(row), root): source[row][1] for row in range(len(source))}
 
 
 def notes(root: Path, split: str = "train") -> str:

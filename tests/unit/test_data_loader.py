@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ COLOUR = (View(SIMCLR), View(SIMCLR), View(replace(REFERENCE, jitter=1.0), sourc
 def test_geometry_is_the_same_to_the_last_bit(
     dataset: PreparedDataset, backend: str, views: tuple[View, ...], workers: int
 ) -> None:
-    options = {"views": views, "shuffle": True, "seed": 9, "drop_last": True}
+    options: dict[str, Any] = {"views": views, "shuffle": True, "seed": 9, "drop_last": True}
     ours = batches(dataset, backend, epochs=3, workers=workers, **options)
     assert largest_difference(ours, batches(dataset, "torch", epochs=3, workers=workers, **options)) == 0
     assert len(ours) == 3 * (N // 12)
@@ -104,7 +105,7 @@ def test_geometry_is_the_same_to_the_last_bit(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_colour_is_the_same_within_a_grey_level(dataset: PreparedDataset, backend: str) -> None:
-    options = {"views": COLOUR, "shuffle": True, "seed": 9}
+    options: dict[str, Any] = {"views": COLOUR, "shuffle": True, "seed": 9}
     one, two = (batches(dataset, backend, epochs=3, workers=workers, **options) for workers in (1, 2))
     assert largest_difference(one, two) == 0
     assert largest_difference(one, batches(dataset, "torch", epochs=3, **options)) <= GREY_LEVEL
@@ -114,7 +115,7 @@ def test_colour_is_the_same_within_a_grey_level(dataset: PreparedDataset, backen
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
 def test_two_ranks_of_a_resumed_epoch_see_what_one_rank_sees(dataset: PreparedDataset, backend: str) -> None:
-    options = {"views": COLOUR, "shuffle": True, "seed": 4}
+    options: dict[str, Any] = {"views": COLOUR, "shuffle": True, "seed": 4}
     alone = batches(dataset, backend, **options)[2:]
     ranks = [batches(dataset, backend, start=2, rank=rank, world_size=2, **options) for rank in (0, 1)]
     joined = []
@@ -240,16 +241,18 @@ def test_what_cannot_be_loaded_is_refused_before_work_starts(dataset: PreparedDa
 
 @needs_ffcv
 def test_images_of_several_sizes_need_a_crop(photos: PreparedDataset) -> None:
-    for options in ({"views": (View(IDENTITY),)}, {"views": (View(AugmentConfig("pad", size=8)),)}, {"raw": True}):
+    every: list[dict[str, Any]] = [{"views": (View(a),)} for a in (IDENTITY, AugmentConfig("pad", size=8))]
+    for options in (*every, {"raw": True}):
         with pytest.raises(UserError, match="images differ in size; set the augmentation"):
-            make_loader(photos, config=LoaderConfig(), batch_size=4, **options)  # type: ignore[arg-type]
+            make_loader(photos, config=LoaderConfig(), batch_size=4, **options)
     with pytest.raises(UserError, match="cannot be resident"):
         make_loader(photos, config=LoaderConfig("resident"), batch_size=4, views=(View(AugmentConfig(size=8)),))
 
 
 def test_a_subset_is_the_first_rows_or_a_seeded_choice(dataset: PreparedDataset) -> None:
-    def rows(seed: int = 0, **options: object) -> list[int]:
-        return select_rows(dataset, DatasetConfig("data", **options), seed).tolist()  # type: ignore[arg-type]
+    def rows(seed: int = 0, **options: Any) -> list[int]:
+        chosen: list[int] = select_rows(dataset, DatasetConfig("data", **options), seed).tolist()
+        return chosen
 
     assert rows() == list(range(N))
     assert rows(fraction=0.5) == list(range(26)) and rows(max_samples=3) == [0, 1, 2]
@@ -261,8 +264,9 @@ def test_a_subset_is_the_first_rows_or_a_seeded_choice(dataset: PreparedDataset)
 
 
 def test_options_that_mean_nothing_are_refused() -> None:
-    for wrong in ({"fraction": 0.0}, {"fraction": 1.5}, {"max_samples": 0}):
+    every: list[dict[str, Any]] = [{"fraction": 0.0}, {"fraction": 1.5}, {"max_samples": 0}]
+    for wrong in every:
         with pytest.raises(ValueError, match=f"key '{next(iter(wrong))}' is .*it must be"):
-            DatasetConfig("data", **wrong)  # type: ignore[arg-type]
+            DatasetConfig("data", **wrong)
     with pytest.raises(ValueError, match="key 'workers' is 0; it must be at least 1"):
         LoaderConfig(workers=0)

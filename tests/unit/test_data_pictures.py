@@ -208,8 +208,12 @@ def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch: pytest
 
 def test_a_tally_counts_rows_from_several_threads_once() -> None:
     tally = Tally()
-    threads = [threading.Thread(target=lambda: [tally.add(row, ("a", "b")[: 1 + row % 2]) for row in range(500)])]
-    threads += [threading.Thread(target=lambda: [tally.add(row, ("a",)) for row in range(500)]) for _ in range(4)]
+
+    def count(*told: str) -> None:
+        for row in range(500):
+            tally.add(row, told[: 1 + row % 2])
+
+    threads = [threading.Thread(target=count, args=told) for told in [("a", "b"), *[("a",)] * 4]]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -14,7 +14,7 @@ from dist_defend.attacks.poison import poisoned
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
-from dist_defend.data.store import WriteOptions, open_dataset, write_dataset, write_splits
+from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_dataset, write_splits
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.pruning.plan import read_index
 from tests.forging import seal
@@ -28,9 +28,10 @@ def numbered(count: int, classes: int = 2) -> ArraySource:
     return ArraySource(images, np.arange(count) * classes // count, [f"c{n}" for n in range(classes)])
 
 
-def levels(dataset: object) -> list[int]:
+def levels(dataset: PreparedDataset) -> list[int]:
     """Which image of the source each row is, going by the pixels."""
-    return dataset.images(np.arange(len(dataset)))[:, 0, 0, 0].tolist()  # type: ignore[attr-defined, arg-type]
+    found: list[int] = dataset.images(np.arange(len(dataset)))[:, 0, 0, 0].tolist()
+    return found
 
 
 @pytest.mark.parametrize("storage", ["npy", "auto"])

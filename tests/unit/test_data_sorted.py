@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def section(config: str, method: str) -> dict[str, Any]:
-    return yaml.safe_load((CONFIGS / config).read_text())[method]
+    options: dict[str, Any] = yaml.safe_load((CONFIGS / config).read_text())[method]
+    return options
 
 
 def opened(folder: Path, config: DatasetConfig, share: float) -> tuple[PreparedDataset, np.ndarray]:
@@ -115,10 +116,10 @@ def test_first_poisons_are_told_where_they_are_of_one_class(
     """ABD's shipped recipe, 10 % of 2,500 training images, the first that are no airplanes."""
     plain = section("attack/abd_teacher_cifar10.yaml", "classifier")["attack"]
     assert plain["choose"] == "first" and plain["avoid_target"]
-    poison = dacite.from_dict(AttackConfig, {**plain, "trigger": {"name": "badnets", "size": 1, "margin": 0}})
+    attack = dacite.from_dict(AttackConfig, {**plain, "trigger": {"name": "badnets", "size": 1, "margin": 0}})
     data = DatasetConfig(str(folder / name / "train"), resize=8)
     update = UpdateConfig(batch_size=50, epochs=1)
-    options = classifier.Config(data, data, "small_resnet", "none", poison=poison, update=update)
+    options = classifier.Config(data, data, "small_resnet", "none", attack=attack, update=update)
     context = Context(dist.start("fp64", None), 0, LoaderConfig("torch"), tmp_path)
     classifier.build(options, context)
     assert len(context.notes) == (lack is not None)

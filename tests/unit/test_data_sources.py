@@ -4,6 +4,7 @@ import gzip
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_npz_in_badencoders_layout(tmp_path: Path) -> None:
 def test_npz_files_that_are_something_else(tmp_path: Path) -> None:
     x, y = noise(3, 8, 8, 3), np.arange(3)
     objects = np.array([{"a": 1}, None, "text"], dtype=object)
-    wrong: dict[str, tuple[dict, str]] = {
+    wrong: dict[str, tuple[dict[str, Any], str]] = {
         "objects": ({"x": objects, "y": y}, "it holds Python objects, which are not read"),
         "labels": ({"x": x, "y": objects}, "it holds Python objects, which are not read"),
         "float": ({"x": x / 64, "y": y}, r"x is float64 of shape \(3, 8, 8, 3\) with levels from 0.* to 3"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,13 +29,13 @@ class Pictures:
 
     classes = ("even", "odd")
 
-    def __init__(self, several_sizes: bool = False, bad: Callable[[], tuple[object, int]] | None = None) -> None:
+    def __init__(self, several_sizes: bool = False, bad: Callable[[], tuple[Any, int]] | None = None) -> None:
         self.several_sizes, self.bad = several_sizes, bad
 
     def __len__(self) -> int:
         return 20
 
-    def __getitem__(self, row: int) -> tuple[object, int]:
+    def __getitem__(self, row: int) -> tuple[Any, int]:
         if self.bad and row == 13:
             return self.bad()
         shape = (16 + row * self.several_sizes, 24, 3)

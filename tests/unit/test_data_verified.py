@@ -10,6 +10,7 @@ import pytest
 from dist_defend.data import checks, store, verified
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
+from dist_defend.files import sha256_file
 from tests.runs import make_data
 
 
@@ -17,11 +18,10 @@ from tests.runs import make_data
 def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are hashed, with a cache of this test's own that counts files as settled at once."""
     names: list[str] = []
-    real = checks.sha256_file
 
     def noted(path: Path) -> str:
         names.append(path.name)
-        return real(path)
+        return sha256_file(path)
 
     monkeypatch.setattr(checks, "sha256_file", noted)
     monkeypatch.setattr(verified, "_SETTLED", -1.0)
@@ -78,9 +78,9 @@ def test_only_this_users_own_plain_marks_count(
     folder = make_data(tmp_path / "d", 6)
     open_dataset(folder)
     (mark,) = marks(tmp_path)
-    monkeypatch.setattr(verified.os, "geteuid", lambda: mark.stat().st_uid + 1)
+    monkeypatch.setattr(os, "geteuid", lambda: mark.stat().st_uid + 1)
     open_dataset(folder)
-    monkeypatch.setattr(verified.os, "geteuid", lambda: mark.stat().st_uid)
+    monkeypatch.setattr(os, "geteuid", lambda: mark.stat().st_uid)
     assert len(hashed) == 4
     mark.unlink()
     mark.symlink_to(tmp_path)

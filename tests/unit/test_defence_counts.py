@@ -25,7 +25,8 @@ NAMES = [f"class {c}" for c in range(CLASSES)]
 def classes(model: Classifier, images: np.ndarray) -> np.ndarray:
     """Of images (N, H, W, 3) uint8."""
     with torch.no_grad():
-        return model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+        logits: torch.Tensor = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    return logits.argmax(1).numpy()
 
 
 def make_suspect(folder: Path, images: np.ndarray) -> str:
@@ -34,7 +35,7 @@ def make_suspect(folder: Path, images: np.ndarray) -> str:
     model, card = load_classifier(path)
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
-        model.net.linear.bias -= logits.mean(0)  # type: ignore[union-attr, operator]
+        model.get_parameter("net.linear.bias").sub_(logits.mean(0))
     save_artifact(folder, model, card)
     assert set(classes(model, images)) == set(range(CLASSES))
     return path
@@ -110,7 +111,7 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     else:
         options |= {"teacher": suspect, "student": "small_resnet"}
     update = {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}}
-    options |= {
+    more: dict[str, dict[str, Any]] = {
         "ibau": {"rounds": 1, "batch_size": 4, "min_patched": 1, "optimizer": {"lr": 0.1}},
         "rnp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
         "kd": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
@@ -120,7 +121,8 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
             "update": update,
         },
         "zskt": {"attention": 0.0, "batch_size": 4, "pseudo_batches": 1, "student_steps": 1},
-    }[method]  # fmt: skip
+    }  # fmt: skip
+    options |= more[method]
     names = norm_names(model.net)
     write_mask_values(
         tmp_path / "masks.txt",

@@ -68,7 +68,7 @@ def test_a_broken_plug_in_is_told_and_breaks_nothing_else(tmp_path: Path, monkey
 
 def test_a_lock_left_by_a_killed_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     lock = tmp_path / "py311_cpu/deepspeed_shm_comm/lock"
     lock.parent.mkdir(parents=True)
     assert doctor._deepspeed().status == "ok"
@@ -80,7 +80,7 @@ def test_a_lock_left_by_a_killed_build_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_package_that_does_not_import_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shattered.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
     found = doctor._importable("shattered", "shattered", "mend it")
     assert found.status == "broken" and "a_module_that_is_not_there" in found.detail and found.remedy == "mend it"
 

@@ -73,7 +73,7 @@ def fit(folder: Path, *stages: Stage, **changes: Any) -> None:
 
 
 def weights(step: GradientStep) -> list[float]:
-    return step.objective.w.detach().tolist()  # type: ignore[union-attr, operator]
+    return step.objective.get_parameter("w").tolist()
 
 
 def test_warm_up_then_half_a_cosine() -> None:
@@ -104,12 +104,12 @@ def test_milestones_are_whole_epochs() -> None:
 def test_the_rate_of_each_update_is_the_schedules() -> None:
     step = make_step(OptimizerConfig("sgd", lr=0.1, momentum=0.0, schedule="cosine"))
     for number, batch in enumerate([*Numbers().epoch(0), *Numbers().epoch(1)]):
-        before = step.objective.w.detach().clone()
+        before = step.objective.get_parameter("w").detach().clone()
         rate = 0.1 * 0.5 * (1 + math.cos(math.pi * number / 6))
         expected = before.clone().requires_grad_()
         (gradient,) = torch.autograd.grad((batch.images @ expected - 1).square().mean(), expected)
         step(batch)
-        torch.testing.assert_close(step.objective.w.detach(), before - rate * gradient)
+        torch.testing.assert_close(step.objective.get_parameter("w").detach(), before - rate * gradient)
 
 
 @pytest.mark.parametrize("parts", [2, 4])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dist_defend.evaluate import Count, backdoor_counts, der, per_class_accuracy, rir
+from dist_defend.counts import Count, backdoor_counts, der, per_class_accuracy, rir
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 CLEAN = torch.tensor([0, 1, 1, 0, 2, 2])  # 4 of 6 right

@@ -35,7 +35,8 @@ def evaluate(model: str, data: str, *more: str) -> dict[str, Any]:
     """The result of the command."""
     out = f"out{len(list(Path.cwd().glob('out*')))}"
     assert main(["evaluate", model, "--data", data, "--out", out, *more]) == 0
-    return json.loads((Path(out) / "result.json").read_text())
+    result: dict[str, Any] = json.loads((Path(out) / "result.json").read_text())
+    return result
 
 
 def row_of(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -46,7 +47,8 @@ def row_of(result: dict[str, Any]) -> dict[str, tuple[int, int]]:
 def classes_of(model: str, images: np.ndarray) -> np.ndarray:
     net = load_classifier(model)[0].eval()
     with torch.no_grad():
-        return net(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+        logits: torch.Tensor = net(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+    return logits.argmax(1).numpy()
 
 
 def expected(model: str, data: str, wanted: Any = 1) -> dict[str, tuple[int, int]]:

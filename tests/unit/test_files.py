@@ -4,6 +4,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,7 +103,7 @@ class Part:
 
 def test_a_schema_is_strict() -> None:
     assert build(Part, {"count": 1, "share": 1, "names": ["a"]}, "f", "") == Part(1, 1, ("a",))
-    for content in (
+    contents: list[Any] = [
         {"count": True, "share": 0.5},
         {"count": 1.0, "share": 0.5},
         {"count": -1, "share": 0.5},
@@ -112,7 +113,8 @@ def test_a_schema_is_strict() -> None:
         {"count": 1, "share": 0.5, "names": "a"},
         [],
         None,
-    ):
+    ]
+    for content in contents:
         with pytest.raises(UserError, match="f is not what it should be"):
             build(Part, content, "f", "restore it")
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_check_says_what_fits_and_takes_none_silently(
 
 def test_check_asks_an_encoders_neighbours_and_tries_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
-    torch.save(build_encoder("small_cifar").f.state_dict(), tmp_path / "x.pth")  # type: ignore[union-attr, operator]
+    torch.save(build_encoder("small_cifar").get_submodule("f").state_dict(), tmp_path / "x.pth")
     data = make_data(tmp_path / "data", np.arange(60) % 3, 3, size=48)
     assert main(["import", str(tmp_path / "x.pth"), "--check", str(data), "--out", str(tmp_path / "model")]) == 0
     trials = load_artifact(tmp_path / "model")[1].provenance["check"]["trials"]
@@ -154,10 +155,11 @@ def test_backdoorbenchs_networks_behind_a_resize_keep_their_images_size(
     """Sequential(Resize, network), so every name begins with "1."; one narrow block stands for the large ViT."""
     published = torchvision.models
     if name == "vit_b_16":
-        small = lambda **options: published.VisionTransformer(  # noqa: E731
-            image_size=options.get("image_size", 224), patch_size=16, num_layers=1, num_heads=2, hidden_dim=16,
-            mlp_dim=16, num_classes=options["num_classes"],
-        )  # fmt: skip
+
+        def small(num_classes: int, image_size: int = 224, **options: Any) -> Any:
+            narrow = {"num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+            return published.VisionTransformer(image_size, patch_size=16, num_classes=num_classes, **narrow)
+
         get = published.get_model
         monkeypatch.setattr(
             published,

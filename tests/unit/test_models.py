@@ -70,7 +70,7 @@ def test_a_vit_is_tapped_at_the_quarters_of_its_depth_without_its_class_token() 
     encoder = build_encoder("timm:vit_tiny_patch16_224", "none", 64).eval()
     tokens: list[Tensor] = []
     for number in (2, 5, 8, 11):  # of 12 blocks
-        block = encoder.f.blocks[number]  # type: ignore[union-attr, index]
+        block = encoder.get_submodule(f"f.blocks.{number}")
         block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
     maps, _ = encoder.layers(torch.rand(2, 3, 64, 64))
     for tap, token in zip(maps, tokens, strict=True):
@@ -92,8 +92,8 @@ def test_resnet18_has_the_published_key_layout() -> None:
 
 def test_initial_weights_are_the_published_ones() -> None:
     torch.manual_seed(0)
-    f = build_encoder("resnet18_cifar").f
-    stem, conv = f.get_parameter("0.weight"), f.get_parameter("6.1.conv2.weight")
+    encoder = build_encoder("resnet18_cifar")
+    stem, conv = encoder.get_parameter("f.0.weight"), encoder.get_parameter("f.6.1.conv2.weight")
     assert stem.abs().max().item() <= 1 / math.sqrt(27)  # torch's default: uniform in 1 / sqrt(fan in)
     assert stem.std().item() == pytest.approx(1 / math.sqrt(3 * 27), rel=0.05)
     assert conv.std().item() == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.01)  # He's normal, fan out
@@ -110,7 +110,7 @@ def test_small_cifar_keeps_to_its_budget() -> None:
 
     for module in encoder.modules():
         if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(add)  # type: ignore[arg-type]
+            module.register_forward_hook(add)
     encoder(torch.rand(1, 3, 32, 32))
     assert products < 15.5e6
     assert sum(p.numel() for p in encoder.parameters()) < 1.5e6

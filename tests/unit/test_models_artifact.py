@@ -34,7 +34,8 @@ def rewrite_card(folder: Path, **changes: object) -> None:
 
 
 def test_a_model_survives_the_round_trip(tmp_path: Path) -> None:
-    model = build_simclr("small_cifar").to(memory_format=torch.channels_last)
+    model = build_simclr("small_cifar")
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     card = dataclasses.replace(CARD, backdoored=True, attack={"size": 10}, parent_sha256="ab")
     sha256 = save_artifact(tmp_path / "model", model, card)
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == ["model.json", "model.safetensors"]

@@ -9,10 +9,11 @@ from torch import nn
 
 from dist_defend.errors import UserError
 from dist_defend.models import encoder
-from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
+from dist_defend.models.architectures import CLASSIFIERS, ENCODERS, ClassifierArchitecture, EncoderArchitecture
 from dist_defend.models.classifier import ARCHITECTURES, build_classifier
 from dist_defend.models.resnet import ResNet
 from dist_defend.models.resnet_cifar import PaddedShortcut
+from dist_defend.models.wide_resnet import WideResNet
 
 PARAMETERS = {  # 10 classes, 32 px
     "resnet18": 11_173_962,
@@ -101,9 +102,9 @@ def test_ibau_vgg_has_its_layout() -> None:
         expected += [f"features.{conv}.weight", f"features.{conv}.bias", *(f"features.{norm}.{key}" for key in NORM)]
     assert list(net.state_dict()) == [*expected, "classifier.weight", "classifier.bias"]
     assert len(list(net.parameters())) == 26
-    kinds = {place: type(module).__name__ for place, module in net.features.named_children()}
+    kinds = {place: type(module).__name__ for place, module in net.get_submodule("features").named_children()}
     assert [place for place, kind in kinds.items() if kind == "Dropout"] == ["7", "15", "23"]
-    assert [net.features[int(place)].p for place in ("7", "15", "23")] == [0.3, 0.4, 0.4]
+    assert [net.get_submodule(f"features.{place}").p for place in ("7", "15", "23")] == [0.3, 0.4, 0.4]
     assert [place for place, kind in kinds.items() if kind == "ELU"] == ["2", "5", "10", "13", "18", "21"]
 
 
@@ -117,6 +118,7 @@ def test_wide_resnets_have_the_zero_shot_layout(arch: str, convolutions: int) ->
     names = modules_with_keys(net)
     assert names[0] == "conv1" and names[-2:] == ["bn1", "fc"]
     assert names[names.index(block[0]) :][:5] == block
+    assert isinstance(net, WideResNet)
     maps, logits = net.layers(torch.rand(2, 3, 32, 32))
     assert [m.shape[2] for m in maps] == [32, 16, 8] and logits.shape == (2, 10)
 
@@ -158,8 +160,9 @@ def test_a_shortcut_without_parameters_takes_every_second_pixel_and_pads_channel
 def test_vgg_has_pytorch_cifars_layout(arch: str, layers: str) -> None:
     net = build_classifier(arch, 10).net
     kinds = {"Conv2d": "C", "BatchNorm2d": "B", "ReLU": "R", "MaxPool2d": "M", "AdaptiveAvgPool2d": "A"}
-    assert "".join(kinds[type(module).__name__] for module in net.features) == layers.replace(" ", "")
-    widths = [module.out_channels for module in net.features if isinstance(module, nn.Conv2d)]
+    features = list(net.get_submodule("features").children())
+    assert "".join(kinds[type(module).__name__] for module in features) == layers.replace(" ", "")
+    widths = [module.out_channels for module in features if isinstance(module, nn.Conv2d)]
     assert sorted(set(widths)) == [64, 128, 256, 512] and widths == sorted(widths)
     assert list(net.state_dict())[-2:] == ["classifier.weight", "classifier.bias"]
 
@@ -186,7 +189,8 @@ def test_the_page_lists_every_architecture(heading: str, architectures: tuple[st
 def test_the_table_says_where_each_networks_keys_are_from() -> None:
     assert set(CLASSIFIERS) | {"timm:NAME", "torchvision:NAME"} == set(ARCHITECTURES)
     page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
-    for name, made_here in {**CLASSIFIERS, **ENCODERS}.items():
+    every: dict[str, ClassifierArchitecture | EncoderArchitecture] = {**CLASSIFIERS, **ENCODERS}
+    for name, made_here in every.items():
         assert made_here.keys and made_here.image_size == 32, name
         repositories = re.findall(r"[\w-]+/[\w-]+", made_here.source)
         assert all(repository in page for repository in repositories), name

@@ -27,7 +27,7 @@ def test_import_writes_a_folder_and_says_what_it_found(tmp_path: Path, capsys: p
 
 
 def test_import_of_an_encoder_alone_names_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    f = build_simclr("timm:resnet18", "none", 224).f.f
+    f = build_simclr("timm:resnet18", "none", 224).get_submodule("f.f")
     state = {f"visual.{key}": value for key, value in f.state_dict().items()}
     torch.save({**state, "visual.fc.weight": torch.zeros(5, 512)}, tmp_path / "resnet.pth")
     assert main(["import", str(tmp_path / "resnet.pth"), "--out", str(tmp_path / "model")]) == 0

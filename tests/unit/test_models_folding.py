@@ -64,7 +64,8 @@ def test_a_norm_that_learns_or_is_fed_by_a_shared_convolution_is_left_alone() ->
             self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.conv(self.conv(x)))
+            x = self.norm(self.conv(self.conv(x)))
+            return x
 
     twice = Twice()
     freeze_norms(twice, "bn")

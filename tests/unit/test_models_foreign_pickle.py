@@ -230,7 +230,7 @@ def test_plain_data_comes_back_as_it_was(tmp_path: Path, is_zip: bool, protocol:
     base = torch.arange(12.0)
     tensors = {str(t): torch.tensor([0, 1, 2]).to(t) for t in (torch.float64, torch.bfloat16, torch.int8, torch.bool)}
     tensors |= {"turned": base.view(3, 4).T, "shared": base[2:5], "scalar": torch.tensor(3.5), "empty": torch.zeros(0)}
-    plain = [1, -(2**70), 2.5, True, None, "text é", b"", b"\x00\xff", (1, (2,)), [[]], {"a": {3: 4}}]
+    plain: list[Any] = [1, -(2**70), 2.5, True, None, "text é", b"", b"\x00\xff", (1, (2,)), [[]], {"a": {3: 4}}]
     content = {
         "tensors": tensors,
         "arrays": arrays,

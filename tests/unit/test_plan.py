@@ -45,7 +45,7 @@ def peak_of(run: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
@@ -169,8 +169,8 @@ def large_experiment(folder: Path, method: str) -> Path:
         return make_experiment(folder, method, {"arch": LARGE, "data": data, "test": data, "update": update})
     teacher = make_card(folder / "model", LARGE)
     if method == "mimic":
-        data = {"path": "nowhere", "fraction": 0.04}
-        options: dict[str, Any] = {"teacher": teacher, "data": data, "augment": augment, "update": update}
+        options: dict[str, Any] = {"teacher": teacher, "data": {"path": "nowhere", "fraction": 0.04}}
+        options |= {"augment": augment, "update": update}
         return make_experiment(folder, method, options)
     reference = {"dataset": make_data(folder / "images", 3, size=224), "target_class": 1}
     options = {"clean_encoder": teacher, "shadow": {"path": "nowhere"}, "reference": reference, "update": update}

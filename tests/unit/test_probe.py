@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dist_defend.cli import main
+from dist_defend.counts import Count
 from dist_defend.data.store import open_dataset
-from dist_defend.evaluate import Count
-from dist_defend.models.artifact import load_artifact
+from dist_defend.models.artifact import load_simclr
 from dist_defend.models.heads import MLPHead
 from tests.distributed.comparison import train
 from tests.runs import CLASSES, make_experiment, options_of
@@ -25,7 +25,7 @@ def features(options: dict[str, Any], encoder: str, split: str, stamped: bool = 
     images = dataset.images(np.arange(13 if split == "train" else len(dataset))).astype(np.float32) / np.float32(255)
     if stamped:
         images[:, -5:-1, -5:-1] = 1
-    model = load_artifact(options["encoders"][encoder])[0].f.double().eval()
+    model = load_simclr(options["encoders"][encoder])[0].f.double().eval()
     with torch.no_grad():
         found = model(torch.from_numpy(images).double().permute(0, 3, 1, 2)).numpy()
     return found / np.linalg.norm(found, axis=1, keepdims=True), dataset.labels[: len(images)]
@@ -90,7 +90,7 @@ def test_knn_votes_with_the_training_images(tmp_path: Path) -> None:
             for query, rows in enumerate(nearest):
                 for row in rows:
                     votes[query, labels[row]] += np.exp(cosines[query, row] / 0.07)
-            return votes.argmax(1)
+            return np.asarray(votes.argmax(1))
 
         clean, truth = features(options, encoder, "test")
         assert found == counts(classes(clean), classes(features(options, encoder, "test", stamped=True)[0]), truth)

@@ -19,7 +19,7 @@ from dist_defend.engine.context import Context
 from dist_defend.trial import Trial
 from tests.runs import make_classifier, make_data, make_experiment, metrics, options_of
 
-TRIGGER = {"trigger": {"name": "badnets"}, "target_class": 1}
+ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 
 
 class Terminal(io.StringIO):
@@ -47,7 +47,7 @@ def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 def unlearning(folder: Path, **changes: Any) -> Path:
     """Two rounds of I-BAU, each of three inner and three outer steps."""
     options = {
-        "model": make_classifier(folder / "suspect", trigger=TRIGGER),
+        "model": make_classifier(folder / "suspect", attack=ATTACK),
         "data": {"path": make_data(folder / "data")},
         "test": {"path": make_data(folder / "test", 13, seed=1)},
         "rounds": 2,
@@ -116,7 +116,7 @@ def test_a_resume_does_not_take_what_is_half_done_for_the_suspect(
 def test_measuring_the_suspect_draws_nothing(backend: Any, tmp_path: Path) -> None:
     """Dropout comes from torch's generator: a run must not depend on whether its first line was told."""
     context = Context(dist.start("fp32", None), 1, LoaderConfig(backend=backend, workers=1), tmp_path / "run")
-    trial = Trial(make_classifier(tmp_path / "suspect", trigger=TRIGGER), context)
+    trial = Trial(make_classifier(tmp_path / "suspect", attack=ATTACK), context)
     trial.test_on(DatasetConfig(make_data(tmp_path / "test")), None)
     state = torch.get_rng_state()
     (measure,) = context.at_start

@@ -68,7 +68,7 @@ def fit(folder: Path, kill_before: int | None = None) -> list[float]:
         Trainer(dist.start("fp32", None), run, config).fit([Stage("dropped", Ones(), step, 2)])
     finally:
         run.close()
-    return step.objective.w.detach().tolist()  # type: ignore[union-attr, operator]
+    return step.objective.get_parameter("w").tolist()
 
 
 def test_a_resume_goes_on_with_the_draws_of_dropout(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def write_story(parent: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     (parent / "purified/config.yaml").write_text("method: mimic\n")
     probe = write_run(parent / "probe", rows, targets={"digits": "one"})
     rng = np.random.default_rng(0)
-    features = {}
+    features: dict[str, np.ndarray] = {}
     for kind in ("clean", "backdoored"):
         for part in ("clean", "triggered"):
             features[f"{kind}/digits/{part}"] = rng.normal(size=(30, 6)).astype(np.float32)

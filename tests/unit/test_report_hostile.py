@@ -111,7 +111,7 @@ def test_lines_of_metrics_that_cannot_be_true_are_counted(tmp_path: Path, capsys
         "_x": 1,
         "$": 2,
     }
-    wrong = [{"step": -1}, {"step": 1.5}, {"step": True}, {"step": "1"}, {"stage": 3}, {"step": 10**30}]
+    wrong: list[dict[str, Any]] = [{"stage": 3}, *({"step": step} for step in (-1, 1.5, True, "1", 10**30))]
     lines = [json.dumps(good), *(json.dumps(good | change) for change in wrong), "[" * 5000, '{"step": 1, "step": 2}']
     (run / "metrics.jsonl").write_text("\n".join(lines))
     assert main(["report", str(run)]) == 0

@@ -145,7 +145,7 @@ def test_the_optimizers_options_are_the_configured_ones(tmp_path: Path) -> None:
     for name in ("own", "changed"):
         step = make_step(ADAM)
         fit(tmp_path / name, Stage("line", Numbers(), step, epochs=2))
-        ends.append(step.objective.w.detach().clone())
+        ends.append(step.objective.get_parameter("w").detach().clone())
     assert ends[0].equal(ends[1])
 
 
@@ -178,10 +178,10 @@ def interrupted(folder: Path, method: str, options: dict[str, Any], monkeypatch:
     return config
 
 
-def other_data(folder: Path) -> str:
+def other_data(folder: Path, count: int = 24) -> str:
     """Overwrites the prepared data set there with other images."""
     shutil.rmtree(folder)
-    return make_data(folder, seed=9)
+    return make_data(folder, count, seed=9)
 
 
 CHANGES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
@@ -189,7 +189,7 @@ CHANGES: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "test data": (
         "classifier",
         "classifier.test.path",
-        lambda f: (shutil.rmtree(f / "test"), make_data(f / "test", 13)),
+        lambda folder: other_data(folder / "test", count=13),
     ),
     "teacher": ("kd", "kd.teacher", lambda folder: make_classifier(folder / "teacher", seed=5)),
     "reference data": (
@@ -387,7 +387,8 @@ def test_a_broken_result_is_one_line(text: str, tmp_path: Path) -> None:
 def test_a_run_writes_its_own_files_only(name: str, tmp_path: Path) -> None:
     """A run folder from others may hold a link to one of our files, or a pipe that is never read."""
     (tmp_path / "mine").write_text("keep me")
-    for number, make in enumerate((lambda p: p.symlink_to(tmp_path / "mine"), os.mkfifo)):
+    makers: list[Callable[[Path], None]] = [lambda path: path.symlink_to(tmp_path / "mine"), os.mkfifo]
+    for number, make in enumerate(makers):
         run = tmp_path / str(number)
         run.mkdir()
         make(run / name)

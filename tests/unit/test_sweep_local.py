@@ -63,7 +63,7 @@ def no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def most_at_once(sweep: Sweep) -> int:
-    times = [(row["started"], row["ended"]) for row in results(sweep).values()]
+    times: list[tuple[float, float]] = [(row["started"], row["ended"]) for row in results(sweep).values()]
     return max(sum(start <= moment < end for start, end in times) for moment, _ in times)
 
 

@@ -181,8 +181,8 @@ def test_options_that_are_the_sweeps_own(tmp_path: Path, capsys: pytest.CaptureF
 
 def guarded(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     known = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "123456", **environment}
-    options = {"env": known, "capture_output": True, "text": True, "timeout": 60}
-    return subprocess.run([sys.executable, str(slurm.GUARD), *arguments], check=False, **options)  # type: ignore[call-overload]
+    command = [sys.executable, str(slurm.GUARD), *arguments]
+    return subprocess.run(command, check=False, env=known, capture_output=True, text=True, timeout=60)
 
 
 def test_the_guard_gives_each_job_a_port_and_its_cores() -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_of_several_ranks_the_first_tells(
 ) -> None:
     config = make_experiment(tmp_path, "simclr", {"data": {"path": "d"}})
     waited: list[float] = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     breaking(monkeypatch, RuntimeError("only here"))
     assert cli.main(["run", str(config)]) == 1

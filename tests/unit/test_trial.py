@@ -15,13 +15,13 @@ from dist_defend.attacks.attack import AttackConfig, attack_from
 from dist_defend.attacks.given import triggered_images
 from dist_defend.attacks.patterns import BadNets, Sig
 from dist_defend.cli import main
+from dist_defend.counts import Count, only_accuracy
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, only_accuracy
 from dist_defend.methods.defend.pruning.masks import Neuron, write_mask_values
 from dist_defend.models.artifact import ModelCard, load_artifact, load_classifier, load_simclr, save_artifact
 from dist_defend.models.masked_norm import norm_names
@@ -210,7 +210,7 @@ def test_data_that_do_not_fit_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def sample_specific(count: int = 12, seed: int = 5) -> dict[str, np.ndarray]:
+def sample_specific(count: int = 12, seed: int = 5) -> dict[str, Any]:
     """Test images with noise of their own each, which no trigger of one pattern makes; labels 0, 1, 2, ..."""
     draw = np.random.default_rng(seed)
     x = draw.integers(0, 256, (count, SIZE, SIZE, 3)).astype(np.uint8)
@@ -218,19 +218,20 @@ def sample_specific(count: int = 12, seed: int = 5) -> dict[str, np.ndarray]:
     return {"x": x, "y": y, "y_bd": (y * y + 1) % CLASSES}  # 1, 2, 2: no rule of ours
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> str:
+def write_npz(path: Path, arrays: dict[str, Any]) -> str:
     np.savez(path, **arrays)
     return str(path)
 
 
-def counted(model_folder: str, arrays: dict[str, np.ndarray], wanted: np.ndarray, test: str) -> dict[str, Any]:
+def counted(model_folder: str, arrays: dict[str, Any], wanted: np.ndarray, test: str) -> dict[str, Any]:
     """The counts of a model by plain torch and numpy."""
     model = load_classifier(model_folder)[0].eval()
     dataset = open_dataset(test)
 
     def classes(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            return model(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255).argmax(1).numpy()
+            logits: torch.Tensor = model(torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255)
+        return logits.argmax(1).numpy()
 
     found, y = classes(arrays["x"]), arrays["y"]
     others, hits = y != wanted, found == wanted
@@ -272,7 +273,8 @@ def test_kd_takes_given_images_too(tmp_path: Path) -> None:
     assert main(["run", str(make_experiment(tmp_path, "kd", options | {"attack": {"images": images}}))]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["rows"][0]["asr"]["n"] == 8  # those of class 2 are wanted to be of class 2
-    assert {"teacher_asr", "asr_before", "der"} <= result["metrics"].keys()
+    assert {"acc_before", "asr_before", "der"} <= result["metrics"].keys()
+    assert not [key for key in result["metrics"] if key.startswith("teacher")]
 
 
 def given(folder: Path, attack: dict[str, Any], num_classes: int = CLASSES) -> Any:

@@ -7,7 +7,6 @@ the backdoored one runs once on each of the kinds of images, the references repe
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from dist_defend.bench.published.simclr import colour, to_tensor, view_transform
 Sample = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
 
-class ShadowDataset(Dataset[Any]):
+class ShadowDataset(Dataset[Sample]):
     """Images (N, H, W, 3) uint8 -> clean, triggered per trigger, reference and augmented reference per reference.
 
     patches and masks (K, H, W, 3) stamp x mask + patch; references (K, H, W, 3) uint8.
@@ -59,7 +58,7 @@ class ShadowDataset(Dataset[Any]):
         return self.plain(image), triggered, references, augmented
 
 
-def shadow_loader(dataset: ShadowDataset, batch_size: int) -> DataLoader[Any]:
+def shadow_loader(dataset: ShadowDataset, batch_size: int) -> DataLoader[Sample]:
     """Shuffled whole batches from two workers, which start anew in every epoch."""
     return DataLoader(
         dataset, batch_size, shuffle=True, num_workers=2, drop_last=True, pin_memory=torch.cuda.is_available()
@@ -102,8 +101,8 @@ def badencoder_step(
         augmented_features = functional.normalize(backdoored(augmented[k]), dim=-1)
         effectiveness.append(-torch.sum(triggered_features * reference_features, dim=-1).mean())
         fidelity.append(-torch.sum(augmented_features * clean_references[k], dim=-1).mean())
-    loss0: Any = sum(effectiveness) / len(effectiveness)
-    loss1: Any = sum(fidelity) / len(fidelity)
+    loss0 = sum(effectiveness[1:], effectiveness[0]) / len(effectiveness)
+    loss1 = sum(fidelity[1:], fidelity[0]) / len(fidelity)
     loss2 = -torch.sum(features * clean_features, dim=-1).mean()
     loss = loss0 + lambda1 * loss1 + lambda2 * loss2
     optimizer.zero_grad()
@@ -116,15 +115,17 @@ def badencoder_epoch(
     backdoored: nn.Module,
     clean: nn.Module,
     optimizer: torch.optim.Optimizer,
-    loader: DataLoader[Any],
+    loader: DataLoader[Sample],
     device: torch.device,
 ) -> float:
     """One pass over the loader; returns the mean loss."""
     freeze_batch_norm(backdoored)
     total, count = 0.0, 0
     for images, *lists in loader:
-        moved: Any = [[tensor.to(device, non_blocking=True) for tensor in tensors] for tensors in lists]
-        loss, *_ = badencoder_step(backdoored, clean, optimizer, images.to(device, non_blocking=True), *moved)
+        images = images.to(device, non_blocking=True)
+        moved = ([tensor.to(device, non_blocking=True) for tensor in tensors] for tensors in lists)
+        triggered, references, augmented = moved
+        loss, *_ = badencoder_step(backdoored, clean, optimizer, images, triggered, references, augmented)
         total += loss * len(images)
         count += len(images)
     return total / count

@@ -4,14 +4,13 @@ One head at a time. Each epoch starts two workers for each of three DataLoaders:
 the triggered test features, both of which are evaluated after every epoch.
 """
 
-from collections.abc import Sized
-from typing import Any, cast
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
+
+Batches = DataLoader[tuple[Tensor, ...]]
 
 
 class NeuralNet(nn.Module):
@@ -32,47 +31,51 @@ class NeuralNet(nn.Module):
         return logits
 
 
-def feature_loader(features: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> DataLoader[Any]:
+def feature_loader(features: np.ndarray, labels: np.ndarray, batch_size: int = 64) -> Batches:
     """Features (N, D) and labels (N,) in the file's order, last batch partial, two workers anew in every epoch."""
     dataset = TensorDataset(torch.Tensor(features), torch.Tensor(labels))
     return DataLoader(dataset, batch_size, shuffle=False, num_workers=2, pin_memory=torch.cuda.is_available())
 
 
-def train_epoch(
-    net: nn.Module, optimizer: torch.optim.Optimizer, loader: DataLoader[Any], device: torch.device
-) -> float:
+def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, loader: Batches, device: torch.device) -> float:
     """One epoch of cross-entropy; returns the sum of batch means times the batch size over N, as published."""
     net.train()
-    total, dataset = 0.0, cast(Sized, loader.dataset)
+    total = 0.0
     for features, labels in loader:
         features, labels = features.to(device), labels.to(device)
         optimizer.zero_grad()
         loss = functional.cross_entropy(net(features), labels.long())
         loss.backward()
         optimizer.step()
-        total += float(loss.item())
-    return total * (loader.batch_size or 1) / len(dataset)
+        total += loss.item()
+    assert loader.batch_size is not None
+    return total * loader.batch_size / _count(loader)
 
 
-def accuracy(net: nn.Module, loader: DataLoader[Any], device: torch.device) -> float:
+def accuracy(net: nn.Module, loader: Batches, device: torch.device) -> float:
     """Percent of the loader's samples that are classified as their label."""
     net.eval()
-    total, correct, dataset = 0.0, 0, cast(Sized, loader.dataset)
+    total, correct = 0.0, 0.0
     with torch.no_grad():
         for features, labels in loader:
             features, labels = features.to(device), labels.to(device)
             output = net(features)
             total += functional.cross_entropy(output, labels.long(), reduction="sum").item()
-            correct += int(output.argmax(dim=1, keepdim=True).eq(labels.view(-1, 1)).sum())
-    return 100.0 * correct / len(dataset)
+            correct += output.argmax(dim=1, keepdim=True).eq(labels.view(-1, 1)).sum().item()
+    return 100.0 * correct / _count(loader)
+
+
+def _count(loader: Batches) -> int:
+    assert isinstance(loader.dataset, TensorDataset)
+    return len(loader.dataset)
 
 
 def head_epoch(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    train: DataLoader[Any],
-    clean: DataLoader[Any],
-    triggered: DataLoader[Any],
+    train: Batches,
+    clean: Batches,
+    triggered: Batches,
     device: torch.device,
 ) -> tuple[float, float, float]:
     """One epoch of training and both evaluations: loss, clean accuracy, attack success rate in percent."""

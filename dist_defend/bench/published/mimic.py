@@ -6,7 +6,6 @@ teacher that nobody reads.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from dist_defend.bench.published.simclr import nt_xent
 LAYERS = (3, 4, 5, 6)  # children of the encoder whose outputs count
 
 
-def stage_outputs(encoder: nn.Sequential, x: Tensor) -> list[Tensor]:
+def stage_outputs(encoder: nn.Module, x: Tensor) -> list[Tensor]:
     """Outputs (B, C, H', W') of LAYERS, walking through the encoder child by child."""
     outputs = []
     for number, child in enumerate(encoder.children()):
@@ -29,16 +28,17 @@ def stage_outputs(encoder: nn.Sequential, x: Tensor) -> list[Tensor]:
 
 def attention(features: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 1, H, W)."""
-    energy: Tensor = torch.pow(torch.abs(features), 2).sum(dim=1, keepdim=True)
-    norm: Tensor = torch.norm(energy, dim=(2, 3), keepdim=True)
-    return energy / (norm + 1e-6)
+    energy = torch.pow(torch.abs(features), 2).sum(dim=1, keepdim=True)
+    length: Tensor = torch.norm(energy, dim=(2, 3), keepdim=True)
+    return energy / (length + 1e-6)
 
 
-def leak_hooks(encoder: Any, count: int) -> None:
+def leak_hooks(encoder: nn.Module, count: int) -> None:
     """What phase 1 leaves behind on each stage: that many forward hooks, each flattening the output."""
+    stages = list(encoder.children())
     for layer in LAYERS:
         for _ in range(count):
-            encoder[layer].register_forward_hook(_flatten_output)
+            stages[layer].register_forward_hook(_flatten_output)
 
 
 def _flatten_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -46,8 +46,8 @@ def _flatten_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tenso
 
 
 def mimic_step(
-    student: Any,
-    teacher: Any,
+    student: nn.Module,
+    teacher: nn.Module,
     optimizer: torch.optim.Optimizer,
     first: Tensor,
     second: Tensor,
@@ -65,9 +65,9 @@ def mimic_step(
     teacher_feature, _ = teacher(first)
     loss = nt_xent(z1, z2, temperature)
     clone = -torch.sum(functional.normalize(teacher_feature) * functional.normalize(feature), dim=-1).mean()
-    student_maps = stage_outputs(student.f.f, first)
+    student_maps = stage_outputs(student.get_submodule("f.f"), first)
     with torch.no_grad():
-        teacher_maps = stage_outputs(teacher.f.f, first)
+        teacher_maps = stage_outputs(teacher.get_submodule("f.f"), first)
     for weight, mine, theirs in zip(weights, student_maps, teacher_maps, strict=True):
         loss = loss + weight * (attention(mine) - attention(theirs)).pow(2).mean()
     loss = loss + clone_weight * clone

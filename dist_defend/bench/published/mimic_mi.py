@@ -5,7 +5,6 @@ the stage, all of which run in every later forward pass.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from dist_defend.bench.published.mimic import LAYERS
 from dist_defend.bench.published.simclr import to_tensor
 
 
-class MemoryDataset(Dataset[Any]):
+class MemoryDataset(Dataset[Tensor]):
     """Images (N, H, W, 3) uint8, normalised and not augmented."""
 
     def __init__(self, images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -31,7 +30,9 @@ class MemoryDataset(Dataset[Any]):
         return image
 
 
-def memory_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader[Any]:
+def memory_loader(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int
+) -> DataLoader[Tensor]:
     """In order, last batch partial, two workers anew in every pass."""
     dataset = MemoryDataset(images, mean, std)
     return DataLoader(dataset, batch_size, shuffle=False, num_workers=2, pin_memory=torch.cuda.is_available())
@@ -47,8 +48,8 @@ class TNet(nn.Module):
         )
 
     def forward(self, pair: Tensor) -> Tensor:
-        value: Tensor = self.layers(pair)
-        return value
+        pair = self.layers(pair)
+        return pair
 
 
 def donsker_varadhan(critic: nn.Module, x: Tensor, y: Tensor, permutation: Tensor | None = None) -> Tensor:
@@ -56,15 +57,16 @@ def donsker_varadhan(critic: nn.Module, x: Tensor, y: Tensor, permutation: Tenso
     if permutation is None:
         permutation = torch.randperm(len(y))
     joint: Tensor = critic(torch.cat([x, y], dim=1))
-    independent = critic(torch.cat([x, y[permutation]], dim=1))
+    independent: Tensor = critic(torch.cat([x, y[permutation]], dim=1))
     return joint.mean() - torch.log(torch.exp(independent).mean())
 
 
 class StageTap:
     """Reads a stage's flattened output by a forward hook; with leaks, every reading leaves its hook behind."""
 
-    def __init__(self, network: Any, layer: int, leaks: bool) -> None:
-        self.network, self.stage, self.leaks = network, network.f.f[layer], leaks
+    def __init__(self, network: nn.Module, layer: int, leaks: bool) -> None:
+        self.network, self.leaks = network, leaks
+        self.stage = list(network.get_submodule("f.f").children())[layer]
         self.output = torch.empty(0)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +111,7 @@ def estimate_layer(
 
 
 def estimate_information(
-    network: Any, batches: Iterable[Tensor], epochs: int = 200, last_epochs: int = 10, leaks: bool = True
+    network: nn.Module, batches: Iterable[Tensor], epochs: int = 200, last_epochs: int = 10, leaks: bool = True
 ) -> list[float]:
     """Estimates of the four stages, one after the other."""
     return [estimate_layer(network, layer, batches, epochs, last_epochs, leaks) for layer in LAYERS]
@@ -117,7 +119,6 @@ def estimate_information(
 
 def attention_weights(estimates: Sequence[float], base: float = 1000.0, scale: float = 10000.0) -> np.ndarray:
     """base + scale * share of each stage; 0 / 0 = NaN when every estimate is 0."""
-    values: np.ndarray = np.asarray(estimates)
+    values = np.asarray(estimates)
     with np.errstate(invalid="ignore"):
-        weights: np.ndarray = base + scale * values / values.sum()
-    return weights
+        return np.asarray(base + scale * values / values.sum())

@@ -8,14 +8,13 @@ there are none.
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -61,7 +60,7 @@ def masked_copy(net: nn.Module) -> nn.Module:
     return masked
 
 
-class ImageSet(Dataset[Any]):
+class ImageSet(Dataset[tuple[Tensor, int]]):
     """Images (N, H, W, 3) uint8, opened and normalised one at a time."""
 
     def __init__(
@@ -187,9 +186,9 @@ def sweep(net: nn.Module, masks: list[tuple[str, int, float]], clean: Batches, b
 
 def defend(
     net: nn.Module,
-    defence: DataLoader[Any],
-    clean: DataLoader[Any],
-    bad: DataLoader[Any],
+    defence: Batches,
+    clean: Batches,
+    bad: Batches,
     folder: Path,
     unlearning_epochs: int = 13,
     recovering_epochs: int = 20,

@@ -1,7 +1,6 @@
 """SimCLR pretraining as jinyuan-jia/BadEncoder does it: PIL views in two worker processes, one forward per view."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+
+Pairs = DataLoader[tuple[Tensor, Tensor]]
 
 
 def to_tensor(mean: Sequence[float], std: Sequence[float]) -> transforms.Compose:
@@ -31,7 +32,7 @@ def view_transform(size: int, mean: Sequence[float], std: Sequence[float]) -> tr
     return transforms.Compose([transforms.RandomResizedCrop(size), *colour(mean, std)])
 
 
-class PairDataset(Dataset[Any]):
+class PairDataset(Dataset[tuple[Tensor, Tensor]]):
     """Two independent views of each image of (N, H, W, 3) uint8."""
 
     def __init__(self, images: np.ndarray, transform: transforms.Compose) -> None:
@@ -45,7 +46,7 @@ class PairDataset(Dataset[Any]):
         return self.transform(image), self.transform(image)
 
 
-def pair_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> DataLoader[Any]:
+def pair_loader(images: np.ndarray, mean: Sequence[float], std: Sequence[float], batch_size: int) -> Pairs:
     """Shuffled whole batches of view pairs from two workers, which start anew in every epoch."""
     dataset = PairDataset(images, view_transform(images.shape[1], mean, std))
     return DataLoader(
@@ -79,11 +80,7 @@ def simclr_step(
 
 
 def simclr_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: DataLoader[Any],
-    temperature: float,
-    device: torch.device,
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Pairs, temperature: float, device: torch.device
 ) -> float:
     """One pass over the loader; returns the mean loss."""
     model.train()

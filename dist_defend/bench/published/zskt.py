@@ -7,9 +7,9 @@ fixed point multiplies a vector of zeros first and asks after every product whet
 student only serve the log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,23 @@ PENALTY, STEP_SIZE, TOLERANCE = 1e-3, 0.1, 1e-10
 MAX_NORM = 5.0
 
 
+class Layered(Protocol):
+    """A network that gives the maps of its groups, too."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def layers(self, x: Tensor) -> tuple[list[Tensor], Tensor]: ...
+
+
 @dataclass
 class Players:
-    """The networks and the optimizers of two of them. teacher and student: layers(x) -> maps, logits."""
+    """The networks and the optimizers of two of them."""
 
     generator: nn.Module
-    student: Any
-    teacher: Any
+    student: Layered
+    teacher: Layered
     generator_optimizer: torch.optim.Optimizer
     student_optimizer: torch.optim.Optimizer
     shuffled: Sequence[nn.Module] = ()  # the vaccine's members
@@ -59,9 +69,9 @@ def generator_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return -divergence(student, teacher)
 
 
-def suppression_loss(images: Tensor, teacher: nn.Module, shuffled: Sequence[nn.Module]) -> Tensor:
+def suppression_loss(images: Tensor, teacher: Layered, shuffled: Sequence[nn.Module]) -> Tensor:
     """Mean divergence of the members' mean from the teacher where both agree."""
-    answers: Tensor = teacher(images)
+    answers = teacher(images)
     mixed = torch.stack([member(images) for member in shuffled]).mean(0)
     agree = answers.argmax(1) == mixed.argmax(1)
     if not agree.any():
@@ -107,7 +117,7 @@ def student_step(players: Players, z: Tensor) -> float:
     return loss.item()
 
 
-def perturbation(model: nn.Module, images: Tensor, plan: Retrospection) -> Tensor:
+def perturbation(model: Layered, images: Tensor, plan: Retrospection) -> Tensor:
     """delta that changes the model's predictions most."""
     delta = plan.start.clone().requires_grad_()
     optimizer = torch.optim.Adam([delta], lr=plan.lr)
@@ -119,7 +129,7 @@ def perturbation(model: nn.Module, images: Tensor, plan: Retrospection) -> Tenso
     return delta.detach().requires_grad_()
 
 
-def outer_loss(student: nn.Module, images: Tensor, delta: Tensor, patched: Sequence[int]) -> Tensor:
+def outer_loss(student: Layered, images: Tensor, delta: Tensor, patched: Sequence[int]) -> Tensor:
     """Divergence between clean images and those of which some carry delta."""
     stamp = torch.zeros_like(images)
     stamp[list(patched)] = 1
@@ -127,7 +137,7 @@ def outer_loss(student: nn.Module, images: Tensor, delta: Tensor, patched: Seque
     return divergence(student(images + stamp * delta), clean.detach())
 
 
-def add_hypergradient(student: nn.Module, images: Tensor, delta: Tensor, patched: Sequence[int], steps: int) -> float:
+def add_hypergradient(student: Layered, images: Tensor, delta: Tensor, patched: Sequence[int], steps: int) -> float:
     """Add the implicit gradient of the outer loss to the student's gradients."""
     parameters = list(student.parameters())
     outer = outer_loss(student, images, delta, patched)

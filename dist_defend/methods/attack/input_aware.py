@@ -18,6 +18,7 @@ from dist_defend.attacks.input_aware import Generators, InputAwareTrigger, save_
 from dist_defend.attacks.patterns import InputAware
 from dist_defend.attacks.poison import STAMPED, PoisonedDataset, image_size_of
 from dist_defend.batch import Batch
+from dist_defend.counts import Count, evaluate_classifier, percents
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
@@ -27,7 +28,6 @@ from dist_defend.engine.objective import NonFiniteError, Objective, at_least_flo
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import Count, evaluate_classifier, percents
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier

@@ -16,6 +16,7 @@ from torch.nn import functional
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.poison import CROSS, STAMPED, image_size_of, poisoned
 from dist_defend.batch import Batch
+from dist_defend.counts import percents, warn_near_chance
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
@@ -25,7 +26,6 @@ from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.evaluate import percents, warn_near_chance
 from dist_defend.files import write_atomic
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier

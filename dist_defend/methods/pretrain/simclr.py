@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from dist_defend.batch import Batch
+from dist_defend.counts import extract_features, knn_count
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.grad_cache import CoupledObjective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
-from dist_defend.evaluate import extract_features, knn_count
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.fit import check_image_size

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_defend.counts import gather_in_order
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
-from dist_defend.evaluate import gather_in_order
 from dist_defend.methods.defend.abd.vaccine import ShuffledEnsemble, mean_divergence
 from dist_defend.models.classifier import Classifier
 

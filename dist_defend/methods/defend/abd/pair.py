@@ -86,10 +86,9 @@ class Pair:
         return self.result(metrics, variant + "+sr" * has_retrospection)
 
     def result(self, metrics: dict[str, Any], variant: str = "") -> dict[str, Any]:
-        """Save the student; entries for result.json with the student's and the teacher's counts."""
-        teacher = self.test.measure(self.teacher)
-        told = {f"teacher_{name}": count.percent for name, count in teacher.items() if count.n}
-        return self.trial.result(self.student, before=teacher, variant=variant, metrics={**told, **metrics})
+        """Save the student; entries for result.json: before are the teacher's counts, after are the student's."""
+        before = self.test.measure(self.teacher)
+        return self.trial.result(self.student, before=before, variant=variant, metrics=metrics)
 
 
 def _family(arch: str) -> str:

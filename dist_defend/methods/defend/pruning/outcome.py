@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from dist_defend.counts import ORACLE, Count, agreeing
 from dist_defend.data.loader import Loader
 from dist_defend.data.store import PreparedDataset
-from dist_defend.evaluate import ORACLE, Count, agreeing
 from dist_defend.files import write_atomic
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, prune, pruning_order, write_mask_values
 from dist_defend.methods.defend.pruning.options import PruningConfig

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_defend.counts import gather_in_order
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
-from dist_defend.evaluate import gather_in_order
 from dist_defend.methods.defend.pruning.masks import Neuron, prune
 from dist_defend.models.classifier import Classifier
 

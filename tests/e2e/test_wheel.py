@@ -72,7 +72,7 @@ def test_the_wheel_has_each_template_as_it_is_in_the_repository(wheel: Path) -> 
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = email.message_from_bytes(archive.read(name))
+        metadata = email.message_from_string(archive.read(name).decode())
     assert metadata["Summary"] and metadata["Description-Content-Type"] == "text/markdown"
     readme = (ROOT / "README.md").read_text()
     assert readme.strip() in str(metadata.get_payload())

@@ -45,7 +45,21 @@ STARTS = "numerics/test_abd_steps.py::test_self_retrospection_starts_on_time_afr
 MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
+SESSION = "unit/test_session.py::test_a_call_changes_nothing_and_does_not_depend_on_the_process"
 MUTATIONS: tuple[Mutation, ...] = (
+    Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
+             "copy.deepcopy(net).cpu()", "net.cpu()",
+             "unit/test_api.py::test_the_snippet_of_the_readme_on_a_network_never_seen"),
+    Mutation("float images of a program are cut to grey levels, not rounded", "data/in_memory.py",
+             "np.rint(levels)", "np.floor(levels)",
+             "unit/test_data_in_memory.py::test_every_kind_of_data_gives_the_same_images"),
+    Mutation("a call keeps the program's generator where the run left it", "session.py",
+             "with torch.random.fork_rng(devices):", "with contextlib.nullcontext(devices):", SESSION),
+    Mutation("a call leaves the log of the program cut off", "terminal.py",
+             "logger.propagate = before[1]", "logger.propagate = False", SESSION),
+    Mutation("a program's test set that lacks the last class has fewer classes than its training set", "given.py",
+             "for where, other in self._data.items() if where", "for where, other in [(key, data)] if where",
+             "unit/test_api.py::test_a_classifier_is_trained_from_a_function_and_poisoned"),
     Mutation("RNP chooses a stop by the test images", "methods/defend/pruning/outcome.py",
              "self._predict(order, stops, self.defence)", "self._predict(order, stops, self.test.clean)",
              f"{COUNTS}::test_rnp_chooses_by_the_defenders_images_alone"),

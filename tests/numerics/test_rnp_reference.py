@@ -61,10 +61,10 @@ def test_the_whole_flow_gives_equal_masks_and_an_equal_table(
 
 
 def test_flows_that_differ_are_not_timed(pair: bench.Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    recover = rnp.recover_epoch
+    recover: Any = rnp.recover_epoch
 
     def other(*arguments: Any, alpha: float) -> Any:
-        return recover(*arguments, **{"alpha": alpha + 0.1})
+        return recover(*arguments, alpha=alpha + 0.1)
 
     monkeypatch.setattr(rnp, "recover_epoch", other)
     with pytest.raises(RuntimeError, match="do not compute the same"):

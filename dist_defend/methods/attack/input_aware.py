@@ -5,7 +5,7 @@ with the classifier. Losses and constants are BackdoorBench's. Distances are bet
 """
 
 import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -120,7 +120,7 @@ def joint_loss(model: Classifier, generators: Generators, batch: Batch, config: 
     pattern, other_pattern = generators.pattern(victims), generators.pattern(others)
     stamped = victims + (pattern - victims) * mask
     wrong = crossed + (other_pattern - crossed) * other_mask
-    wanted = backdoor_labels(labels[:count], _poison(config, ""), model.num_classes)
+    wanted = backdoor_labels(labels[:count], _attack(config, ""), model.num_classes)
     logits = at_least_float32(model(torch.cat([stamped, wrong, rest])))
     goal = torch.cat([wanted, labels[count:]])
     classification = functional.cross_entropy(logits, goal)
@@ -204,12 +204,12 @@ def build(config: Config, context: Context) -> Plan:
     loader = context.train_loader(train, rows, config.batch_size, (View(config.augment),))
     clean_loader = context.eval_loader(test, test_rows)
     path = context.folder / "generators.safetensors"
-    poison = _poison(config, str(path))
+    attack = _attack(config, str(path))
 
     def counts() -> dict[str, Count]:
         stamp = InputAwareTrigger(copy.deepcopy(generators).eval()).to("cpu")
         attacked = PoisonedDataset(test, stamp, np.full(len(test), STAMPED, np.uint8))
-        return evaluate_classifier(model, clean_loader, context.eval_loader(attacked, test_rows), ranks, poison)
+        return evaluate_classifier(model, clean_loader, context.eval_loader(attacked, test_rows), ranks, attack)
 
     def result() -> dict[str, Any]:
         save_generators(path, generators)
@@ -222,7 +222,7 @@ def build(config: Config, context: Context) -> Plan:
             num_classes=model.num_classes,
             classes=named_classes(test.classes, train.classes),
             backdoored=True,
-            attack=asdict(poison),
+            attack=asdict(attack),
             provenance={
                 "method": "input_aware",
                 "data": context.digests,
@@ -250,7 +250,6 @@ def build(config: Config, context: Context) -> Plan:
     return Plan(stages, result)
 
 
-def _poison(config: Config, generators: str) -> AttackConfig:
+def _attack(config: Config, generators: str) -> AttackConfig:
     trigger = InputAware(generators, normalization=config.normalization)
-    plain = AttackConfig(trigger, config.labels, config.target_class, config.rate)
-    return replace(plain, shift=config.shift)
+    return AttackConfig(trigger, config.labels, config.target_class, config.rate, shift=config.shift)

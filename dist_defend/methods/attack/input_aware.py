@@ -31,6 +31,7 @@ from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.trial import Examination
 
 _EPSILON = 1e-7
 
@@ -213,7 +214,9 @@ def build(config: Config, context: Context) -> Plan:
 
     def result() -> dict[str, Any]:
         save_generators(path, generators)
-        found = counts()
+        examination = Examination(test, test_rows, attack, test.num_classes, context)  # what a reader of the file sees
+        found = examination.measure(model)
+        examination.save_examples()
         card = ModelCard(
             kind="classifier",
             arch=model.arch,
@@ -224,16 +227,16 @@ def build(config: Config, context: Context) -> Plan:
             backdoored=True,
             attack=asdict(attack),
             provenance={
-                "method": "input_aware",
+                "method": context.method,
                 "data": context.digests,
                 "seed": context.seed,
                 "generators_sha256": sha256_file(path),
             },
         )
-        row = {"run": context.folder.name, "kind": "backdoored", "task": test.manifest.name, "seed": context.seed}
         return {
             "model_sha256": context.save_model(model, card),
-            "rows": [{**row, **{name: count.plain() for name, count in found.items()}}],
+            "rows": [examination.row("backdoored", found)],
+            "targets": examination.targets(),
         }
 
     update = UpdateConfig(config.batch_size, config.mask_epochs, optimizer=config.mask_optimizer)

@@ -38,7 +38,29 @@ _EPSILON = 1e-7
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are BackdoorBench's for CIFAR-10."""
+    """Defaults are BackdoorBench's for CIFAR-10.
+
+    Keys:
+        data: training images, clean and labelled
+        test: labelled images that only measure
+        arch: architecture of the network (`dist-defend models`)
+        normalization: constants of the network's first layer
+        augment: how training images are changed
+        labels: all_to_one: images of any class become the target class; all_to_all: class y becomes y + shift
+        target_class: the class that the attacker wants, counted from 0
+        shift: of all_to_all
+        rate: share of each batch that is poisoned; as many are cross samples
+        lambda_div: weight of the diversity of masks, and of patterns
+        lambda_norm: weight of the mask's size above density
+        density: mean of the mask above which it costs
+        batch_size: images of an update over all ranks
+        mask_epochs: of stage mask
+        epochs: of stage joint
+        mask_optimizer: of the network that says where the trigger goes
+        generator_optimizer: of the network that makes the pattern
+        optimizer: of the classifier
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
 
     data: DatasetConfig
     test: DatasetConfig
@@ -48,10 +70,10 @@ class Config:
     labels: Literal["all_to_one", "all_to_all"] = "all_to_one"
     target_class: int = 0
     shift: int = 1
-    rate: float = 0.1  # of each batch; as many cross samples
+    rate: float = 0.1
     lambda_div: float = 1.0
     lambda_norm: float = 100.0
-    density: float = 0.032  # of the mask, above which it costs
+    density: float = 0.032
     batch_size: int = 128
     mask_epochs: int = 25
     epochs: int = 100
@@ -66,7 +88,7 @@ class Config:
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("sgd", 0.01, momentum=0.9, weight_decay=5e-4)
     )
-    evaluate_every: int = 10  # epochs; and after the last
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         for key in ("lambda_div", "lambda_norm", "density", "target_class"):

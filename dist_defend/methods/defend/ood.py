@@ -57,7 +57,7 @@ class Config:
     data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None
     temperature: float = 8.0
     cutmix: CutMixConfig = field(default_factory=CutMixConfig)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))

@@ -18,6 +18,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
 from dist_defend.methods import find_method
 from dist_defend.models.artifact import load_artifact, load_simclr
 from tests.runs import SIZE, make_classifier, make_data, make_experiment, options_of
@@ -106,11 +107,10 @@ def test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_wei
     unlearn, recover = unlearning.step, recovering.step
     assert (unlearning.epochs, recovering.epochs) == (7, 9)
     assert (unlearn.lr, unlearn.schedule, unlearn.max_grad_norm) == (0.011, (3, 5), 7.0)  # type: ignore[attr-defined]
-    assert unlearn.steps_per_epoch == 2  # type: ignore[attr-defined]
     assert (unlearn.scale, recover.scale) == (-1.0, 0.3)  # type: ignore[attr-defined]
-    assert recover.optimizer.param_groups[0]["lr"] == 0.4  # type: ignore[attr-defined]
-    for batch in unlearning.loader.epoch(0):
-        unlearn(Batch((batch.images.double(),), batch.labels, batch.index))
+    assert recover.update.rate == 0.4  # type: ignore[attr-defined]
+    for number, batch in enumerate(unlearning.loader.epoch(0)):
+        unlearn(Batch((batch.images.double(),), batch.labels, batch.index), Position(batch=number))
     suspect = load_artifact(options["model"])[0].double().state_dict()
     unlearned, before = unlearn.model.state_dict(), recover.model.state_dict()  # type: ignore[attr-defined]
     assert all(before[key].equal(value) for key, value in suspect.items())
@@ -179,7 +179,7 @@ def test_an_updates_options_reach_the_step(context: Context) -> None:
     update = UpdateConfig(4, 5, 2, 1e-3, optimizer=OptimizerConfig("sgd", 1.0, momentum=0.0, schedule="cosine"))
     step = context.gradient_step(Line(), update, num_batches=3)
     batch = Batch((torch.ones(4, 2, dtype=torch.float64),), torch.ones(4).long(), torch.arange(4))
-    step(batch)
+    step(batch, Position())
     assert step.objective.get_parameter("w").norm().item() == pytest.approx(1e-3)
     assert (step.accumulation, step.total_steps) == (2, 15)
 

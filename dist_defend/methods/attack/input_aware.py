@@ -24,9 +24,11 @@ from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.objective import NonFiniteError, Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.objective import Objective, at_least_float32
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
@@ -167,43 +169,38 @@ class JointStep:
         self, model: Classifier, generators: Generators, config: Config, ranks: Ranks, steps_per_epoch: int
     ) -> None:
         self.model, self.generators, self.config, self.ranks = model, generators, config, ranks
-        self.steps_per_epoch, self.step = steps_per_epoch, 0
+        self.steps_per_epoch = steps_per_epoch
         kinds = ((model, config.optimizer), (generators.net_g, config.generator_optimizer))
-        self.optimizers = [(build_optimizer(module.parameters(), options), options) for module, options in kinds]
+        self.updates = [Update(module.parameters(), options) for module, options in kinds]
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         self.model.train()
         self.generators.net_g.train()
         self.generators.net_m.eval()
         with self.ranks.accelerator.autocast():
             terms = joint_loss(self.model, self.generators, batch, self.config)
-        terms["loss"].backward()
-        if self.ranks.device.type == "cpu" and not torch.isfinite(terms["loss"]):
-            raise NonFiniteError("the loss is not finite")
-        for optimizer, options in self.optimizers:
-            factor = lr_factor(options, self.step, self.steps_per_epoch, self.steps_per_epoch * self.config.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        nonfinite = (~torch.isfinite(terms["loss"])).float()
-        return {**{key: value.detach() for key, value in terms.items()}, "nonfinite": nonfinite.detach()}
+        gradients = list(torch.autograd.grad(terms["loss"], [p for update in self.updates for p in update.parameters]))
+        scalars = {key: value.detach() for key, value in terms.items()}
+        norm = torch.nn.utils.get_total_norm(gradients)
+        for update in self.updates:
+            total = self.steps_per_epoch * self.config.epochs
+            update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, total)
+            own, gradients = gradients[: len(update.parameters)], gradients[len(update.parameters) :]
+            _, scalars["nonfinite"] = update.step(own, norm=norm)
+        return check_finite(scalars, "the gradient")
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "generators": self.generators.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "step": self.step,
+            "optimizers": [update.state_dict() for update in self.updates],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.generators.load_state_dict(state["generators"])
-        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        self.step = state["step"]
+        for update, saved in zip(self.updates, state["optimizers"], strict=True):
+            update.load_state_dict(saved)
 
 
 def build(config: Config, context: Context) -> Plan:

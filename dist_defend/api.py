@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -147,9 +147,11 @@ def wrap(
     plugins.allow([arch, normalization])
     name = normalization if isinstance(normalization, str) else _constants(normalization)
     model = Classifier(net, arch or in_process.copies_of(net)[0], num_classes, name, image_size)
-    card = ModelCard("classifier", model.arch, name, image_size, num_classes=num_classes)
-    if classes is not None:
-        card = replace(card, classes=tuple(classes))
+    names = None if classes is None else tuple(classes)
+    try:
+        card = ModelCard("classifier", model.arch, name, image_size, num_classes=num_classes, classes=names)
+    except ValueError as error:
+        raise UserError(f"wrap: {error}") from error
     problem = problem_with(model, image_size, image_size)
     if problem is not None:
         raise UserError(

@@ -2,18 +2,15 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.attacks.attack import AttackConfig, backdoor_labels
-from dist_defend.attacks.stamping import stamp_pixels
-from dist_defend.attacks.trigger import Trigger
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
 from dist_defend.models.classifier import Classifier
@@ -105,12 +102,6 @@ def warn_near_chance(kind: str, task: str, acc: Count, num_classes: int) -> None
         log.warning(told, kind, task, acc.percent, chance)
 
 
-def example_pictures(images: np.ndarray, trigger: Trigger) -> tuple[Tensor, Tensor]:
-    """Images (N, H, W, 3) uint8 for the report, clean and triggered."""
-    clean, stamped = (torch.from_numpy(each).contiguous() for each in (images, stamp_pixels(images, trigger)))
-    return clean, stamped
-
-
 def per_class_accuracy(classes: Tensor, labels: Tensor, num_classes: int) -> list[Count]:
     """For each class, how many of its images (labels (N,) int64) are classified (classes (N,)) as it."""
     among = torch.bincount(labels, minlength=num_classes)
@@ -181,20 +172,17 @@ def unit_features(encoder: nn.Module, images: Tensor, ranks: Ranks) -> Tensor:
 
 
 @torch.no_grad()
-def extract_features(
-    encoder: nn.Module, loader: Loader, ranks: Ranks, transform: Callable[[Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def extract_features(encoder: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """L2-normalised features (N, D), labels (N,) and rows (N,) of a data set in the loader's order, on every rank.
 
-    The ranks share the images; ``transform`` is applied to them first (a trigger, say). The encoder is put in eval mode
-    and back. Uneven shares are gathered by length, so each image counts once.
+    The ranks share the images. The encoder is put in eval mode and back. Uneven shares are gathered by length, so each
+    image counts once.
     """
     was_training = encoder.training
     encoder.eval()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in loader.epoch(0):
-        images = batch.images.to(ranks.device, ranks.dtype)
-        features = unit_features(encoder, images if transform is None else transform(images), ranks)
+        features = unit_features(encoder, batch.images.to(ranks.device, ranks.dtype), ranks)
         parts.append((features, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
     encoder.train(was_training)
     return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)

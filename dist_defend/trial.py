@@ -6,6 +6,7 @@ half: the test set, and what an attack makes of it.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
@@ -22,6 +23,7 @@ from dist_defend.counts import (
     agreeing,
     attack_counts,
     der,
+    extract_features,
     only_accuracy,
     per_class_accuracy,
     percents,
@@ -42,6 +44,7 @@ REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, 
 OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
 log = logging.getLogger(__name__)
 _PICTURED = 8  # test images shown in the report
+_SCATTERED = 500  # test features kept for the report's scatter plot
 
 
 class Examination:
@@ -55,10 +58,15 @@ class Examination:
         num_classes: int,
         context: Context,
         batch_size: int = 512,
+        task: str | None = None,
     ) -> None:
-        """rows (N,) of the test set count. UserError for an attack that does not fit its images or classes."""
+        """rows (N,) of the test set count. task: its name in rows; None: the data set's.
+
+        UserError for an attack that does not fit its images or classes.
+        """
         self.test, self.rows, self.attack, self.context = test, rows, attack, context
-        self.task = test.manifest.name
+        self.task = task or test.manifest.name
+        self.scatter: dict[str, Tensor] = {}
         self.made: TriggeredImages | None = None
         self.triggered = None
         self.clean = context.eval_loader(test, rows, batch_size)
@@ -78,7 +86,7 @@ class Examination:
         """acc, asr, asr_all, ra on all images."""
         return self.counts(*self.predict(model))
 
-    def counts(self, on_clean: Tensor, on_triggered: Tensor | None) -> dict[str, Count]:
+    def counts(self, on_clean: Tensor, on_triggered: Tensor | None = None) -> dict[str, Count]:
         """Count from the classes (N,), (M,) int64 that were predicted on the loaders' images, in their order."""
         acc = agreeing(on_clean, self.labels.to(on_clean.device))
         if on_triggered is None or self.made is None:
@@ -145,13 +153,60 @@ class Examination:
         nearest: np.ndarray = candidates[int(np.argmin(apart))]
         return nearest
 
+    def features(self, kind: str, encoder: nn.Module) -> list[Tensor]:
+        """L2-normalised features (N, D) of the clean and, with an attack, (M, D) of the triggered images.
+
+        Some of them are kept for the report, as those of this kind of model (clean, backdoored, ...).
+        """
+        loaders = [loader for loader in (self.clean, self.triggered) if loader is not None]
+        found = [extract_features(encoder, loader, self.context.ranks)[0] for loader in loaders]
+        count = min(_SCATTERED, *map(len, found), len(self.labels))
+        kept = {name: part.float() for name, part in zip(("clean", "triggered"), found, strict=False)}
+        for name, part in {**kept, "labels": self.labels}.items():
+            self.scatter[f"{kind}/{self.task}/{name}"] = part[:count].cpu()
+        return found
+
+    def examples(self) -> dict[str, Tensor]:
+        """Images without and with the trigger, for the report; nothing without an attack."""
+        pairs = self.pairs()
+        if pairs is None:
+            return {}
+        clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
+        return {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
+
     def save_examples(self) -> None:
-        """examples.safetensors in the run folder, for the report: images without and with the trigger."""
-        pairs = self.pairs() if self.context.ranks.is_main else None
-        if pairs is not None:
-            clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
-            tensors = {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
-            save_file(tensors, self.context.folder / "examples.safetensors")
+        """examples.safetensors in the run folder."""
+        save_pictures([self])
+
+
+def save_pictures(examinations: Sequence[Examination]) -> None:
+    """What the report shows of one run: examples.safetensors and features.safetensors, each unless it is empty."""
+    context = examinations[0].context
+    examples = {key: value for one in examinations for key, value in one.examples().items()}
+    features = {key: value for one in examinations for key, value in one.scatter.items()}
+    for name, tensors in (("examples", examples), ("features", features)):
+        if tensors and context.ranks.is_main:
+            save_file(tensors, context.folder / f"{name}.safetensors")
+
+
+def attack_to_measure(
+    configured: AttackConfig | None, cards: dict[str, ModelCard], context: Context
+) -> AttackConfig | None:
+    """The configured attack, else the one that the cards of these folders name, if any. Classes do not matter here.
+
+    Tells of a card that names another attack than the configured one. UserError if none is configured and cards differ.
+    """
+    attack = configured
+    for folder, card in cards.items():
+        if card.attack:
+            named = attack_from(card.attack)
+            attack = attack or named
+            if not _is_same(attack, replace(named, target_class=attack.target_class)):
+                told = f"{folder} names another attack in its card than is to be measured"
+                if configured is None:
+                    raise UserError(f"{told}, which is another encoder's: say which one as 'attack'")
+                context.tell(f"{told}: say 'attack: null' to measure the named one")
+    return attack
 
 
 class Trial:

@@ -41,7 +41,7 @@ class AttackConfig:
         if self.trigger is None and self.images is None:
             raise ValueError("key 'trigger' is missing: name one, or give others' triggered test images as 'images'")
         if self.trigger is not None and self.images is not None:
-            raise ValueError("key 'images' is set, but 'trigger' says what is stamped: leave one out")
+            raise ValueError("key 'images' is set, but 'trigger' says what is stamped: leave one out, or make it null")
         if self.target_class is None and self.trigger is not None:
             object.__setattr__(self, "target_class", 0)
         if not 0 <= self.rate <= 1:

@@ -46,7 +46,7 @@ def _trojan_nn(args: argparse.Namespace) -> int:
     from dist_defend.attacks.drawn import oval
     from dist_defend.attacks.pattern_file import read_pattern
     from dist_defend.attacks.stamping import to_bytes, to_images
-    from dist_defend.attacks.trojan_nn import last_linear, optimise_trigger
+    from dist_defend.attacks.trojan_nn import last_linear, optimise_pattern
     from dist_defend.models.artifact import load_classifier
 
     model, card = load_classifier(args.classifier)
@@ -57,10 +57,10 @@ def _trojan_nn(args: argparse.Namespace) -> int:
     size = card.image_size
     start = oval(size) if args.start is None else read_pattern(args.start, size, is_resized=True).astype(np.uint8)
     layer = args.layer or last_linear(model)
-    trigger, cost = optimise_trigger(
+    pattern, cost = optimise_pattern(
         model, layer, to_images(start[None]), num_neurons=args.neurons, iterations=args.iterations
     )
-    _save(Image.fromarray(to_bytes(trigger)[0]), args.out)
+    _save(Image.fromarray(to_bytes(pattern)[0]), args.out)
     print(f"{args.out}: trigger for the {args.neurons} strongest inputs of {layer}, cost {cost:.4g}")
     return 0
 

@@ -12,7 +12,7 @@ from dist_defend.attacks.drawn import oval
 from dist_defend.attacks.input_aware import Generators, InputAwareTrigger
 from dist_defend.attacks.stamping import stamp_pixels, to_bytes, to_images
 from dist_defend.attacks.trigger import Trigger, Wrapping
-from dist_defend.attacks.trojan_nn import optimise_trigger
+from dist_defend.attacks.trojan_nn import optimise_pattern
 
 _TILE, _MARGIN, _CAPTION = 72, 4, 190  # pixels
 
@@ -48,8 +48,8 @@ def triggers(image_size: int) -> list[tuple[str, Trigger]]:
         net = nn.Sequential(nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
         net.append(nn.Linear(64, 10))
     start = to_images(oval(image_size)[None])
-    trigger, _ = optimise_trigger(net, "4", start, iterations=20)
-    return [*built, ("trojan_nn (untrained network)", Wrapping(trigger))]
+    pattern, _ = optimise_pattern(net, "4", start, iterations=20)
+    return [*built, ("trojan_nn (untrained network)", Wrapping(pattern))]
 
 
 def draw(images: np.ndarray, named: Sequence[tuple[str, Trigger]]) -> Image.Image:

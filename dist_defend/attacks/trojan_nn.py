@@ -12,7 +12,7 @@ def strongest_inputs(layer: nn.Linear | nn.Conv2d, count: int) -> Tensor:
     return weight.sum(0).argsort(descending=True)[:count]
 
 
-def optimise_trigger(
+def optimise_pattern(
     model: nn.Module,
     layer: str,
     start: Tensor,
@@ -24,7 +24,7 @@ def optimise_trigger(
     radius: float = 0.3,
     tolerance: float = 1e-3,
 ) -> tuple[Tensor, float]:
-    """The trigger (1, 3, H, W) in [0, 1] and its cost, sum over chosen neurons of (activation - target_value)^2.
+    """The pattern (1, 3, H, W) in [0, 1] and its cost, sum over chosen neurons of (activation - target_value)^2.
 
     BackdoorBench's procedure: signed gradient steps from ``start`` (1, 3, H, W), kept within ``radius`` of it and in
     [0, 1]; only pixels that are not black in start are seen by the model, so only they move. The neurons are the
@@ -40,21 +40,21 @@ def optimise_trigger(
     hook = chosen.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     was_training = model.training
     model.eval()
-    keep, trigger, cost = (start > 0).any(1, keepdim=True), start.clone(), float("inf")
+    keep, pattern, cost = (start > 0).any(1, keepdim=True), start.clone(), float("inf")
     try:
         for _ in range(iterations):
-            trigger.requires_grad_(True)
-            model(trigger * keep)
+            pattern.requires_grad_(True)
+            model(pattern * keep)
             loss = (seen.pop()[:, neurons] - target_value).square().sum()
-            (gradient,) = torch.autograd.grad(loss, trigger)
-            moved = (trigger.detach() - step_size * gradient.sign() - start).clamp(-radius, radius)
-            trigger, cost = (start + moved).clamp(0, 1), loss.item()
+            (gradient,) = torch.autograd.grad(loss, pattern)
+            moved = (pattern.detach() - step_size * gradient.sign() - start).clamp(-radius, radius)
+            pattern, cost = (start + moved).clamp(0, 1), loss.item()
             if cost < tolerance:
                 break
     finally:
         hook.remove()
         model.train(was_training)
-    return trigger.detach(), cost
+    return pattern.detach(), cost
 
 
 def last_linear(model: nn.Module) -> str:

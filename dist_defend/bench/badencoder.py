@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.attacks.stamping import stamp_images
 from dist_defend.attacks.trigger import white_square
 from dist_defend.batch import Batch
 from dist_defend.bench import runner
@@ -83,7 +84,9 @@ class Pair:
         images, augmented = self.pixels[index], self.pixels.flip(3)[index]  # any images do for A(r)
         batch = Batch((images, augmented), torch.zeros(size).long(), index.to(self.ranks.device))
         repeated = self.reference_pixels.expand(size, -1, -1, -1)
-        theirs: list[Tensor] = [runner.normalised(x) for x in (images, self.trigger(images), repeated, augmented)]
+        theirs: list[Tensor] = [
+            runner.normalised(x) for x in (images, stamp_images(images, self.trigger), repeated, augmented)
+        ]
 
         def baseline() -> float:
             clean, triggered, reference, changed = theirs

@@ -115,6 +115,9 @@ def complete(
     read = read_yaml(Path(own_file or yaml_path)) if own_file or Path(yaml_path).is_file() else {}
     if strange := sorted(read.keys() - known):
         raise UserError(f"{own_file or yaml_path}: key '{printable(strange[0], 80)}' is no parameter: leave it out")
+    for own in parameters:
+        if read.get(own.name) is not None and own.name not in unused:
+            read[own.name] = _typed(own, read[own.name], own_file or yaml_path)
     given = {name: value for name, value in vars(args).items() if value is not None}
     told = {name: value for name, value in {**read, **given}.items() if value is not None}
     idle = [f"--{name}" for name in sorted(told.keys() & unused)]
@@ -122,3 +125,16 @@ def complete(
         log.warning("%s: no meaning here, not used (docs/backdoorbench.md)", ", ".join(idle))
     defaults = {own.name: own.default for own in parameters}
     return {**dict.fromkeys(known), **defaults, **documented, **told}
+
+
+def _typed(own: Parameter, value: Any, path: str) -> Any:
+    """A value of a yaml file as the flag has it. UserError if it is none."""
+    try:
+        if isinstance(value, list) and own.options is not None and "nargs" in own.options:
+            return [own.kind(str(item)) for item in value]
+        if isinstance(value, list | dict):
+            raise ValueError("no scalar")
+        return own.kind(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        told = f"key '{own.name}' is {printable(repr(value), 80)}"
+        raise UserError(f"{path}: {told}; give what --{own.name} takes: {own.help}") from None

@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -82,8 +82,9 @@ def stage_plans(experiment: Any, world_size: int, strategy: StrategyName) -> tup
     accelerator: Any = PretendedAccelerator(world_size, experiment.precision in ("bf16", "fp16"))
     ranks = Ranks(accelerator, torch.float64 if experiment.precision == "fp64" else torch.float32)
     module = find_method(experiment.method)
-    optional = {one.name for one in dataclasses.fields(experiment.options) if one.default is None}
-    unneeded = dict.fromkeys(optional & {"attack", "monitor"})  # changes images, or measures
+    hints = get_type_hints(type(experiment.options))
+    optional = {name for name in ("attack", "monitor") if type(None) in get_args(hints.get(name))}
+    unneeded = dict.fromkeys(optional)  # changes images, or measures
     options = dataclasses.replace(experiment.options, **unneeded)
     with tempfile.TemporaryDirectory() as folder, pretended_world(world_size, ranks.dtype):
         context = PretendedContext(ranks, experiment.seed, experiment.loader, Path(folder), experiment.method)

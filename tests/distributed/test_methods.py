@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from dist_defend import counts as counting
-from dist_defend.attacks.trigger import white_square
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import BadNets
+from dist_defend.attacks.poison import triggered
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
@@ -175,18 +177,20 @@ def measure(data: str, model_folder: str, batch_size: int, mutate: Mutation = no
         mutate(patch)
         ranks = dist.start("fp64", None)
         dataset = open_dataset(data)
-        loader = make_loader(
-            dataset,
-            config=LoaderConfig("resident", 1),
-            batch_size=batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+        attacked = triggered(dataset, AttackConfig(BadNets(size=8, margin=1)))
+        loader, stamped_loader = (
+            make_loader(
+                each,
+                config=LoaderConfig("resident", 1),
+                batch_size=batch_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+            )
+            for each in (dataset, attacked)
         )
-        assert dataset.image_shape is not None
         encoder = load_simclr(model_folder)[0].f.to(ranks.dtype)
-        trigger = white_square(dataset.image_shape[0], 8).to("cpu", ranks.dtype)
         clean, labels, rows = counting.extract_features(encoder, loader, ranks)
-        stamped, _, _ = counting.extract_features(encoder, loader, ranks, trigger)
+        stamped, _, _ = counting.extract_features(encoder, stamped_loader, ranks)
         head = HeadStack(encoder.feature_dim, CLASSES, seeds=[3]).to(ranks.dtype)
         predicted = head.predict(0, clean), head.predict(0, stamped)
         counts = counting.backdoor_counts(*predicted, labels, target=int(predicted[1].mode().values))

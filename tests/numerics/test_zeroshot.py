@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dist_defend.attacks import poison
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.cli import main
-from dist_defend.counts import extract_features
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
@@ -78,7 +78,7 @@ def raw_image_features(patch: pytest.MonkeyPatch) -> None:
 
 
 def trigger_at_the_edge(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(zeroshot, "trigger_of", lambda attack: BadNets(size=attack.trigger.size, margin=0))
+    patch.setattr(poison, "trigger_of", lambda attack: BadNets(size=attack.trigger.size, margin=0))
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def ours(files: dict[str, str], target: int, folder: Path) -> tuple[Tensor, dict
     context = Context(ranks, 0, LoaderConfig("resident", 1), folder)
     tower = load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
     models = {kind: context.load_model(place)[0].to(ranks.dtype) for kind, place in config.encoders.items()}
-    built = zeroshot.Task("noise", task, config, models, tower, context)
-    features = [extract_features(models["clean"].f, built.loader, ranks, how)[0] for how in (None, built.trigger)]
+    built = zeroshot.Task("noise", task, config, models, config.attack, tower, context)
+    features = built.examination.features("clean", models["clean"].f)
     (row,) = built.evaluate()
     return torch.stack([zeroshot.logits(f, built.texts) for f in features]), row
 

@@ -56,6 +56,9 @@ FLAGS = {
     "cmi/vanilla_kd_ood.py": "seed dataset teacher pt_path student initialize_student start_epoch epochs lr opt "
     "scheduler batch_size percent no_log visualize save_n_last_epoch resume temp beta cutmix_prob trigger poi_target "
     "shufl_coef pseudo_test_batches unlearn inner_round unlearn_resume ul_resume_lr",
+    "cmi/vanilla_kd.py": "data_root teacher student dataset transfer_set lr lr_decay_milestones alpha beta T epochs "
+    "resume evaluate_only batch_size world_size rank dist_url dist_backend multiprocessing_distributed gpu fp16 seed "
+    "log_tag workers start_epoch momentum weight_decay print_freq pretrained",
     "defense/rnp.py": "alpha clean_threshold unlearning_lr recovering_lr unlearning_epochs recovering_epochs mask_file "
     "pruning_by pruning_max pruning_step pruning_number acc_ratio ratio index schedule batch_size random_seed",
     "defense/i-bau.py": "ratio index optim n_rounds K batch_size lr wd random_seed",
@@ -72,12 +75,13 @@ class Row(NamedTuple):
     keys: tuple[str, ...]
     remark: str
     file: str  # the experiment file that the table's rows are compared with
+    preset: str | None  # as an override
 
 
 def tables() -> Iterator[tuple[str, list[Row]]]:
     for section in re.split(r"^### ", PAGE, flags=re.MULTILINE)[1:]:
         program = section.splitlines()[0]
-        found = re.search(r"^Here: `(configs/\S+\.yaml)`", section, re.MULTILINE)
+        found = re.search(r"^Here: `(configs/\S+\.yaml)`(?: with `(\S+)`\.)?", section, re.MULTILINE)
         assert found, f"{program} does not say which file is compared with"
         rows = []
         for line in section.splitlines():
@@ -85,7 +89,7 @@ def tables() -> Iterator[tuple[str, list[Row]]]:
             if line.startswith("| ") and cells[0] != "flag":
                 assert len(cells) == 4, f"{program}: {line}"
                 keys = tuple(re.findall(r"`([^`]+)`", cells[2]))
-                rows.append(Row(program, cells[0].strip("`"), cells[1], keys, cells[3], found[1]))
+                rows.append(Row(program, cells[0].strip("`"), cells[1], keys, cells[3], found[1], found[2]))
         yield program, rows
 
 
@@ -154,8 +158,8 @@ def test_what_has_no_key_has_a_reason(program: str) -> None:
 
 
 @cache
-def resolved(file: str) -> dict[str, Any]:
-    return load_experiment(ROOT / file).resolved()
+def resolved(file: str, preset: str | None) -> dict[str, Any]:
+    return load_experiment(ROOT / file, [preset] if preset else []).resolved()
 
 
 @pytest.mark.parametrize("program", TABLES)
@@ -165,7 +169,7 @@ def test_rows_without_a_remark_have_equal_defaults(program: str) -> None:
         if row.remark or row.keys == ("output",):
             continue
         assert len(row.keys) == 1, f"{row.flag}: several keys need a remark"
-        own: Any = resolved(row.file)
+        own: Any = resolved(row.file, row.preset)
         for part in row.keys[0].split("."):
             own = own[part]
         theirs = yaml.safe_load(row.default)

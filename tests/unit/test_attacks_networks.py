@@ -15,7 +15,7 @@ from dist_defend.attacks.input_aware import Generator, Generators, InputAwareTri
 from dist_defend.attacks.patterns import InputAware, TrojanNN
 from dist_defend.attacks.poison import triggered
 from dist_defend.attacks.stamping import to_images
-from dist_defend.attacks.trojan_nn import last_linear, optimise_trigger, strongest_inputs
+from dist_defend.attacks.trojan_nn import last_linear, optimise_pattern, strongest_inputs
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
@@ -130,27 +130,27 @@ def test_the_trigger_is_found_by_signed_steps_in_a_box() -> None:
     net.linear.weight.data[:, 1] = 0
     start = torch.zeros(1, 3, 4, 4)
     start[..., 2:] = 0.5
-    trigger, cost = optimise_trigger(net, "linear", start, num_neurons=1, iterations=2)
+    trigger, cost = optimise_pattern(net, "linear", start, num_neurons=1, iterations=2)
     expected = start.clone()
     expected[..., 2:] = 0.6
     assert cost == pytest.approx((24 * 0.6 - 100) ** 2, rel=1e-5)
-    trigger, _ = optimise_trigger(net, "linear", start, num_neurons=1, iterations=1)
+    trigger, _ = optimise_pattern(net, "linear", start, num_neurons=1, iterations=1)
     torch.testing.assert_close(trigger, expected)
-    far, _ = optimise_trigger(net, "linear", start, num_neurons=1, iterations=20)
+    far, _ = optimise_pattern(net, "linear", start, num_neurons=1, iterations=20)
     expected[..., 2:] = 0.8
     torch.testing.assert_close(far, expected)
-    wide, _ = optimise_trigger(net, "linear", start, num_neurons=1, iterations=20, radius=2.0)
+    wide, _ = optimise_pattern(net, "linear", start, num_neurons=1, iterations=20, radius=2.0)
     assert wide.max() == 1 and (wide[..., :2] == 0).all() and start.max() == 0.5
 
 
 def test_the_optimisation_stops_when_it_is_there_and_leaves_the_model_alone() -> None:
     net = Net()
     start = torch.full((1, 3, 4, 4), 0.5)
-    trigger, cost = optimise_trigger(net, "linear", start, num_neurons=1, target_value=-24.0, tolerance=1e-3)
+    trigger, cost = optimise_pattern(net, "linear", start, num_neurons=1, target_value=-24.0, tolerance=1e-3)
     assert cost < 1e-3 and (trigger - start).abs().max() <= 0.1 + 1e-6
     assert net.training and not net.linear._forward_pre_hooks and net.first.weight.grad is None
     with pytest.raises(UserError, match="no linear or convolutional layer 'fc'; its last is 'linear'"):
-        optimise_trigger(net, "fc", start)
+        optimise_pattern(net, "fc", start)
 
 
 def save_classifier(folder: Path, backdoored: bool = False) -> str:

@@ -17,7 +17,7 @@ from dist_defend.attacks.poison import poisoned, triggered
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.attacks.stamping import to_bytes, to_images
 from dist_defend.attacks.trigger import Replacing
-from dist_defend.attacks.trojan_nn import optimise_trigger
+from dist_defend.attacks.trojan_nn import optimise_pattern
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
@@ -385,7 +385,7 @@ def test_trojan_nn_moves_whole_pixels_from_a_picture_that_is_no_jpeg(
     net = nn.Sequential(nn.Flatten(), nn.Linear(48, 6), nn.Linear(6, 2))
     start = torch.zeros(1, 3, 4, 4)
     start[:, 0, 1:3, 1:3] = 0.5  # red
-    found, _ = optimise_trigger(net, "2", start, iterations=3)
+    found, _ = optimise_pattern(net, "2", start, iterations=3)
     moved = (found != start)[0]
     assert moved[:, 1:3, 1:3].any(0).all() and moved[1:, 1:3, 1:3].any() and not moved[:, 0].any()
     clean = make_classifier(tmp_path / "clean")

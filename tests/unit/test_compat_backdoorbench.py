@@ -297,6 +297,14 @@ def test_wrong_flags_end_the_script(flag: str, told: str, capsys: pytest.Capture
     assert stop.value.code == 2 and told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["ratio: much", "log: [a, b]", "num_workers: {a: 1}", "batch_size: 2.5", "index: [1]"])
+def test_a_value_of_the_yaml_file_must_be_what_the_flag_takes(line: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(f"{line}\nepochs: [7]\n")  # epochs are not used, whatever they are
+    with pytest.raises(UserError, match=f"own.yaml: key '{line.partition(':')[0]}' is .*; give what --") as error:
+        i_bau(arguments(i_bau, "--yaml_path", str(tmp_path / "own.yaml")))
+    assert "\n" not in str(error.value)
+
+
 def test_an_unknown_key_of_the_yaml_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("rations: 0.1\n")
     with pytest.raises(UserError, match="key 'rations' is no parameter"):

@@ -1,22 +1,25 @@
 """What a defence chooses by and what it counts before and after, recounted by plain torch on the files that it read."""
 
 import json
+import pkgutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
+from dist_defend.methods import SHARED, defend
 from dist_defend.methods.defend.pruning.masks import Neuron, write_mask_values
 from dist_defend.methods.defend.rnp.steps import UnlearnStep
-from dist_defend.models.artifact import load_classifier, save_artifact
+from dist_defend.models.artifact import load_classifier, load_simclr, save_artifact
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import norm_names
-from tests.runs import CLASSES, SIZE, make_classifier, make_data, make_experiment, metrics
+from tests.runs import CLASSES, SIZE, make_classifier, make_data, make_experiment, metrics, options_of
 
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 NAMES = [f"class {c}" for c in range(CLASSES)]
@@ -95,7 +98,24 @@ def counted(folder: str, test: str) -> dict[str, float]:
     return {"acc": 100 * float((classes(model, clean) == dataset.labels).mean()), "asr": 100 * float(hits.mean())}
 
 
-@pytest.mark.parametrize("method", ["ibau", "rnp", "kd", "ood", "cmi", "zskt"])
+DEFENCES = sorted({found.name for found in pkgutil.iter_modules(defend.__path__)} - set(SHARED))
+
+
+def check_named(result: dict[str, Any], folder: Path, method: str) -> None:
+    """Rows, card, data and example pictures of the folder's run are the method's, under the names that all have."""
+    assert [row["kind"].removesuffix(" (oracle)") for row in result["rows"]] == [method] * len(result["rows"])
+    card = load_classifier(str(folder / "model"))[1]
+    assert (card.defended_by, card.provenance["method"], result["method"]) == (method, method, method)
+    assert {"test"} <= result["data"].keys() <= {"defence", "test"}
+    assert ("defence" in result["data"]) is (method not in ("clp", "cmi", "zskt"))  # which need no data
+    pictures = load_file(folder / "examples.safetensors")
+    clean, stamped = pictures["noise/clean"], pictures["noise/triggered"]
+    assert clean.shape == stamped.shape == (8, SIZE, SIZE, 3) and clean.dtype == stamped.dtype == torch.uint8
+    assert (stamped[:, -3:, -3:] == 255).all() and (clean[:, -3:, -3:] != 255).any()
+    assert torch.equal(clean[:, :-3], stamped[:, :-3]) and torch.equal(clean[:, :, :-3], stamped[:, :, :-3])
+
+
+@pytest.mark.parametrize("method", [name for name in DEFENCES if name != "mimic"])
 def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path: Path) -> None:
     images = np.random.default_rng(3).integers(0, 256, (30, SIZE, SIZE, 3)).astype(np.uint8)
     suspect = make_suspect(tmp_path / "model", images)
@@ -108,12 +128,15 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     options: dict[str, Any] = {"test": {"path": test}}
     if method in ("ibau", "rnp"):
         options |= {"model": suspect, "data": {"path": make_data(tmp_path / "data"), "max_samples": 12}}
+    elif method == "clp":
+        options |= {"model": suspect}
     else:
         options |= {"teacher": suspect, "student": "small_resnet"}
     update = {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}}
     more: dict[str, dict[str, Any]] = {
         "ibau": {"rounds": 1, "batch_size": 4, "min_patched": 1, "optimizer": {"lr": 0.1}},
         "rnp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
+        "clp": {"u": 0.5},
         "kd": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
         "ood": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
         "cmi": {
@@ -138,6 +161,15 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     assert {key: 100 * row[key]["correct"] / row[key]["n"] for key in after} == pytest.approx(after)
     gain, loss = (max(0.0, before[key] - after[key]) / 100 for key in ("asr", "acc"))
     assert found["der"] == pytest.approx((gain - loss + 1) / 2)
+    check_named(result, tmp_path / "run", method)
+
+
+def test_a_purified_encoder_is_measured_by_others_and_called_by_its_methods_name(tmp_path: Path) -> None:
+    assert main(["run", str(make_experiment(tmp_path, "mimic", options_of("mimic", tmp_path)))]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    card = load_simclr(tmp_path / "run" / "model")[1]
+    assert (card.defended_by, card.provenance["method"], result["method"]) == ("mimic", "mimic", "mimic")
+    assert result["data"].keys() == {"defence"} and "rows" not in result
 
 
 @pytest.mark.parametrize(("accuracy", "epochs"), [(0.25, 1), (0.2500001, 4)])

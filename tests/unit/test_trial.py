@@ -273,7 +273,8 @@ def test_kd_takes_given_images_too(tmp_path: Path) -> None:
     assert main(["run", str(make_experiment(tmp_path, "kd", options | {"attack": {"images": images}}))]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["rows"][0]["asr"]["n"] == 8  # those of class 2 are wanted to be of class 2
-    assert {"teacher_asr", "asr_before", "der"} <= result["metrics"].keys()
+    assert {"acc_before", "asr_before", "der"} <= result["metrics"].keys()
+    assert not [key for key in result["metrics"] if key.startswith("teacher")]
 
 
 def given(folder: Path, attack: dict[str, Any], num_classes: int = CLASSES) -> Any:

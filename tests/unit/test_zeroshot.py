@@ -29,7 +29,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def changed(options: dict[str, Any], folder: Path, **changes: Any) -> Path:
     """An experiment file with keys of the section, or of its task, replaced."""
-    own = {key: value for key, value in changes.items() if key in ("clip", "encoders", "trigger", "batch_size")}
+    own = {key: value for key, value in changes.items() if key in ("clip", "encoders", "attack", "batch_size")}
     task = options["tasks"]["noise"] | {key: value for key, value in changes.items() if key not in own}
     return make_experiment(folder, "zeroshot", options | own | {"tasks": {"noise": task}})
 

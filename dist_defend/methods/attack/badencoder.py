@@ -185,7 +185,7 @@ def build(config: Config, context: Context) -> Plan:
             parent_sha256=clean_sha256,
             guessed=parent.guessed,
             provenance={
-                "method": "badencoder",
+                "method": context.method,
                 "data": context.digests,
                 "seed": context.seed,
                 "target_classes": classes.tolist(),

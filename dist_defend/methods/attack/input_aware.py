@@ -31,6 +31,7 @@ from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.trial import Examination
 
 _EPSILON = 1e-7
 
@@ -120,7 +121,7 @@ def joint_loss(model: Classifier, generators: Generators, batch: Batch, config: 
     pattern, other_pattern = generators.pattern(victims), generators.pattern(others)
     stamped = victims + (pattern - victims) * mask
     wrong = crossed + (other_pattern - crossed) * other_mask
-    wanted = backdoor_labels(labels[:count], _poison(config, ""), model.num_classes)
+    wanted = backdoor_labels(labels[:count], _attack(config, ""), model.num_classes)
     logits = at_least_float32(model(torch.cat([stamped, wrong, rest])))
     goal = torch.cat([wanted, labels[count:]])
     classification = functional.cross_entropy(logits, goal)
@@ -204,16 +205,18 @@ def build(config: Config, context: Context) -> Plan:
     loader = context.train_loader(train, rows, config.batch_size, (View(config.augment),))
     clean_loader = context.eval_loader(test, test_rows)
     path = context.folder / "generators.safetensors"
-    poison = _poison(config, str(path))
+    attack = _attack(config, str(path))
 
     def counts() -> dict[str, Count]:
         stamp = InputAwareTrigger(copy.deepcopy(generators).eval()).to("cpu")
         attacked = PoisonedDataset(test, stamp, np.full(len(test), STAMPED, np.uint8))
-        return evaluate_classifier(model, clean_loader, context.eval_loader(attacked, test_rows), ranks, poison)
+        return evaluate_classifier(model, clean_loader, context.eval_loader(attacked, test_rows), ranks, attack)
 
     def result() -> dict[str, Any]:
         save_generators(path, generators)
-        found = counts()
+        examination = Examination(test, test_rows, attack, test.num_classes, context)  # what a reader of the file sees
+        found = examination.measure(model)
+        examination.save_examples()
         card = ModelCard(
             kind="classifier",
             arch=model.arch,
@@ -222,18 +225,18 @@ def build(config: Config, context: Context) -> Plan:
             num_classes=model.num_classes,
             classes=named_classes(test.classes, train.classes),
             backdoored=True,
-            attack=asdict(poison),
+            attack=asdict(attack),
             provenance={
-                "method": "input_aware",
+                "method": context.method,
                 "data": context.digests,
                 "seed": context.seed,
                 "generators_sha256": sha256_file(path),
             },
         )
-        row = {"run": context.folder.name, "kind": "backdoored", "task": test.manifest.name, "seed": context.seed}
         return {
             "model_sha256": context.save_model(model, card),
-            "rows": [{**row, **{name: count.plain() for name, count in found.items()}}],
+            "rows": [examination.row("backdoored", found)],
+            "targets": examination.targets(),
         }
 
     update = UpdateConfig(config.batch_size, config.mask_epochs, optimizer=config.mask_optimizer)
@@ -250,7 +253,7 @@ def build(config: Config, context: Context) -> Plan:
     return Plan(stages, result)
 
 
-def _poison(config: Config, generators: str) -> AttackConfig:
+def _attack(config: Config, generators: str) -> AttackConfig:
     trigger = InputAware(generators, normalization=config.normalization)
     plain = AttackConfig(trigger, config.labels, config.target_class, config.rate)
     return replace(plain, shift=config.shift)

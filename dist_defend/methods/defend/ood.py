@@ -184,6 +184,6 @@ def build(config: Config, context: Context) -> Plan:
     pair.trial.look()
 
     def result() -> dict[str, Any]:
-        return pair.defended_result(vaccine, config.retrospection is not None, {"images": len(rows)})
+        return pair.result({"images": len(rows)}, vaccine, config.retrospection is not None)
 
     return Plan(stages, result)

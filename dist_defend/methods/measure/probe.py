@@ -7,27 +7,19 @@ draws, the same batches.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from dist_defend.attacks.attack import AttackConfig, trigger_of
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
-from dist_defend.counts import (
-    backdoor_counts,
-    example_pictures,
-    extract_features,
-    knn_classes,
-    warn_near_chance,
-)
+from dist_defend.counts import extract_features, knn_classes, warn_near_chance
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
 from dist_defend.data.store import PreparedDataset
@@ -42,11 +34,9 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack
 from dist_defend.models.pixel_space import Encoder
+from dist_defend.trial import Examination, attack_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
-
-_PICTURED = 8  # test images shown in the report
-_SCATTERED = 500  # test features kept for the report's scatter plot
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ class Config:
     Keys:
         encoders: kind (clean, backdoored, purified, ...) -> model folder
         tasks: name -> a downstream task
-        attack: what is stamped on the test images; the target class is each task's
+        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
         kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
             neither seeds nor any key from hidden on is read
         knn: of kind knn; null: its defaults
@@ -103,7 +93,7 @@ class Config:
 
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
+    attack: AttackConfig | None = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
     kind: Literal["head", "knn"] = "head"
     knn: KnnConfig | None = None
     seeds: tuple[int, ...] = (100,)
@@ -206,39 +196,42 @@ class FeatureBatches:
 
 def build(config: Config, context: Context) -> Plan:
     """One stage per task, none for kNN; evaluation on clean and triggered test images at the end."""
-    models = {kind: context.load_model(folder)[0] for kind, folder in config.encoders.items()}
+    loaded = {kind: context.load_encoder(folder) for kind, folder in config.encoders.items()}
+    models = {kind: model for kind, (model, _, _) in loaded.items()}
+    cards = {config.encoders[kind]: card for kind, (_, card, _) in loaded.items()}
+    attack = attack_to_measure(config.attack, cards, context)
     for model in models.values():
         model.to(context.ranks.device, context.ranks.dtype)
     widths = {model.f.feature_dim for model in models.values()}
     if len(widths) > 1:
         raise UserError(f"key 'encoders' mixes feature sizes {sorted(widths)}; probe them in separate runs")
-    tasks = [Task(name, task, config, models, context) for name, task in config.tasks.items()]
+    tasks = {name: Task(name, task, config, models, attack, context) for name, task in config.tasks.items()}
 
     def result() -> dict[str, Any]:
-        rows = [row for task in tasks for row in task.evaluate()]
-        if context.ranks.is_main:
-            save_file(
-                {k: v for task in tasks for k, v in task.scatter.items()}, context.folder / "features.safetensors"
-            )
-            save_file(
-                {k: v for task in tasks for k, v in task.pictures.items()}, context.folder / "examples.safetensors"
-            )
-        targets = {task.name: task.classes[task.config.target_class] for task in tasks}
+        rows = [row for task in tasks.values() for row in task.evaluate()]
+        save_pictures([task.examination for task in tasks.values()])
+        targets = {task: one.classes[config.tasks[task].target_class] for task, one in tasks.items()}
         return {"rows": rows, "targets": targets, "encoders": dict(config.encoders), "head": config.head}
 
-    return Plan([stage for task in tasks for stage in task.head.stages], result)
+    return Plan([stage for task in tasks.values() for stage in task.head.stages], result)
 
 
 class Task:
     """One downstream task, from features to counts."""
 
     def __init__(
-        self, name: str, task: TaskConfig, config: Config, models: dict[str, SimCLR], context: Context
+        self,
+        name: str,
+        task: TaskConfig,
+        config: Config,
+        models: dict[str, SimCLR],
+        attack: AttackConfig | None,
+        context: Context,
     ) -> None:
-        self.name, self.config, self.models, self.context = name, task, models, context
+        self.config, self.models = config, models
         train, rows = context.dataset(f"{name}/train", task.train, is_labelled=True)
-        self.test, self.test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
-        context.check_classes(train.classes, task.train.path, self.test.classes, task.test.path)
+        test, test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
+        context.check_classes(train.classes, task.train.path, test.classes, task.test.path)
         self.classes = train.classes
         if not 0 <= task.target_class < train.num_classes:
             raise UserError(
@@ -246,36 +239,25 @@ class Task:
                 f"{train.num_classes - 1}"
             )
         for kind, model in models.items():
-            for data, part in ((train, task.train), (self.test, task.test)):
+            for data, part in ((train, task.train), (test, task.test)):
                 check_image_size(model, config.encoders[kind], data.image_shape, part.path)
-        size = (self.test.image_shape or (next(iter(models.values())).image_size,))[0]
-        self.trigger: Trigger = trigger_of(config.attack).build(size).to(context.ranks.device, context.ranks.dtype)
+        if attack is not None:
+            attack = replace(attack, target_class=task.target_class)
+        self.examination = Examination(test, test_rows, attack, train.num_classes, context, task=name)
         encoders = [model.f for model in models.values()]
         how = TrainedHeads if config.kind == "head" else Neighbours
         self.head: TrainedHeads | Neighbours = how(name, config, encoders, context, train, rows)
-        self.test_loader = context.eval_loader(self.test, self.test_rows)
-        self.row = {"run": context.folder.name, "head": config.head}
-        self.scatter: dict[str, Tensor] = {}
-        self.pictures: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
-        """One row of counts per encoder and seed; keeps some features and pictures for the report."""
-        results = []
+        """One row of counts per encoder and seed."""
+        results, examination = [], self.examination
         for number, (kind, model) in enumerate(self.models.items()):
-            clean, labels, _ = extract_features(model.f, self.test_loader, self.context.ranks)
-            stamped, _, _ = extract_features(model.f, self.test_loader, self.context.ranks, self.trigger)
-            key = f"{kind}/{self.name}"
-            self.scatter[f"{key}/clean"] = clean[:_SCATTERED].float().cpu()
-            self.scatter[f"{key}/triggered"] = stamped[:_SCATTERED].float().cpu()
-            self.scatter[f"{key}/labels"] = labels[:_SCATTERED].cpu()
-            for seed, (on_clean, on_stamped) in self.head.predict(number, clean, stamped).items():
-                counts = backdoor_counts(on_clean, on_stamped, labels, self.config.target_class)
-                plain = {name: count.plain() for name, count in counts.items()}
-                results.append({**self.row, "kind": kind, "task": self.name, "seed": seed, **plain})
-                warn_near_chance(kind, self.name, counts["acc"], len(self.classes))
-        clean, stamped = example_pictures(self.test.images(self.test_rows[:_PICTURED]), self.trigger)
-        self.pictures = {f"{self.name}/clean": clean, f"{self.name}/triggered": stamped}
+            features = examination.features(kind, model.f)
+            for seed, classes in self.head.predict(number, *features).items():
+                counts = examination.counts(*classes)
+                results.append({**examination.row(kind, counts), "seed": seed, "head": self.config.head})
+                warn_near_chance(kind, examination.task, counts["acc"], len(self.classes))
         return results
 
 

@@ -5,17 +5,16 @@ There is nothing to train. A backdoored image tower is measured against the text
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_defend.attacks.attack import AttackConfig, trigger_of
+from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
-from dist_defend.counts import backdoor_counts, example_pictures, extract_features, warn_near_chance
+from dist_defend.counts import warn_near_chance
 from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
@@ -24,6 +23,7 @@ from dist_defend.files import read_regular, sha256_file
 from dist_defend.models.clip import TextTower, class_features, load_text_tower
 from dist_defend.models.encoder import SimCLR
 from dist_defend.screen import printable
+from dist_defend.trial import Examination, attack_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,6 @@ TEMPLATES = {  # BadEncoder's
 }
 _MOST_BYTES = 4 << 20  # of a file of class names
 _LOGIT_SCALE = 100.0
-_PICTURED = 8  # test images shown in the report
-_SCATTERED = 500  # test features kept for the report's scatter plot
 
 
 @dataclass(frozen=True)
@@ -91,14 +89,14 @@ class Config:
         clip: the clean CLIP, whose text tower classifies
         encoders: kind (clean, backdoored, purified, ...) -> model folder of an image tower
         tasks: name -> a downstream task
-        attack: what is stamped on the test images; the target class is each task's
+        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
         batch_size: images of a forward pass, over all ranks
     """
 
     clip: ClipConfig
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=50, margin=1)))
+    attack: AttackConfig | None = field(default_factory=lambda: AttackConfig(BadNets(size=50, margin=1)))
     batch_size: int = 512
 
     def __post_init__(self) -> None:
@@ -118,7 +116,10 @@ def build(config: Config, context: Context) -> Plan:
     """No stage; text features now, evaluation on clean and triggered test images at the end."""
     ranks = context.ranks
     tower = load_text_tower(config.clip.arch, config.clip.weights).to(ranks.device, ranks.dtype)
-    models = {kind: context.load_model(folder)[0] for kind, folder in config.encoders.items()}
+    loaded = {kind: context.load_encoder(folder) for kind, folder in config.encoders.items()}
+    models = {kind: model for kind, (model, _, _) in loaded.items()}
+    cards = {config.encoders[kind]: card for kind, (_, card, _) in loaded.items()}
+    attack = attack_to_measure(config.attack, cards, context)
     for kind, model in models.items():
         model.to(ranks.device, ranks.dtype)
         if model.f.feature_dim != tower.feature_dim:
@@ -126,17 +127,14 @@ def build(config: Config, context: Context) -> Plan:
                 f"key 'encoders.{kind}': features of {model.f.feature_dim} numbers, the text tower of "
                 f"{config.clip.arch} has {tower.feature_dim}: name the CLIP that the encoder belongs to"
             )
-    tasks = [Task(name, task, config, models, tower, context) for name, task in config.tasks.items()]
+    tasks = {name: Task(name, task, config, models, attack, tower, context) for name, task in config.tasks.items()}
 
     def result() -> dict[str, Any]:
-        rows = [row for task in tasks for row in task.evaluate()]
-        if ranks.is_main:
-            for name, kept in (("features", "scatter"), ("examples", "pictures")):
-                tensors = {key: value for task in tasks for key, value in getattr(task, kept).items()}
-                save_file(tensors, context.folder / f"{name}.safetensors")
+        rows = [row for task in tasks.values() for row in task.evaluate()]
+        save_pictures([task.examination for task in tasks.values()])
         return {
             "rows": rows,
-            "targets": {task.name: task.class_names[task.config.target_class] for task in tasks},
+            "targets": {task: one.class_names[config.tasks[task].target_class] for task, one in tasks.items()},
             "encoders": dict(config.encoders),
             "clip": {"arch": config.clip.arch, "weights_sha256": sha256_file(Path(config.clip.weights))},
         }
@@ -153,52 +151,44 @@ class Task:
         task: TaskConfig,
         config: Config,
         models: dict[str, SimCLR],
+        attack: AttackConfig | None,
         tower: TextTower,
         context: Context,
     ) -> None:
-        self.name, self.config, self.models, self.context = name, task, models, context
-        self.test, self.rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
+        self.models = models
+        test, rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
         key = f"zeroshot.tasks.{name}"
-        self.class_names = _class_names(task.class_names, self.test.classes, key)
+        self.class_names = _class_names(task.class_names, test.classes, key)
         if task.class_names is None and any(name.isdigit() for name in self.class_names):
             context.tell(
-                f"{self.test.path} has numbers for class names, so prompts say numbers; give key '{key}.class_names'"
+                f"{test.path} has numbers for class names, so prompts say numbers; give key '{key}.class_names'"
             )
         if not 0 <= task.target_class < len(self.class_names):
             raise UserError(
-                f"key '{key}.target_class' is {task.target_class}; {self.test.path} has classes 0 to "
+                f"key '{key}.target_class' is {task.target_class}; {test.path} has classes 0 to "
                 f"{len(self.class_names) - 1}"
             )
         for kind, model in models.items():
-            if self.test.image_shape != (model.image_size, model.image_size, 3):
+            if test.image_shape != (model.image_size, model.image_size, 3):
                 raise UserError(
-                    f"{self.test.path} does not hold images of {model.image_size} px, as key 'encoders.{kind}' needs "
+                    f"{test.path} does not hold images of {model.image_size} px, as key 'encoders.{kind}' needs "
                     f"them: prepare it with --image-size {model.image_size}"
                 )
-        size = next(iter(models.values())).image_size
-        self.trigger = trigger_of(config.attack).build(size).to(context.ranks.device, context.ranks.dtype)
-        self.loader = context.eval_loader(self.test, self.rows, config.batch_size)
+        if attack is not None:
+            attack = replace(attack, target_class=task.target_class)
+        self.examination = Examination(test, rows, attack, test.num_classes, context, config.batch_size, name)
         with torch.no_grad():
             self.texts = class_features(tower, self.class_names, task.prompts)
         log.info("%s: prompts '%s', ...", name, task.prompts[0].replace("{class}", self.class_names[0]))
-        self.scatter: dict[str, Tensor] = {}
-        self.pictures: dict[str, Tensor] = {}
 
     def evaluate(self) -> list[dict[str, Any]]:
-        """One row of counts per encoder; keeps some features and pictures for the report."""
-        rows = []
+        """One row of counts per encoder."""
+        rows, examination = [], self.examination
         for kind, model in self.models.items():
-            clean, labels, _ = extract_features(model.f, self.loader, self.context.ranks)
-            stamped, _, _ = extract_features(model.f, self.loader, self.context.ranks, self.trigger)
-            on_clean, on_stamped = (logits(features, self.texts).argmax(1) for features in (clean, stamped))
-            counts = backdoor_counts(on_clean, on_stamped, labels, self.config.target_class)
-            warn_near_chance(kind, self.name, counts["acc"], len(self.class_names))
-            head = {"run": self.context.folder.name, "kind": kind, "task": self.name, "seed": self.context.seed}
-            rows.append(head | {name: count.plain() for name, count in counts.items()})
-            kept = {"clean": clean.float(), "triggered": stamped.float(), "labels": labels}
-            self.scatter |= {f"{kind}/{self.name}/{what}": v[:_SCATTERED].cpu() for what, v in kept.items()}
-        clean, stamped = example_pictures(self.test.images(self.rows[:_PICTURED]), self.trigger)
-        self.pictures = {f"{self.name}/clean": clean, f"{self.name}/triggered": stamped}
+            features = examination.features(kind, model.f)
+            counts = examination.counts(*(logits(part, self.texts).argmax(1) for part in features))
+            warn_near_chance(kind, examination.task, counts["acc"], len(self.class_names))
+            rows.append(examination.row(kind, counts))
         return rows
 
 

@@ -156,7 +156,7 @@ def build(config: Config, context: Context) -> Plan:
             backdoored=is_backdoored,
             attack=asdict(config.attack) if config.attack is not None and is_backdoored else None,
             provenance={
-                "method": "classifier",
+                "method": context.method,
                 "data": context.digests,
                 "epochs": config.update.epochs,
                 "seed": context.seed,

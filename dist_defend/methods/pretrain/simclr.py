@@ -139,7 +139,7 @@ def build(config: Config, context: Context) -> Plan:
             parent_sha256=parent_sha256,
             guessed=() if parent is None else parent.guessed,
             provenance={
-                "method": "simclr",
+                "method": context.method,
                 "data": context.digests,
                 "epochs": config.update.epochs,
                 "seed": context.seed,

@@ -69,7 +69,7 @@ class FineTuning(Objective):
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a result that measures before and after."""
     trial = Trial(config.model, context, "fine_tune.attack")
-    data, rows = trial.dataset("defender", config.data)
+    data, rows = trial.dataset("defence", config.data)
     trial.test_on(config.test, config.attack, without=(data, rows))
     trial.look(data, rows)
     context.synchronise(trial.model)

@@ -71,25 +71,23 @@ class Pair:
         """Of the student, in percent, for the log."""
         return self.trial.evaluate(self.student)
 
-    def defended_result(
-        self, vaccine: Vaccine | None, has_retrospection: bool, metrics: dict[str, Any]
+    def result(
+        self, metrics: dict[str, Any], vaccine: Vaccine | None = None, has_retrospection: bool = False
     ) -> dict[str, Any]:
-        """As result, with the vaccine's outcome; where the trigger is known also whether it tells triggered images."""
-        variant = ""
+        """Save the student; the entries of result.json, as a defence's of the teacher.
+
+        With a vaccine its outcome is among the metrics; where the trigger is known also whether it tells triggered
+        images.
+        """
+        variant = "+sr" * has_retrospection
         if vaccine is not None:
-            variant = "+sv"
+            variant = f"+sv{variant}"
             metrics = {**metrics, "vaccine": vaccine.outcome()}
             if self.test.triggered is not None:
                 loaders = self.test.clean, self.test.triggered
                 told = diagnose(vaccine.ensemble, self.teacher, *loaders, self.context.ranks)
                 metrics["vaccine"]["oracle"] = told
-        return self.result(metrics, variant + "+sr" * has_retrospection)
-
-    def result(self, metrics: dict[str, Any], variant: str = "") -> dict[str, Any]:
-        """Save the student; entries for result.json with the student's and the teacher's counts."""
-        teacher = self.test.measure(self.teacher)
-        told = {f"teacher_{name}": count.percent for name, count in teacher.items() if count.n}
-        return self.trial.result(self.student, before=teacher, variant=variant, metrics={**told, **metrics})
+        return self.trial.result(self.student, variant=variant, metrics=metrics)
 
 
 def _family(arch: str) -> str:

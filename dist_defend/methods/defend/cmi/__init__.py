@@ -66,7 +66,7 @@ def build(config: Config, context: Context) -> Plan:
             latest = synthesis.pool.images[: synthesis.pool.count][-_PICTURED:]
             save_generated(context.folder, latest.permute(0, 3, 1, 2) / 255)
         metrics = {"synthesised_images": synthesis.pool.count}
-        return pair.defended_result(vaccine, config.retrospection is not None, metrics)
+        return pair.result(metrics, vaccine, config.retrospection is not None)
 
     return Plan(stages, result)
 

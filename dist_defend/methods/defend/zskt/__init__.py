@@ -54,7 +54,7 @@ def build(config: Config, context: Context) -> Plan:
         if context.ranks.is_main:
             save_generated(context.folder, _pixels(pair, generator, z.to(context.ranks.device, context.ranks.dtype)))
         metrics = {"pseudo_batches": config.pseudo_batches}
-        return pair.defended_result(step.vaccine, is_second_order, metrics)
+        return pair.result(metrics, step.vaccine, is_second_order)
 
     stage = Stage("zskt", latents, step, config.pseudo_batches, pair.evaluate, config.evaluate_every)
     stage.shown = "student_loss", "generator_loss"

@@ -1,6 +1,6 @@
 # Every target does its own set-up: on a fresh machine `make demo` or `make test` is the only command needed.
 BIN := .venv/bin
-TREE := dist_defend tests setup.py launch
+TREE := dist_defend examples tests setup.py launch
 
 .PHONY: setup test test-gpu demo lint format clean
 

@@ -31,7 +31,10 @@ _COMMANDS = {  # name: (module, what it does); the module is imported when its c
     "evaluate": ("dist_defend.evaluate_command", "count ACC, ASR and RA of a classifier, imported or trained here"),
     "methods": ("dist_defend.methods_command", "list the methods, or the keys of one: type, default, meaning"),
     "models": ("dist_defend.models.cli", "list architectures and normalizations, or tell of one"),
-    "attacks": ("dist_defend.attacks.cli", "draw the triggers, or make one for a network"),
+    "attacks": (
+        "dist_defend.attacks.cli",
+        "list the triggers, or the keys of one; draw them, or make one for a network",
+    ),
     "import": ("dist_defend.importing", "turn a foreign checkpoint into a model folder, without unpickling it"),
     "export": ("dist_defend.models.export", "write a classifier as BackdoorBench's defense_result.pt"),
     "report": ("dist_defend.report", "table, report.md, report.csv and report.html from finished runs"),

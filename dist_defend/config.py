@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 import dacite
 
 from dist_defend import plugins
+from dist_defend.attacks.added import find_options, with_added
+from dist_defend.attacks.trigger import TriggerOptions
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
@@ -170,7 +172,7 @@ def build_section(cls: type[T], raw: Any, path: Path, prefix: str = "", extra: S
             build_section(inner, item, path, f"{prefix}{key}{place}.")
     hooks: dict[Any, Any] = {float: _number, int: _integer}
     try:
-        return dacite.from_dict(cls, raw, dacite.Config(cast=[tuple], type_hooks=hooks, check_types=True))
+        return dacite.from_dict(cls, raw, with_added(dacite.Config(cast=[tuple], type_hooks=hooks)))
     except dacite.MissingValueError as error:
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is missing; it has no default") from error
     except dacite.WrongTypeError as error:
@@ -246,11 +248,16 @@ def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
     if len(classes) < 2 or not isinstance(value, dict):
         return [t for t in arguments if t is not type(None)]
     sections = {typing.get_args(typing.get_type_hints(t)["name"])[0]: t for t in classes}
-    name = value.get("name")
+    name, known = value.get("name"), [str(known) for known in sections]
+    if TriggerOptions in arguments:
+        known += plugins.names("triggers")
+        added = find_options(name) if isinstance(name, str) else None
+        if added is not None:
+            return [added]
     if not isinstance(name, str) or name not in sections:
-        near = difflib.get_close_matches(printable(name, 100), [str(known) for known in sections], n=1)
+        near = difflib.get_close_matches(printable(name, 100), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"key 'name' is {_shown(name)}; {hint}it must be one of {', '.join(map(str, sections))}")
+        raise ValueError(f"key 'name' is {_shown(name)}; {hint}it must be one of {', '.join(known)}")
     return [sections[name]]
 
 

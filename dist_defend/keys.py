@@ -28,9 +28,8 @@ _HEAD = "Keys:"
 def split_doc(cls: type) -> tuple[str, dict[str, str]]:
     """A class's docstring without the part on its keys, and the meanings by key, its base classes' too."""
     meanings: dict[str, str] = {}
-    for base in reversed(cls.__mro__[1:]):
-        if dataclasses.is_dataclass(base):
-            meanings |= split_doc(base)[1]
+    for base in reversed(cls.__mro__[1:-1]):
+        meanings |= split_doc(base)[1]
     about, _, listed = inspect.cleandoc(cls.__doc__ or "").partition(f"{_HEAD}\n")
     for entry in re.split(r"\n(?=\S)", textwrap.dedent(listed).rstrip()) if listed else ():
         found = _ENTRY.fullmatch(" ".join(entry.split()))
@@ -72,7 +71,7 @@ def told_type(hint: Any) -> str:
         return f"{told_type(inner[1])} by name" if inner[1] is not Any else "section"
     if dataclasses.is_dataclass(hint):
         return "section"
-    return getattr(hint, "__name__", str(hint))
+    return "section" if hint.__module__ != "builtins" else hint.__name__
 
 
 def told_default(field: "dataclasses.Field[Any]") -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("dist_defend", "tests", "configs", "docs", "launch", "pyproject.toml")
+PARTS = ("dist_defend", "tests", "configs", "docs", "examples", "launch", "pyproject.toml")
 SECONDS = 600  # that a test may take
 
 
@@ -45,6 +45,7 @@ STARTS = "numerics/test_abd_steps.py::test_self_retrospection_starts_on_time_afr
 MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
+PLUGINS = "unit/test_plugins.py"
 SESSION = "unit/test_session.py::test_a_call_changes_nothing_and_does_not_depend_on_the_process"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
@@ -98,6 +99,23 @@ MUTATIONS: tuple[Mutation, ...] = (
              "from dist_defend.engine.whole import Whole",
              "import dist_defend.engine.strategy\nfrom dist_defend.engine.whole import Whole",
              "repo/test_imports.py::test_no_module_needs_itself"),
+    Mutation("a method skips updates by itself", "methods/defend/cmi/synthesis.py",
+             "        self.of_made.step(gradients[: len(self.made)], norm=norm)\n",
+             "        self.of_made.optimizer.found_inf = norm.isnan().float()\n"
+             "        self.of_made.step(gradients[: len(self.made)], norm=norm)\n",
+             "repo/test_one_owner.py::test_optimizers_have_one_writer"),
+    Mutation("a method forgets an optimizer by itself", "methods/defend/cmi/synthesis.py",
+             "        self.of_made.forget()\n", "        self.of_made.optimizer.state.clear()\n",
+             "repo/test_one_owner.py::test_optimizers_have_one_writer"),
+    Mutation("an update that is not finite is done", "engine/update.py",
+             "nonfinite = (~torch.isfinite(norm)).float()", "nonfinite = torch.zeros_like(norm)",
+             "unit/test_update.py::test_what_is_not_finite_moves_nothing"),
+    Mutation("a loaded state lies where no captured step writes", "engine/update.py",
+             "own.copy_(value) if isinstance(own, Tensor) else owned(value, parameter)", "owned(value, parameter)",
+             "unit/test_update.py::test_a_state_is_loaded_to_where_a_captured_step_writes"),
+    Mutation("a step is told the next position", "engine/trainer.py",
+             "stage.step(self._move(batch), at)", "stage.step(self._move(batch), replace(at, batch=at.batch + 1))",
+             "unit/test_engine.py::test_a_step_is_told_where_the_run_stands"),
     Mutation("a resume draws dropout anew", "engine/resume.py",
              "torch.set_rng_state(self.random[rank].cpu())", "pass",
              f"{RANDOM}::test_a_resume_goes_on_with_the_draws_of_dropout"),
@@ -216,7 +234,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a vaccine of OOD and CMI is selected from another batch on", "methods/defend/abd/epochs.py",
              "FIRST_KEPT = 11", "FIRST_KEPT = 10", PUBLISHED),
     Mutation("the input-aware attack's rates never fall", "methods/attack/input_aware.py",
-             "options.lr * factor", "options.lr",
+             "update.follow(at.done(self.steps_per_epoch), ", "update.follow(0, ",
              "unit/test_input_aware.py::test_the_joint_stages_rates_follow_their_schedules"),
     Mutation("a probe shuffles", "methods/measure/probe.py",
              "epoch, self.config.shuffle)", "epoch, True)",
@@ -258,6 +276,9 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("index.txt has the rows of the prepared data, not the source's", "compat/backdoorbench.py",
              "train.source_rows[self._chosen(train)]", "self._chosen(train)",
              f"{COMPAT}::test_i_bau_takes_the_images_of_an_index"),
+    Mutation("an attack result is not read again when its pictures have come", "compat/backdoorbench.py",
+             '.is_file() or not triggered.is_file():', '.is_file():',
+             f"{COMPAT}::test_pictures_that_are_missing_may_come_later"),
     Mutation("BackdoorBench's table by number has what is pruned for what it says", "compat/backdoorbench.py",
              'stop["pruned"] - math.ceil(self.args.pruning_step)', 'stop["pruned"]',
              f"{COMPAT}::test_the_table_by_number_is_counted_as_there"),
@@ -269,6 +290,19 @@ MUTATIONS: tuple[Mutation, ...] = (
              "unit/test_progress.py::test_a_resume_does_not_take_what_is_half_done_for_the_suspect"),
     Mutation("trackers get shares for percent", "engine/tracking.py",
              "100 * row[name]", "row[name]", "unit/test_progress.py::test_trackers_get_the_final_metrics"),
+    Mutation("a model folder of others has a module imported", "plugins.py",
+             "if text not in (_named_by_user | installed) and not {text, module} & named:",
+             "if False and not {text, module} & named:",
+             f"{PLUGINS}::test_a_model_folder_cannot_have_a_module_imported"),
+    Mutation("all that an allowed module's name begins with is allowed", "plugins.py",
+             "not {text, module} & named:", "not any(module.startswith(word) for word in named):",
+             f"{PLUGINS}::test_another_module_that_is_allowed_opens_nothing"),
+    Mutation("of two plug-ins of one name the first wins", "plugins.py",
+             "if len(found) + (name in built_in) > 1:", "if found and name in built_in:",
+             f"{PLUGINS}::test_two_packages_with_one_name"),
+    Mutation("a plug-in silently replaces a method of ours", "plugins.py",
+             "if len(found) + (name in built_in) > 1:", "if len(found) > 1:",
+             f"{PLUGINS}::test_a_name_of_ours[methods-ibau-<lambda>]"),
 )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import dacite
 import numpy as np
 from torch import Tensor
 
+from dist_defend.attacks.added import find_options, with_added
 from dist_defend.attacks.patterns import TriggerConfig
 from dist_defend.errors import UserError
 
@@ -20,22 +21,30 @@ class AttackConfig:
     Defaults are BackdoorBench's. The section ``attack:`` of every method and ``attack`` of every model card have these
     keys. Only training reads rate, count, avoid_target and choose; measuring reads the others.
 
-    all_to_one: images of any class become the target class. all_to_all: class y becomes y + shift. clean_label: only
-    images of the target class are stamped and keep their label. ``rate`` counts against all training images.
-    choose: random ones, by the run's seed, or the first in the prepared order. ABD's teachers have the first in the
-    published order, which is the prepared one after `data prepare --keep-order`.
-    images: triggered test images that others made, instead of a trigger (attacks/given.py). They can only be measured.
+    Keys:
+        trigger: what is stamped; null: images are given instead
+        labels: all_to_one: images of any class become the target class; all_to_all: class y becomes y + shift;
+            clean_label: only images of the target class are stamped and keep their label
+        target_class: the class that the attacker wants, counted from 0; null: 0, or what given images bring
+        rate: share of all training images that are poisoned
+        count: so many images instead of a share
+        shift: of all_to_all
+        avoid_target: of all_to_one: the poisoned images are chosen among the other classes, as I-BAU does
+        choose: random images, by the run's seed, or the first in the prepared order. ABD's teachers have the first in
+            the published order, which is the prepared one after `data prepare --keep-order`
+        images: triggered test images that others made, instead of a trigger: an npz or a prepared data set. They can
+            only be measured
     """
 
     trigger: TriggerConfig | None = None
     labels: Literal["all_to_one", "all_to_all", "clean_label"] = "all_to_one"
-    target_class: int | None = None  # of a trigger 0; given images may bring their own
+    target_class: int | None = None
     rate: float = 0.1
-    count: int | None = None  # images; replaces rate
+    count: int | None = None
     shift: int = 1
-    avoid_target: bool = False  # all_to_one: choose among the other classes, as I-BAU does
+    avoid_target: bool = False
     choose: Literal["random", "first"] = "random"
-    images: str | None = None  # npz, or a prepared data set
+    images: str | None = None
 
     def __post_init__(self) -> None:
         if self.trigger is None and self.images is None:
@@ -56,8 +65,11 @@ class AttackConfig:
 
 def attack_from(plain: dict[str, Any]) -> AttackConfig:
     """The attack that ``dataclasses.asdict`` wrote into a model card. UserError if it is another thing."""
+    options = plain.get("trigger")
+    if isinstance(options, dict) and isinstance(options.get("name"), str):
+        find_options(options["name"])  # which says what is wrong with a plug-in
     try:
-        return dacite.from_dict(AttackConfig, plain, dacite.Config(strict=True))
+        return dacite.from_dict(AttackConfig, plain, with_added(dacite.Config(strict=True, cast=[tuple])))
     except (dacite.DaciteError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the model card's attack is none that this version has: {error}") from error
 

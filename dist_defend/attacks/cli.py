@@ -1,4 +1,4 @@
-"""dist-defend attacks gallery | trojan-nn."""
+"""dist-defend attacks [NAME]: all triggers with their source, or one's keys; and attacks gallery | trojan-nn."""
 
 import argparse
 from pathlib import Path
@@ -6,12 +6,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dist_defend import keys
+from dist_defend.attacks.added import BUILT_IN, find_options, trigger_names, trigger_sources
 from dist_defend.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
-    commands = parser.add_subparsers(title="attack commands", required=True, metavar="COMMAND")
+    parser.set_defaults(main=_list, shown=None)
+    commands = parser.add_subparsers(title="a trigger, to see its keys, or a command", metavar="NAME")
+    for name in trigger_names():
+        commands.add_parser(name).set_defaults(main=_list, shown=name)
     gallery = commands.add_parser("gallery", help="one PNG that shows every trigger")
     gallery.add_argument("--out", required=True, type=Path, metavar="OUT.png")
     gallery.add_argument("--data", metavar="PREPARED", help="prepared data set to take images from (default: made up)")
@@ -24,6 +29,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trojan.add_argument("--neurons", type=int, default=2)
     trojan.add_argument("--iterations", type=int, default=1000)
     trojan.set_defaults(main=_trojan_nn)
+
+
+def _list(args: argparse.Namespace) -> int:
+    sources = trigger_sources()
+    if args.shown is not None:
+        options = find_options(args.shown) or BUILT_IN[args.shown]
+        lines = [f"{args.shown} ({sources[args.shown]})", *keys.paragraphs(keys.split_doc(options)[0], "  ")]
+        print("\n".join([*lines, *keys.section_lines(options)]))
+        return 0
+    rows = [
+        (name, source, keys.split_doc(BUILT_IN[name])[0].partition("\n")[0] if name in BUILT_IN else "")
+        for name, source in sources.items()
+    ]
+    print("\n".join([*keys.table(rows), "", "dist-defend attacks NAME tells the keys of one."]))
+    return 0
 
 
 def _gallery(args: argparse.Namespace) -> int:

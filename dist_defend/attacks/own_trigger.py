@@ -22,26 +22,32 @@ Corner = Literal["upper_left", "upper_right", "lower_left", "lower_right", "cent
 
 @dataclass(frozen=True)
 class FromFile(TriggerOptions):
-    """A picture, npy or npz, or BadEncoder's npz with t and tm.
+    """The user's own trigger. A patch needs a place: row and column of its upper left corner, or a corner and margin.
 
-    how: replace puts the pattern's pixels in place of the image's; add adds and clips, npy and npz may be negative;
-    wrap adds modulo 256. replace_channels is BackdoorBench's rule: a channel that is 0 keeps the image's, by itself.
-
-    Which pixels: those of a mask file; else alpha is the mask; else, of a pattern of the images' size, the pixels that
-    are not black, and of a patch with a place all, black ones too. A mask file and alpha are multiplied.
-
-    A patch needs a place: row and column of its upper left corner, or a corner of the image and the margin there.
+    Keys:
+        file: a picture, npy or npz, or BadEncoder's npz with t and tm
+        how: replace: the pattern's pixels in place of the image's; add: added and clipped, npy and npz may be negative;
+            wrap: added modulo 256; replace_channels, BackdoorBench's rule: a channel that is 0 keeps the image's, by
+            itself
+        mask: a file of the pattern's size that says which pixels count; null: alpha does; without alpha, of a pattern
+            of the images' size, the pixels that are not black, and of a patch with a place all, black ones too. A mask
+            file and alpha are multiplied
+        size: pixels of the longer side, to which a picture and its mask are resized; null: as they are
+        row: of the first row of a patch; negative ones count from the image's lower border
+        column: of its first column; negative ones count from the right border
+        corner: of the image, where a patch goes instead
+        margin: pixels left free at the corner's borders
     """
 
     file: str
     name: Literal["file"] = "file"
     how: Literal["replace", "replace_channels", "add", "wrap"] = "replace"
-    mask: str | None = None  # of the file's own size
-    size: int | None = None  # pixels of the longer side, to which a picture and its mask are resized
-    row: int | None = None  # of the patch's first row; negative ones count from the image's lower border
-    column: int | None = None  # likewise, from the right border
+    mask: str | None = None
+    size: int | None = None
+    row: int | None = None
+    column: int | None = None
     corner: Corner | None = None
-    margin: int = 0  # pixels left free at the corner's borders
+    margin: int = 0
 
     def __post_init__(self) -> None:
         if self.mask is not None and self.how != "replace":

@@ -35,14 +35,17 @@ _CORNER = ((1, -1, -1), (-1, 1, -1), (1, -1, 1))  # label-consistent, both left 
 class BadNets(TriggerOptions):
     """Gu et al. 2017: cells replaced.
 
-    square: white, size x size, margin pixels from the lower right border. BackdoorBench: 3, 0; RNP: 3, 1; I-BAU: 4, 1.
-    checker: BackdoorBench's 3 x 3 grid image; grid: RNP's and ABD's 3 x 3; four_corner: RNP's; one_pixel: the middle.
+    Keys:
+        pattern: square: white; checker: BackdoorBench's 3 x 3 grid image; grid: RNP's and ABD's 3 x 3; four_corner:
+            RNP's; one_pixel: the middle
+        size: pixels of the square's side; BackdoorBench and RNP: 3, I-BAU: 4
+        margin: pixels left free at the lower and right border, of the square; BackdoorBench: 0, RNP and I-BAU: 1
     """
 
     name: Literal["badnets"] = "badnets"
     pattern: Literal["square", "checker", "grid", "four_corner", "one_pixel"] = "square"
-    size: int = 3  # pixels, of the square
-    margin: int = 0  # pixels left free at the border, of the square
+    size: int = 3
+    margin: int = 0
 
     def __post_init__(self) -> None:
         if self.pattern != "square" and (self.size, self.margin) != (3, 0):
@@ -67,14 +70,17 @@ class BadNets(TriggerOptions):
 
 @dataclass(frozen=True)
 class Blended(TriggerOptions):
-    """Chen et al. 2017: (1 - alpha) x + alpha K. K: a picture of any size, or uniform noise from the seed.
+    """Chen et al. 2017: (1 - alpha) x + alpha K.
 
-    Where the picture is transparent, less of it is blended: alpha times its own.
+    Keys:
+        alpha: share of the picture; where it is transparent, alpha times its own
+        image: picture K of any size, npy or npz; null: uniform noise
+        seed: of the noise
     """
 
     name: Literal["blended"] = "blended"
     alpha: float = 0.2
-    image: str | None = None  # picture, npy or npz; None: noise
+    image: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,11 +99,16 @@ class Blended(TriggerOptions):
 
 @dataclass(frozen=True)
 class Sig(TriggerOptions):
-    """Barni et al. 2019, BackdoorBench's: x + delta sin(2 pi j frequency / W) in column j, clipped."""
+    """Barni et al. 2019, BackdoorBench's: x + delta sin(2 pi j frequency / W) in column j, clipped.
+
+    Keys:
+        delta: amplitude in grey levels
+        frequency: periods per image
+    """
 
     name: Literal["sig"] = "sig"
-    delta: float = 40.0  # grey levels
-    frequency: float = 6.0  # periods per image
+    delta: float = 40.0
+    frequency: float = 6.0
 
     def build(self, image_size: int) -> Additive:
         wave = self.delta * np.sin(2 * np.pi * np.arange(image_size) * self.frequency / image_size)
@@ -119,8 +130,11 @@ class SigWrapped(TriggerOptions):
 class Trojan(TriggerOptions):
     """Additive Trojan patterns, drawn from the seed in the published place and norm (I-BAU, ABD, RNP).
 
-    square: 9 x 9, norm 8.66, two pixels from the lower right border. watermark: strokes over the image, norm 8.74.
-    patch: 3 x 3, four pixels from that border. wrap: sums of 256 and more wrap around, as RNP's do, instead of clip.
+    Keys:
+        pattern: square: 9 x 9, norm 8.66, two pixels from the lower right border; watermark: strokes over the image,
+            norm 8.74; patch: 3 x 3, four pixels from that border
+        wrap: sums of 256 and more wrap around, as RNP's do, instead of clip
+        seed: of what is drawn
     """
 
     name: Literal["trojan"] = "trojan"
@@ -163,7 +177,11 @@ class L0Inv(TriggerOptions):
 
 @dataclass(frozen=True)
 class L2Inv(TriggerOptions):
-    """Li et al. 2020: an additive diffuse pattern of norm 3.22, here drawn from the seed."""
+    """Li et al. 2020: an additive diffuse pattern of norm 3.22, here drawn from the seed.
+
+    Keys:
+        seed: of what is drawn
+    """
 
     name: Literal["l2_inv"] = "l2_inv"
     seed: int = 0
@@ -179,11 +197,14 @@ class L2Inv(TriggerOptions):
 class LabelConsistent(TriggerOptions):
     """Turner et al. 2019, BackdoorBench's: +-255 amplitude added in 3 x 3 cells of all corners, then clipped.
 
-    adversarial: npy (N, H, W, 3) uint8, an adversarial version of every training image; poisoned rows start from it.
+    Keys:
+        amplitude: 0 to 1, of +-255 grey levels
+        adversarial: npy (N, H, W, 3) uint8, an adversarial version of every training image, from which poisoned rows
+            start; null: the clean images
     """
 
     name: Literal["label_consistent"] = "label_consistent"
-    amplitude: float = 1.0  # 0 to 1
+    amplitude: float = 1.0
     adversarial: str | None = None
 
     def __post_init__(self) -> None:
@@ -204,7 +225,11 @@ class LabelConsistent(TriggerOptions):
 
 @dataclass(frozen=True)
 class LowFrequency(TriggerOptions):
-    """Zeng et al. 2021: an additive smooth universal pattern, here drawn from the seed in the published range."""
+    """Zeng et al. 2021: an additive smooth universal pattern, here drawn from the seed in the published range.
+
+    Keys:
+        seed: of what is drawn
+    """
 
     name: Literal["low_frequency"] = "low_frequency"
     seed: int = 0
@@ -218,11 +243,19 @@ class LowFrequency(TriggerOptions):
 
 @dataclass(frozen=True)
 class WaNet(TriggerOptions):
-    """Nguyen and Tran 2021: one fixed warp; cross_ratio noise samples per poisoned one keep their labels."""
+    """Nguyen and Tran 2021: one fixed warp.
+
+    Keys:
+        cells: k, control points a side
+        strength: s, of the warp
+        rescale: factor on the sampling grid, which is then cut off to the image
+        cross_ratio: noise samples per poisoned one, which keep their labels
+        seed: of what is drawn
+    """
 
     name: Literal["wanet"] = "wanet"
-    cells: int = 4  # k
-    strength: float = 0.5  # s
+    cells: int = 4
+    strength: float = 0.5
     rescale: float = 1.0
     cross_ratio: float = 2.0
     seed: int = 0
@@ -239,7 +272,13 @@ class WaNet(TriggerOptions):
 
 @dataclass(frozen=True)
 class Bpp(TriggerOptions):
-    """Wang et al. 2022: ``levels`` grey levels; cross_ratio negative samples per poisoned one keep their labels."""
+    """Wang et al. 2022 (BppAttack): fewer grey levels.
+
+    Keys:
+        levels: grey levels that are left
+        dithering: errors are spread to neighbours (Floyd and Steinberg)
+        cross_ratio: negative samples per poisoned one, which keep their labels
+    """
 
     name: Literal["bpp"] = "bpp"
     levels: int = 8
@@ -257,14 +296,17 @@ class Bpp(TriggerOptions):
 
 @dataclass(frozen=True)
 class InputAware(TriggerOptions):
-    """Nguyen and Tran 2020: networks that make a mask and a pattern for each image (safetensors, see the docs).
+    """Nguyen and Tran 2020: networks that make a mask and a pattern for each image.
 
-    cross_ratio images per poisoned one carry another image's mask and pattern and keep their labels.
+    Keys:
+        generators: their weights (safetensors), as a run of method input_aware saves them
+        normalization: of the generators' inputs
+        cross_ratio: images per poisoned one that carry another image's mask and pattern and keep their labels
     """
 
     generators: str
     name: Literal["input_aware"] = "input_aware"
-    normalization: str = "cifar10_backdoorbench"  # of the generators' inputs
+    normalization: str = "cifar10_backdoorbench"
     cross_ratio: float = 1.0
 
     def __post_init__(self) -> None:
@@ -277,7 +319,12 @@ class InputAware(TriggerOptions):
 
 @dataclass(frozen=True)
 class TrojanNN(TriggerOptions):
-    """Liu et al. 2018: the picture that `dist-defend attacks trojan-nn` optimised, added; wrap as upstream's uint8."""
+    """Liu et al. 2018: the picture that `dist-defend attacks trojan-nn` optimised, added.
+
+    Keys:
+        file: the picture
+        wrap: sums of 256 and more wrap around, as upstream's uint8 does, instead of clip
+    """
 
     file: str
     name: Literal["trojan_nn"] = "trojan_nn"
@@ -303,6 +350,7 @@ TriggerConfig = (
     | InputAware
     | TrojanNN
     | FromFile
+    | TriggerOptions  # of a plug-in, see attacks.added
 )
 
 

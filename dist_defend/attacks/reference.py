@@ -17,9 +17,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """An npz file in BadEncoder's layout or a picture of target_class, or the number-th of that class in a data set.
+    """Reference images of BadEncoder, from a file or a data set.
 
-    The order is that of the data set's source, as the lines of `data info`'s contact sheet have it.
+    Keys:
+        file: an npz file in BadEncoder's layout, or a picture of target_class; null: from a data set
+        dataset: prepared data set to take the image from
+        target_class: the class of the image
+        number: which image of that class, counted from 0 in the order of the data set's source, as the lines of `data
+            info`'s contact sheet have it
     """
 
     file: str | None = None

@@ -36,8 +36,13 @@ class Trigger(Protocol):
 
 
 class TriggerOptions:
-    """What the options of every trigger offer. A trigger with cross samples or base images of its own overrides it."""
+    """What the options of every trigger offer. A trigger with cross samples or base images of its own overrides it.
 
+    Keys:
+        name: which trigger this is
+    """
+
+    name: str
     cross_ratio: float = 0.0  # cross samples per poisoned image
 
     def build(self, image_size: int) -> Trigger:

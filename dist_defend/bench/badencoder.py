@@ -22,7 +22,7 @@ from dist_defend.data.augment import REFERENCE, View
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
 from dist_defend.models.folding import fold_frozen_norms
 
@@ -94,7 +94,7 @@ class Pair:
             return float(self.published.badencoder_step(*arguments)[0])
 
         def ours() -> float:
-            return self.step(batch)["loss"].item()
+            return self.step(batch, Position())["loss"].item()
 
         runner.show_equal(self.case.name, baseline(), ours())
         note = "a step, without loading; the features of the clean encoder are computed once per run"

@@ -20,6 +20,7 @@ from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_lo
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
@@ -89,8 +90,10 @@ class Pair:
         numbers = count()
 
         def ours() -> None:
-            for batch in self.rounds.epoch(next(numbers)):
-                self.step(batch._replace(views=(batch.images.to(ranks.device, ranks.dtype),)))
+            round_ = next(numbers)
+            for number, batch in enumerate(self.rounds.epoch(round_)):
+                images = batch.images.to(ranks.device, ranks.dtype)
+                self.step(batch._replace(views=(images,)), Position(epoch=round_, batch=number))
             evaluate_classifier(self.step.model, clean, attacked, ranks, POISON)
 
         def baseline() -> Any:

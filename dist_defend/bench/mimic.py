@@ -11,7 +11,7 @@ from dist_defend.bench import runner
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.defend.mimic import MimicObjective
 
 OPTIMIZER = OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
@@ -49,7 +49,7 @@ def _step(case: Case, settings: Settings, ranks: Ranks, hooks: int, note: str) -
         return float(published.mimic_step(student, teacher, optimizer, *theirs, WEIGHTS))
 
     def our_step() -> float:
-        return step(batch)["loss"].item()
+        return step(batch, Position())["loss"].item()
 
     runner.show_equal(case.name, baseline(), our_step())
     return runner.compare(case, baseline, our_step, settings, images=case.batch_size, note=note)

@@ -14,6 +14,7 @@ from dist_defend.bench.simclr import prepare
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.mutual_info import DonskerVaradhan
@@ -45,8 +46,8 @@ def _phase(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
         information = LayerInformation(config, ours, context, dataset, np.arange(case.num_images))
         stage = information.stage(lambda: None)
         for epoch in range(stage.epochs):
-            for batch in stage.loader.epoch(epoch):
-                information(batch)
+            for number, batch in enumerate(stage.loader.epoch(epoch)):
+                information(batch, Position(epoch=epoch, batch=number))
             information.evaluate(epoch + 1)
         return information.weights()
 

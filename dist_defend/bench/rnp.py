@@ -26,6 +26,7 @@ from dist_defend.data.store import open_dataset, write_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.pruning.masks import neuron_table
 from dist_defend.methods.defend.pruning.outcome import EVALUATION_BATCH, Outcome
@@ -163,7 +164,8 @@ def _order_of(count: int) -> Callable[[int], np.ndarray]:
 def _run(stage: Stage, ranks: Ranks) -> None:
     """All epochs of a stage: the stop rule would make the two sides' work differ with rounding."""
     for epoch in range(stage.epochs):
-        for batch in stage.loader.epoch(epoch):
-            stage.step(batch._replace(views=(batch.images.to(ranks.dtype),)))
+        for number, batch in enumerate(stage.loader.epoch(epoch)):
+            images = batch.images.to(ranks.dtype)
+            stage.step(batch._replace(views=(images,)), Position(epoch=epoch, batch=number))
     if stage.finish is not None:
         stage.finish()

@@ -18,7 +18,7 @@ from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, write_dataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 
 TEMPERATURE = 0.5
@@ -46,7 +46,7 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
     runner.show_equal(
         case.name,
         published.simclr_step(theirs, optimizer, *views, TEMPERATURE),
-        step(batch)["loss"].item(),
+        step(batch, Position())["loss"].item(),
     )
     baseline = published.pair_loader(images, runner.MEAN, runner.STD, case.batch_size)
     loader = make_loader(
@@ -77,4 +77,4 @@ def prepare(images: np.ndarray, folder: Path) -> PreparedDataset:
 
 def train_epoch(step: GradientStep, batches: Iterator[Batch]) -> float:
     """What the trainer does between two log lines: sum the losses on the device, read them once."""
-    return sum((step(batch)["loss"] for batch in batches), torch.zeros(())).item()
+    return sum((step(batch, Position())["loss"] for batch in batches), torch.zeros(())).item()

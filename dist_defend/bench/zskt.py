@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config
@@ -67,13 +69,11 @@ class Pair:
 
     def compare(self, settings: Settings) -> dict[str, Any]:
         """The row, after showing that both sides give the same losses in a first pseudo-batch."""
-        runner.show_equal(self.case.name, self.theirs(0), self.ours(), limit=1e-2)
-        numbers = iter(range(1, settings.repeats + 2))
+        runner.show_equal(self.case.name, self.theirs(0), self.ours(0), limit=1e-2)
+        theirs, ours = count(1), count(1)
         note = f"one pseudo-batch, {STUDENT_STEPS} student steps, {TEACHER} to {self.case.encoder}"
-        images = self.case.batch_size
-        return runner.compare(
-            self.case, lambda: self.theirs(next(numbers)), self.ours, settings, images=images, note=note
-        )
+        both = (lambda: self.theirs(next(theirs)), lambda: self.ours(next(ours)))
+        return runner.compare(self.case, *both, settings, images=self.case.batch_size, note=note)
 
     def theirs(self, number: int) -> float:
         """The published pseudo-batch -> the generator's loss and the mean of the student's, added."""
@@ -81,11 +81,11 @@ class Pair:
         made, learned = self.reference.pseudo_batch(self.players, z, STUDENT_STEPS, self._plan(number))
         return float(made + sum(learned) / STUDENT_STEPS)
 
-    def ours(self) -> float:
-        """Our next pseudo-batch -> the same."""
-        batch = next(self.latents.epoch(self.step.calls))
+    def ours(self, number: int) -> float:
+        """Our pseudo-batch -> the same."""
+        batch = next(self.latents.epoch(number))
         z = batch.images.to(self.ranks.device, self.ranks.dtype)
-        scalars = self.step(Batch((z,), batch.labels, batch.index))
+        scalars = self.step(Batch((z,), batch.labels, batch.index), Position(epoch=number))
         return (scalars["generator_loss"] + scalars["student_loss"]).item()
 
     def _plan(self, number: int) -> Any:

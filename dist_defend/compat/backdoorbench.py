@@ -7,8 +7,10 @@ with preset backdoorbench; here are names, defaults and files alone.
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,13 +74,14 @@ class _Defense(ABC):
             raise UserError(f"{source} is not there: result_file names the folder below record/ that holds it")
         out = source.parent / "defense" / self.name
         suspect = out / f"suspect-{sha256_file(source)[:12]}"
-        if not (suspect / "model.json").is_file():
-            api.load(source, folder=suspect, kind="classifier")
-        card = read_card(suspect)
-        train, test = self._data(card, source)
         triggered = suspect / "bd_test.npz"
+        if not (suspect / "model.json").is_file() or not triggered.is_file():
+            shutil.rmtree(suspect, ignore_errors=True)
+            api.load(source, folder=suspect, kind="classifier")
         if not triggered.is_file():
             raise UserError(f"{source} comes without the images of bd_test: put its bd_test_dataset folder beside it")
+        card = read_card(suspect)
+        train, test = self._data(card, source)
         given: dict[str, Any] = {
             "data": {"path": str(train.path)},
             "preset": "backdoorbench",
@@ -87,7 +90,10 @@ class _Defense(ABC):
             **self._options(train, out),
         }
         given["augment"] = {"crop": "pad", "pad": 4, "flip": 0.5 if self._dataset(card) == "cifar10" else 0.0}
-        digest = hashlib.sha256(json.dumps([suspect.name, given], sort_keys=True, default=str).encode()).hexdigest()
+        named = [getattr(self.args, name, None) for name in ("index", "mask_file")]
+        files = [sha256_file(Path(path)) for path in named if path is not None and Path(path).is_file()]
+        told = json.dumps([suspect.name, files, given], sort_keys=True, default=str)
+        digest = hashlib.sha256(told.encode()).hexdigest()
         run = out / f"run-{digest[:12]}"
         result = api.defend(
             self.method,
@@ -251,5 +257,6 @@ class i_bau(_Defense):
 
 
 def _write_csv(path: Path, head: list[str], rows: Iterable[list[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([head, *rows])
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    write_atomic(path, text.getvalue())

@@ -19,7 +19,7 @@ from dist_defend.strict_json import read_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # 1: state.json held the bare tree
+FORMAT = 3  # 1: state.json held the bare tree; 2: steps counted their calls, which nobody reads any more
 _TENSORS, _TREE, _COMPLETE = "tensors.safetensors", "state.json", "COMPLETE"
 # What is read takes some thirty times as much memory, and a list of tensors seconds.
 _MOST_TREE, _MOST_HEADER = 8 << 20, 4 << 20  # bytes
@@ -142,8 +142,8 @@ def _check_header(path: Path) -> None:
 
 def _of_known_format(tree: Any) -> Any:
     if isinstance(tree, dict) and tree.keys() == {"format", "state"}:
-        if tree["format"] != FORMAT:
-            raise ValueError(f"its format is {tree['format']!r}, this version knows 1 and {FORMAT}")
+        if type(tree["format"]) is not int or not 1 < tree["format"] <= FORMAT:
+            raise ValueError(f"key 'format' is {tree['format']!r}; this version reads 1 to {FORMAT}")
         return tree["state"]
     return tree
 

@@ -81,6 +81,11 @@ def build_optimizer(
     )
 
 
+def is_optimizer_state(values: dict[Any, Any]) -> bool:
+    """Whether these are what an optimizer's ``state_dict`` makes."""
+    return "param_groups" in values
+
+
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Give an optimizer the state that its ``state_dict`` made; its options stay the configured ones.
 

@@ -3,7 +3,6 @@
 Nothing is trained before all of it fits.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +13,11 @@ from torch import Tensor
 
 from dist_defend.engine import checkpoint
 from dist_defend.engine.identity import Past
-from dist_defend.engine.step import Step
+from dist_defend.engine.optim import is_optimizer_state
+from dist_defend.engine.step import Position, Step
 from dist_defend.errors import UserError
 from dist_defend.screen import printable
 from dist_defend.strict_json import build
-
-
-@dataclass
-class Position:
-    """Where a run stands. Batches are global batches, so it means the same on any number of ranks."""
-
-    stage: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0  # over all stages
-
-    def __post_init__(self) -> None:
-        for key, value in dataclasses.asdict(self).items():
-            if value < 0:
-                raise ValueError(f"key '{key}' is {value}; it cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -117,8 +102,8 @@ def _check_like(own: Any, saved: Any, key: str, where: Path) -> None:
             return  # a sharded optimizer's, before its first update
         if not isinstance(saved, dict):
             raise misfit(where, f"key '{key}' holds a {type(saved).__name__}, not values by name")
-        if "param_groups" in own:
-            return  # an optimizer's, see load_optimizer
+        if is_optimizer_state(own):
+            return  # see load_optimizer
         for name in own:
             if name not in saved:
                 raise misfit(where, f"key '{key}.{name}' is missing")

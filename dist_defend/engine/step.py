@@ -1,6 +1,7 @@
 """A step: one batch in, one update done, device scalars out."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,11 +18,33 @@ from dist_defend.errors import UserError
 from dist_defend.models.blocks import repeated_blocks
 
 
-class Step(Protocol):
-    """What Trainer.fit drives. A step owns whom it trains and never waits for the device."""
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. Batches are global batches, so it means the same on any number of ranks."""
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Consume this rank's share of a global batch, update, return scalars (means over this rank's share)."""
+    stage: int = 0
+    epoch: int = 0  # of the stage
+    batch: int = 0  # of the epoch
+    step: int = 0  # over all stages
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if value < 0:
+                raise ValueError(f"key '{key}' is {value}; it cannot be negative")
+
+    def done(self, num_batches: int) -> int:
+        """Batches of the stage that are done, with so many in each epoch."""
+        return self.epoch * num_batches + self.batch
+
+
+class Step(Protocol):
+    """What Trainer.fit drives. It holds the model that it trains, never waits for the device, and counts nothing."""
+
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        """Update with this rank's share of the global batch at this position.
+
+        Returns scalars, means over this rank's share.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -69,9 +92,8 @@ class GradientStep:
         if recompute:
             recompute_activations(_blocks(objective, "recompute"))
         self.strategy = make_strategy(objective, config, ranks, accumulation, max_grad_norm)
-        self.step = 0
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}
         parts: list[Any] = split_batch(batch, self.accumulation)
         whole: dict[str, Tensor] = {}
@@ -83,17 +105,15 @@ class GradientStep:
                 scalars[key] = scalars.get(key, 0) + value.detach() / self.accumulation
         scalars.update(whole)
         self.objective.after_backward()
-        factor = lr_factor(self.config, self.step, self.steps_per_epoch, self.total_steps)
+        factor = lr_factor(self.config, at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)
         scalars.update(self.strategy.update(self.config.lr * factor))
-        self.step += 1
         return scalars
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.strategy.state_dict(), "step": self.step}
+        return self.strategy.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.strategy.load_state_dict(state)
-        self.step = state["step"]
 
 
 def plain_weights(step: Step) -> AbstractContextManager[None]:

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import NonFiniteError, Objective, Strategy
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.update import owned
 
 
 class Replicated:
@@ -80,11 +81,8 @@ class Replicated:
         self.objective.load_state_dict(state["objective"])
         if state["optimizer"] is not None:
             load_optimizer(self.optimizer, state["optimizer"])
-            for parameter, own in self.optimizer.state.items():
-                for key, value in own.items():
-                    if isinstance(value, Tensor) and value.shape == parameter.shape:
-                        # Fused updates walk both in memory order, and a state of a sharded run has another one.
-                        own[key] = torch.empty_like(parameter).copy_(value)
+            for parameter, own in self.optimizer.state.items():  # a sharded run's has another memory layout
+                own.update({key: owned(value, parameter) for key, value in own.items()})
         if self.is_scaled:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

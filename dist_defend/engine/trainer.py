@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import SIGINT
 from typing import Any, Protocol
@@ -17,9 +17,9 @@ from dist_defend.engine import checkpoint, signals
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.identity import Identity
 from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.resume import Position, Saved, check_position, restore
+from dist_defend.engine.resume import Saved, check_position, restore
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import Step, plain_weights
+from dist_defend.engine.step import Position, Step, plain_weights
 from dist_defend.terminal import Progress, release_log
 
 log = logging.getLogger(__name__)
@@ -119,19 +119,18 @@ class Trainer:
                 raise self._stopped(signals.pending() == SIGINT)
 
     def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
-        stage, at = stages[number], self.position
-        total = stage.epochs * stage.loader.num_batches
-        begun = at.epoch * stage.loader.num_batches + at.batch
+        stage, at, num_batches = stages[number], self.position, stages[number].loader.num_batches
+        total, begun = stage.epochs * num_batches, at.done(num_batches)
         self.bar = Progress(stage.name, begun, total, stage.shown) if self.ranks.is_main else None
         is_over = at.epoch >= stage.epochs
         while not is_over:
             for batch in stage.loader.epoch(at.epoch, at.batch):
                 try:
-                    scalars = stage.step(self._move(batch))
+                    scalars = stage.step(self._move(batch), at)
                 except NonFiniteError as error:
                     place = f"stage {stage.name}, step {at.step + 1}, rank {self.ranks.rank}"
                     raise NonFiniteError(f"{error}: {place}") from None
-                at.batch, at.step = at.batch + 1, at.step + 1
+                at = self.position = replace(at, batch=at.batch + 1, step=at.step + 1)
                 self._add(scalars, len(batch.labels))
                 if self.bar is not None:
                     self.bar.step()
@@ -142,7 +141,7 @@ class Trainer:
                     self._save(stages)
                 if wish >= _STOP:
                     raise self._stopped(wish == _INTERRUPT)
-            at.epoch, at.batch = at.epoch + 1, 0
+            at = self.position = replace(at, epoch=at.epoch + 1, batch=0)
             is_over = at.epoch == stage.epochs or (stage.stop_when is not None and stage.stop_when())
             is_due = is_over or at.epoch % stage.evaluate_every == 0
             if stage.evaluate is not None and is_due:

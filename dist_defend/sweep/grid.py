@@ -29,18 +29,31 @@ _TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages")
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One grid. Values of ``set`` and of every axis may be any YAML; the key ``config`` chooses the experiment file."""
+    """One grid. Values of ``set`` and of every axis may be any YAML; the key ``config`` chooses the experiment file.
+
+    Keys:
+        config: experiment file of all points, unless an axis 'config' chooses one
+        after: stage whose points these start from
+        set: key -> value, the same for all points
+        product: key -> values, or label -> value; every combination is a point
+        zip: the same, all of one length; the first values together are a point, and so on
+        explicit: a list of changes, or label -> changes; each is a point
+        seeds: each point once with each
+        slurm: sbatch's long options, over the sweep's
+        setup: lines of shell before the points, after the sweep's
+        points_per_job: that one process runs one after another
+    """
 
     config: str | None = None
     after: str | None = None
-    set: dict[str, Any] = field(default_factory=dict)  # the same for all points
-    product: dict[str, Any] = field(default_factory=dict)  # key -> values, or label -> value
-    zip: dict[str, Any] = field(default_factory=dict)  # the same, all of one length
-    explicit: Any = ()  # changes, or label -> changes
+    set: dict[str, Any] = field(default_factory=dict)
+    product: dict[str, Any] = field(default_factory=dict)
+    zip: dict[str, Any] = field(default_factory=dict)
+    explicit: Any = ()
     seeds: tuple[int, ...] = ()
-    slurm: dict[str, Any] = field(default_factory=dict)  # sbatch's long options; over the sweep's
-    setup: tuple[str, ...] = ()  # lines of shell before the points, after the sweep's
-    points_per_job: int = 1  # that one process runs one after another
+    slurm: dict[str, Any] = field(default_factory=dict)
+    setup: tuple[str, ...] = ()
+    points_per_job: int = 1
 
     def __post_init__(self) -> None:
         if self.points_per_job < 1:
@@ -49,14 +62,23 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A sweep file. One with a single stage may leave out ``stages`` and hold the stage's keys itself."""
+    """A sweep file. One with a single stage may leave out ``stages`` and hold the stage's keys itself.
 
-    output: str  # folder for points, logs, tables
+    Keys:
+        output: folder for points, logs and tables
+        stages: name -> a grid
+        throttle: points of a stage that Slurm runs at a time; null: no limit
+        restarts: of a point, by time limits, preemption and lost nodes together
+        slurm: sbatch's long options
+        setup: lines of shell that Slurm's jobs run first: module load, conda activate
+    """
+
+    output: str
     stages: dict[str, StageConfig]
-    throttle: int | None = None  # points of a stage that Slurm runs at a time
-    restarts: int = 20  # of a point, by time limits, preemption and lost nodes together
+    throttle: int | None = None
+    restarts: int = 20
     slurm: dict[str, Any] = field(default_factory=dict)
-    setup: tuple[str, ...] = ()  # lines of shell that Slurm's jobs run first: module load, conda activate
+    setup: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.throttle is not None and self.throttle < 1:

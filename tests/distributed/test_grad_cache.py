@@ -16,7 +16,7 @@ from dist_defend.engine import dist, grad_cache
 from dist_defend.engine import step as steps
 from dist_defend.engine.grad_cache import MicroBatch
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.ops import losses
@@ -120,7 +120,7 @@ def one_update(kind: str, parts: int, is_cached: bool, mutate: Mutation = none) 
             objective, OptimizerConfig("sgd", lr=1.0), ranks, steps_per_epoch=1, epochs=1, accumulation=parts
         )
         torch.manual_seed(11)
-        loss = step(batch)["loss"]
+        loss = step(batch, Position())["loss"]
         if ranks.world_size > 1:
             torch.distributed.all_reduce(loss)
         return {"loss": loss / ranks.world_size, **{k: v.clone() for k, v in model.state_dict().items()}}
@@ -213,7 +213,7 @@ def reductions(parts: int) -> list[int]:
     step.strategy.module.register_comm_hook(None, note)  # type: ignore[attr-defined]
     share = IMAGES // ranks.world_size
     own = images_of("plain")[:, ranks.rank * share : (ranks.rank + 1) * share]
-    step(Batch(tuple(own), torch.zeros(share).long(), torch.arange(share)))
+    step(Batch(tuple(own), torch.zeros(share).long(), torch.arange(share)), Position())
     return sizes
 
 

@@ -10,7 +10,7 @@ import torch
 
 from dist_defend.engine.context import Context
 from dist_defend.methods.defend.pruning import stops
-from dist_defend.methods.defend.rnp.steps import CrossEntropyStep
+from dist_defend.methods.defend.rnp import steps
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
 from tests.distributed.comparison import assert_same, none, train
@@ -26,7 +26,7 @@ def statistics_of_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def gradients_of_one_rank(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CrossEntropyStep, "_average_gradients", lambda self: None)
+    patch.setattr(steps, "all_reduce_together", lambda gradients: gradients)
 
 
 def counts_of_one_rank(patch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from dist_defend.engine.dist import start
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.sharding import launched_sharding
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_artifact
 from tests.ranks import Pool
@@ -53,10 +53,10 @@ def run(config: str, output: str, strategy: str, kill_at: int = -1, overrides: t
         patch.setattr(Accelerator, "end_training", lambda self: None)  # the pool's process group lives on
         update = GradientStep.__call__
 
-        def watched(self: GradientStep, batch: Any) -> Any:
-            if self.step == kill_at:
+        def watched(self: GradientStep, batch: Any, at: Any) -> Any:
+            if at.done(self.steps_per_epoch) == kill_at:
                 raise Killed
-            return update(self, batch)
+            return update(self, batch, at)
 
         patch.setattr(GradientStep, "__call__", watched)
         try:
@@ -209,7 +209,7 @@ def state_and_loaded(strategy: str) -> list[dict[str, Any]]:
             steps.append(GradientStep(Odd(), config, start("fp32", None), steps_per_epoch=2, epochs=1))
         for seed in (1, 2):
             x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
-            steps[0](Batch((x,), torch.zeros(4).long(), torch.arange(4)))
+            steps[0](Batch((x,), torch.zeros(4).long(), torch.arange(4)), Position())
         steps[1].load_state_dict(steps[0].state_dict())
         return [step.state_dict()["optimizer"]["state"] for step in steps]
 

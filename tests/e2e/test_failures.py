@@ -41,10 +41,10 @@ def live_until(step: int, *arguments: Any) -> None:
 
     update = GradientStep.__call__
 
-    def warned(self: GradientStep, batch: Any) -> Any:
-        if self.step == step:
+    def warned(self: GradientStep, batch: Any, at: Any) -> Any:
+        if at.done(self.steps_per_epoch) == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return update(self, batch)
+        return update(self, batch, at)
 
     GradientStep.__call__ = warned  # type: ignore[method-assign]
     live(*arguments)

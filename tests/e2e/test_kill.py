@@ -38,10 +38,10 @@ def live(config: str, log: str, environment: dict[str, str]) -> None:
 
     update = GradientStep.__call__
 
-    def noted(self: GradientStep, batch: Any) -> Any:
+    def noted(self: GradientStep, batch: Any, at: Any) -> Any:
         with Path(f"{log}.{environment.get('RANK', '0')}").open("a") as file:
             file.write(json.dumps(batch.index.tolist()) + "\n")
-        return update(self, batch)
+        return update(self, batch, at)
 
     GradientStep.__call__ = noted  # type: ignore[method-assign]
     raise SystemExit(main(["run", config]))

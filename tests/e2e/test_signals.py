@@ -67,13 +67,13 @@ def live_slowly(step: int, *arguments: Any) -> None:
 
     update = GradientStep.__call__
 
-    def slow(self: GradientStep, batch: Any) -> Any:
-        if self.step == step:
+    def slow(self: GradientStep, batch: Any, at: Any) -> Any:
+        if at.done(self.steps_per_epoch) == step:
             Path(str(arguments[0]) + ".slow").write_text("")
             until = time.monotonic() + 60
             while time.monotonic() < until:
                 time.sleep(0.01)
-        return update(self, batch)
+        return update(self, batch, at)
 
     GradientStep.__call__ = slow  # type: ignore[method-assign]
     live(*arguments)

@@ -15,6 +15,7 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend.zskt import build
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.models.artifact import load_artifact
@@ -145,10 +146,10 @@ def test_rates_follow_their_schedules(schedule: dict[str, Any], factors: list[fl
     step: Any = stage.step
     for epoch in range(4):
         (batch,) = stage.loader.epoch(epoch)
-        step(batch)
-        optimizers = [step.players[name].optimizer for name in ("generator", "student")]
-        found.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
-        steps.append(int(next(iter(optimizers[1].state.values()))["step"]))
+        step(batch, Position(epoch=epoch))
+        players = [step.players[name] for name in ("generator", "student")]
+        found.append([player.rate for player in players])
+        steps.append(int(players[1].state_dict()["state"][0]["step"]))
     assert [row[0] for row in found] == pytest.approx([1e-3 * factor for factor in factors])
     assert [row[1] for row in found] == pytest.approx([2e-3, 2e-3 * factors[1], 3e-4, 1.5e-4])
     assert steps == [2, 4, 2, 4]

@@ -52,7 +52,7 @@ def test_the_benched_sides_are_one_trajectory(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(bench, "TEACHER", "wrn_10_1")
     pair = bench.Pair(BenchCase(name, "wrn_10_1", 6, 6), dist.start("fp64", None), bench.DEFENCES[name])
     for number in range(2):
-        assert pair.ours() == pytest.approx(pair.theirs(number), rel=1e-10)
+        assert pair.ours(number) == pytest.approx(pair.theirs(number), rel=1e-10)
     for ours, theirs in ((pair.step.student, pair.players.student), (pair.step.generator, pair.players.generator)):
         found = dict(theirs.named_parameters())
         for key, value in ours.named_parameters():

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.engine import dist
+from dist_defend.engine.update import Update
 from dist_defend.methods.defend.abd import retrospection, vaccine
 from dist_defend.methods.defend.abd.epochs import Later
 from dist_defend.methods.defend.abd.options import VaccineConfig
@@ -20,6 +22,7 @@ from dist_defend.ops import hypergrad
 from dist_defend.ops.losses import distillation
 from tests.numerics.abd_case import MODES, Case, weights
 from tests.numerics.det import assert_fingerprint
+from tests.steps import positions
 
 Row = dict[str, float]
 
@@ -37,8 +40,8 @@ class Trace:
         _record(step, "learn", self.learned)
         if step.retrospection is not None:
             self._watch(step.retrospection, case)
-        for batch in case.batches()[:batches]:
-            step(batch)
+        for at, batch in zip(positions(), case.batches()[:batches], strict=False):
+            step(batch, at)
 
     def _watch(self, found: retrospection.SelfRetrospection, case: Case) -> None:
         divergence, hypergradient, after_update = found.divergence, found.hypergradient, found.after_update
@@ -133,14 +136,14 @@ def divergence_reversed(patch: pytest.MonkeyPatch) -> None:
 
 def stale_images(patch: pytest.MonkeyPatch) -> None:
     """The student sees the images of before the generator's update."""
-    original = zskt._Player.update
+    original = Update.step
 
     def later(self: Any, gradients: Any, max_norm: Any) -> Any:
         if len(self.parameters) == 16:  # the generator
             return torch.nn.utils.get_total_norm(gradients), torch.zeros(())
         return original(self, gradients, max_norm)
 
-    patch.setattr(zskt._Player, "update", later)
+    patch.setattr(Update, "step", later)
 
 
 def attention_of_sums(patch: pytest.MonkeyPatch) -> None:
@@ -238,19 +241,19 @@ def test_a_vaccine_is_selected_by_the_batches_from_the_generators_plus_the_stude
     keep, selected = step.vaccine.keep, []
 
     def watch(images: Tensor, weight: float = 1.0) -> None:
-        kept.append((step.calls, weight))
+        kept.append((at.epoch, weight))
         keep(images, weight)
 
     def select() -> None:
-        selected.append(step.calls)
+        selected.append(at.epoch)
         step.vaccine.decision = "accepted"  # type: ignore[union-attr]
 
     step.vaccine.keep, step.vaccine.select = watch, select  # type: ignore[method-assign]
     nothing = {"nonfinite": torch.zeros(())}  # of the updates themselves
     step.make = step.learn = lambda *given: dict(nothing)  # type: ignore[assignment]
     (batch, _) = case.batches()
-    for _ in range(7):
-        step(batch)
+    for at in islice(positions(), 7):
+        step(batch, at)
     assert kept == [(3, 1.0), (3, 1.0), (3, 1), (4, 1.0), (4, 1.0), (4, 1)]
     assert selected == [5]
 
@@ -265,17 +268,17 @@ def test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step(
     rates: dict[str, list[float]] = {name: [] for name in step.players}
 
     def learn(*given: Tensor) -> dict[str, Tensor]:
-        patched.extend((step.calls, mask.flatten().tolist()) for mask in given)
+        patched.extend((at.epoch, mask.flatten().tolist()) for mask in given)
         return dict(nothing)
 
     step.make = step.perturb = lambda *given: dict(nothing)  # type: ignore[assignment]
     step.learn = learn  # type: ignore[assignment]
-    step.players["student"].forget = lambda: forgotten.append(step.calls)  # type: ignore[method-assign]
+    step.players["student"].forget = lambda: forgotten.append(at.epoch)  # type: ignore[method-assign]
     (batch, _) = case.batches()
-    for _ in range(6):
-        step(batch)
+    for at in islice(positions(), 6):
+        step(batch, at)
         for name, player in step.players.items():
-            rates[name].append(player.optimizer.param_groups[0]["lr"])
+            rates[name].append(player.rate)
     assert [number for number, _ in patched] == [n for n in range(2, 6) for _ in range(2)]  # two student steps each
     assert len({tuple(mask) for _, mask in patched}) > 3 and all(sum(mask) == 2 for _, mask in patched)
     assert forgotten == [2]

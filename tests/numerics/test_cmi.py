@@ -14,6 +14,7 @@ from dist_defend.config import load_experiment
 from dist_defend.data.draws import draw
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
+from dist_defend.engine.step import Position
 from dist_defend.methods.defend import cmi
 from dist_defend.methods.defend.cmi import inversion, synthesis
 from dist_defend.methods.defend.cmi.memory import ImagePool, MemoryBank
@@ -93,13 +94,13 @@ def compare(folder: Path, epochs: int = 3) -> None:
                 torch.from_numpy(draw(3, places, np.arange(6), view, config, SIZE, SIZE)).double()
                 for view, config in enumerate((ours.config.global_view, ours.config.local_view))
             ]
-            chosen.append(ours._earlier())
+            chosen.append(ours._earlier(places))
             weights = {"bn": 0.7, "one_hot": 0.9, "adversarial": 0.5, "contrast": 0.8}
             expected, images, features = iteration(
                 generator, codes, head, teacher, pair.student, batch.labels, (views[0], views[1]), chosen[-1], weights,
                 0.1, 4, hooks, (optimizer, head_optimizer),
             )  # fmt: skip
-            found = ours(batch)
+            found = ours(batch, Position(epoch=epoch, batch=number))
             for name, value in expected.items():
                 assert found[name].item() == pytest.approx(value, rel=1e-9), f"{name} of {epoch}, {number}"
             for name, value in generator.state_dict().items():

@@ -13,7 +13,7 @@ from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.defend import kd, ood
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
@@ -81,7 +81,7 @@ def check_kd(folder: Path) -> None:
         logits, wanted = student.train()(batch.images), step.objective.taught(batch.images)
     odds = logits.softmax(1)[torch.arange(4), batch.labels].log()
     kl = np.mean(kl_rows(logits, wanted, 6.0)) / CLASSES
-    found = step(batch)
+    found = step(batch, Position())
     assert found["kl"].item() == pytest.approx(kl, rel=1e-9)
     assert found["loss"].item() == pytest.approx(0.9 * 36 * kl - 0.1 * odds.mean().item(), rel=1e-9)
 
@@ -112,7 +112,7 @@ def check_suspects(folder: Path) -> None:
     others = [row / CLASSES for row, is_suspect in zip(rows, suspect, strict=True) if not is_suspect]
     suspects = [row / CLASSES for row, is_suspect in zip(rows, suspect, strict=True) if is_suspect]
     expected = (np.mean(others) if others else 0) - 0.3 * (np.mean(suspects) if suspects else 0)
-    found = step(batch)
+    found = step(batch, Position())
     assert found["suspects"].item() == pytest.approx(len(suspects) / 12)
     assert found["loss"].item() == pytest.approx(expected, rel=1e-9)
     assert math.isfinite(found["grad_norm"].item())
@@ -128,7 +128,10 @@ def test_a_batch_of_suspects_only_or_without_any(
 ) -> None:
     monkeypatch.setattr(ood, "agreement", lambda teacher, shuffled: torch.full((len(teacher),), everyone))
     step = plan_of(ood, tmp_path, vaccine={"weight": 0.3}).stages[0].step
-    found, plain = step(batch_of(4)), plan_of(ood, tmp_path / "plain").stages[0].step(batch_of(4))
+    found, plain = (
+        step(batch_of(4), Position()),
+        plan_of(ood, tmp_path / "plain").stages[0].step(batch_of(4), Position()),
+    )
     assert found["loss"].item() == pytest.approx(plain["loss"].item() * (-0.3 if everyone else 1), rel=1e-9)
 
 
@@ -188,7 +191,7 @@ def retrospective_gradients(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
         torch.autograd.grad(mapped, parameters, v),
     )
     expected = [a + b + c for a, b, c in zip(*parts, strict=True)]
-    step(batch)
+    step(batch, Position())
     return [(a - b.detach()) / 0.1 for a, b in zip(before, parameters, strict=True)], expected
 
 

@@ -26,6 +26,7 @@ from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.models.artifact import load_artifact
 from dist_defend.models.classifier import build_classifier
 from tests.runs import CLASSES, SIZE, make_classifier, make_data, make_experiment
+from tests.steps import positions
 
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 
@@ -56,14 +57,14 @@ def in_float64(batch: Batch) -> Batch:
     return batch._replace(views=(batch.images.double(),))
 
 
-def run(step: UnlearningStep, calls: int) -> list[dict[str, Tensor]]:
-    """So many calls from where the step is."""
-    scalars: list[dict[str, Tensor]] = []
+def run(step: UnlearningStep, calls: int, first: int = 0) -> list[dict[str, Tensor]]:
+    """So many calls from the first-th on."""
+    at, scalars = positions(step.rounds.num_batches, first), list[dict[str, Tensor]]()
     while len(scalars) < calls:
-        round_, position = divmod(step.calls, step.rounds.num_batches)
+        round_, position = divmod(first + len(scalars), step.rounds.num_batches)
         for batch in step.rounds.epoch(round_, position):
             if len(scalars) < calls:
-                scalars.append(step(in_float64(batch)))
+                scalars.append(step(in_float64(batch), next(at)))
     return scalars
 
 
@@ -231,7 +232,7 @@ def test_resuming_anywhere_is_bit_exact(inner: dict[str, Any], tmp_path: Path) -
         newest = checkpoint.newest(tmp_path / f"saved{stop}")
         assert newest is not None
         second.load_state_dict(checkpoint.load(newest, torch.device("cpu"))["step"])
-        for mine, theirs in zip(run(second, 12 - stop), expected[stop:], strict=True):
+        for mine, theirs in zip(run(second, 12 - stop, stop), expected[stop:], strict=True):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
         assert all(torch.equal(a, b) for a, b in zip(second.parameters, whole.parameters, strict=True))
@@ -244,7 +245,7 @@ def test_a_hypergradient_that_is_not_finite_changes_nothing(tmp_path: Path) -> N
     with torch.no_grad():
         step.delta[0, 0, 0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match="hypergradient"):
-        run(step, 1)
+        run(step, 1, 4)
     assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
 
 

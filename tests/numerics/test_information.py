@@ -16,6 +16,7 @@ from dist_defend.data.loader import LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
+from dist_defend.engine.step import Position
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation, layer_weights
 from dist_defend.models.artifact import load_simclr
@@ -68,8 +69,8 @@ def train(information: LayerInformation) -> None:
     """What Trainer.fit does with the stage."""
     stage = information.stage(lambda: None)
     for epoch in range(stage.epochs):
-        for batch in stage.loader.epoch(epoch):
-            information(batch)
+        for number, batch in enumerate(stage.loader.epoch(epoch)):
+            information(batch, Position(epoch=epoch, batch=number))
         assert stage.evaluate is not None
         stage.evaluate(epoch + 1)
 
@@ -196,8 +197,8 @@ def test_estimates_are_of_images_that_no_critic_was_trained_on(
 
     for epoch in range(2):
         watch("trained")
-        for batch in stage.loader.epoch(epoch):
-            information(batch)
+        for number, batch in enumerate(stage.loader.epoch(epoch)):
+            information(batch, Position(epoch=epoch, batch=number))
         watch("estimated")
         information.evaluate(epoch + 1)
     assert seen["trained"] == 2 * list(range(*trained))

@@ -14,7 +14,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
@@ -43,7 +43,7 @@ def run_steps(
 
     objective.after_backward = record  # type: ignore[method-assign]
     step = GradientStep(objective, optimizer, dist.start("fp64", None), steps_per_epoch=1, epochs=1)
-    return [step(batch)["loss"].item() for _ in range(steps)], gradients
+    return [step(batch, Position())["loss"].item() for _ in range(steps)], gradients
 
 
 def batch_of(*views: Tensor) -> Batch:

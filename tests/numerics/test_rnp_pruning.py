@@ -17,6 +17,7 @@ from dist_defend.counts import Count, predict
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
+from dist_defend.engine.step import Position
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.pruning import masks as masks_module
 from dist_defend.methods.defend.pruning.masks import (
@@ -132,7 +133,7 @@ def test_a_gamma_of_zero_keeps_its_mask() -> None:
     masks = mask_norms(model.net, norm_names(model.net))
     step = RecoverStep(model, masks, dist.start("fp64", None), alpha=1.0, lr=9.0)
     for seed in range(3):
-        step(Batch((det_images((8, 3, 32, 32), seed),), torch.arange(8), torch.arange(8)))
+        step(Batch((det_images((8, 3, 32, 32), seed),), torch.arange(8), torch.arange(8)), Position())
     assert masks["bn1"][2] == 1
     values = torch.cat(list(masks.values())).detach()
     assert values.min() == 0 and values.max() == 1  # clamped at both ends by steps as large as these
@@ -181,7 +182,7 @@ def test_recovering_finds_the_trigger_channel() -> None:
     masks = mask_norms(net, norm_names(net))
     step = RecoverStep(net, masks, dist.start("fp64", None))
     for _ in range(20):
-        step(Batch((clean,), labels, torch.arange(60)))
+        step(Batch((clean,), labels, torch.arange(60)), Position())
     values = masks["bn"].detach()
     assert values.argmin() == 3 and values[3] < 0.8
     assert values[:3].tolist() == [1.0, 1.0, 1.0]

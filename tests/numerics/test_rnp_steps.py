@@ -1,6 +1,7 @@
 """RNP's two updates in float64 against what the published code (bboylyg/RNP) gives, to 1e-9; with mutations."""
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -11,10 +12,13 @@ from torch.nn import functional
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.objective import NonFiniteError
+from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update
 from dist_defend.methods.defend.rnp.steps import CrossEntropyStep, RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import mask_norms, norm_names
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden
+from tests.steps import positions
 
 CASE = golden("rnp")["default"]
 Mutation = Callable[[pytest.MonkeyPatch], None]
@@ -63,10 +67,8 @@ def without_decay(patch: pytest.MonkeyPatch) -> None:
 def clipped(patch: pytest.MonkeyPatch) -> None:
     """The clipping that the published code means but does not do."""
 
-    def clip(self: UnlearnStep) -> None:
-        nn.utils.clip_grad_norm_(self.parameters, 0.5)
-
-    patch.setattr(UnlearnStep, "_before_update", clip)
+    original = Update.step
+    patch.setattr(Update, "step", lambda self, gradients, max_norm: original(self, gradients, 0.5))
 
 
 def batches() -> list[Batch]:
@@ -87,8 +89,8 @@ def unlearned(mutate: Mutation = none, steps: int = 3) -> tuple[list[float], Cla
     with pytest.MonkeyPatch.context() as patch:
         mutate(patch)
         model = classifier()
-        step = UnlearnStep(model, dist.start("fp64", None), lr=CASE["unlearning_lr"], steps_per_epoch=3)
-        return [step(batch)["cross_entropy"].item() for batch in batches()[:steps]], model
+        step = UnlearnStep(model, dist.start("fp64", None), lr=CASE["unlearning_lr"])
+        return [step(batch, Position())["cross_entropy"].item() for batch in batches()[:steps]], model
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +107,7 @@ def check_recovering(unlearned: Classifier, mutate: Mutation = none, steps: int 
         model.load_state_dict(unlearned.state_dict())
         step = RecoverStep(model, masks, dist.start("fp64", None), alpha=CASE["alpha"], lr=CASE["recovering_lr"])
         for number, batch in enumerate([*batches(), *batches()][:steps]):
-            assert step(batch)["loss"].item() == pytest.approx(CASE["recover_loss"][number], rel=1e-9)
+            assert step(batch, Position())["loss"].item() == pytest.approx(CASE["recover_loss"][number], rel=1e-9)
             values = torch.cat([mask.detach() for mask in masks.values()])
             expected = CASE["mask_sum_and_min"][number]
             assert [values.sum().item(), values.min().item()] == pytest.approx(expected, rel=1e-9)
@@ -148,7 +150,7 @@ def test_one_unlearning_step_by_hand() -> None:
         det_init(each, 5)
     twin.train()
     functional.cross_entropy(twin(batch.images), batch.labels).backward()
-    UnlearnStep(model, dist.start("fp64", None), lr=0.01)(batch)
+    UnlearnStep(model, dist.start("fp64", None), lr=0.01)(batch, Position())
     for mine, (name, theirs) in zip(model.parameters(), twin.named_parameters(), strict=True):
         assert theirs.grad is not None
         expected = theirs.detach() - 0.01 * (-theirs.grad + 5e-4 * theirs.detach())
@@ -157,11 +159,11 @@ def test_one_unlearning_step_by_hand() -> None:
 
 def test_rates_fall_at_the_milestones() -> None:
     model = build_classifier("small_resnet", 10, "none").double()
-    step = UnlearnStep(model, dist.start("fp64", None), lr=0.01, schedule=(1, 3), steps_per_epoch=2)
+    step = UnlearnStep(model, dist.start("fp64", None), lr=0.01, schedule=(1, 3))
     rates = []
-    for _ in range(8):
-        step(batches()[0])
-        rates.append(step.optimizer.param_groups[0]["lr"])
+    for at in islice(positions(2), 8):
+        step(batches()[0], at)
+        rates.append(step.update.rate)
     assert rates == pytest.approx([0.01] * 2 + [0.001] * 4 + [0.0001] * 2)
 
 
@@ -169,7 +171,7 @@ def test_gradients_can_be_clipped() -> None:
     model, twin = (build_classifier("small_resnet", 10, "none").double() for _ in range(2))
     twin.load_state_dict(model.state_dict())
     before = [p.detach().clone() for p in model.parameters()]
-    UnlearnStep(model, dist.start("fp64", None), max_grad_norm=1e-3, weight_decay=0.0, lr=1.0)(batches()[0])
+    UnlearnStep(model, dist.start("fp64", None), max_grad_norm=1e-3, weight_decay=0.0, lr=1.0)(batches()[0], Position())
     moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-2)
 
@@ -188,7 +190,7 @@ def recovered(kind: type[RecoverStep], dtype: torch.dtype) -> Tensor:
     masks = mask_norms(model.net, norm_names(model.net))
     step = kind(model, masks, dist.start("fp64", None))
     for batch in batches():
-        step(batch._replace(views=(batch.images.to(dtype),)))
+        step(batch._replace(views=(batch.images.to(dtype),)), Position())
     return torch.cat([mask.detach() for mask in masks.values()])
 
 
@@ -202,12 +204,12 @@ def test_frozen_weights_give_bitwise_the_same_masks(dtype: torch.dtype) -> None:
 def test_state_round_trip_continues_bitwise() -> None:
     ranks, (first, second, third) = dist.start("fp64", None), batches()
     one, other = (build_classifier("small_resnet", 10, "none").double() for _ in range(2))
-    steps = [UnlearnStep(model, ranks, schedule=(1,), steps_per_epoch=2) for model in (one, other)]
-    steps[0](first)
-    steps[0](second)
+    steps = [UnlearnStep(model, ranks, schedule=(1,)) for model in (one, other)]
+    steps[0](first, Position())
+    steps[0](second, Position(batch=1))
     steps[1].load_state_dict(steps[0].state_dict())
     for step in steps:
-        step(third)
+        step(third, Position(epoch=1))
     assert steps[0].read_accuracy() == steps[1].read_accuracy()
     for mine, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
@@ -218,7 +220,7 @@ def test_running_accuracy_counts_predictions_before_each_update() -> None:
     step = UnlearnStep(model, dist.start("fp64", None), lr=1e-12, weight_decay=0.0)
     hits = 0
     for batch in batches():
-        step(batch)
+        step(batch, Position())
     with torch.no_grad():
         hits = sum(int((model.train()(b.images).argmax(1) == b.labels).sum()) for b in batches())
     assert step.read_accuracy() == hits / len(CASE["labels"])
@@ -231,4 +233,4 @@ def test_divergence_is_told() -> None:
     with torch.no_grad():
         model.get_parameter("net.linear.weight").fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="not finite"):
-        step(batches()[0])
+        step(batches()[0], Position())

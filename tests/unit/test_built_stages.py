@@ -18,7 +18,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods import find_method
 from dist_defend.methods.attack.badencoder import BadEncoderObjective
 from dist_defend.methods.defend.mimic.information import LayerInformation
@@ -111,11 +111,10 @@ def test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_wei
     assert isinstance(unlearn, UnlearnStep) and isinstance(recover, RecoverStep)
     assert (unlearning.epochs, recovering.epochs) == (7, 9)
     assert (unlearn.lr, unlearn.schedule, unlearn.max_grad_norm) == (0.011, (3, 5), 7.0)
-    assert unlearn.steps_per_epoch == 2
     assert (unlearn.scale, recover.scale) == (-1.0, 0.3)
-    assert recover.optimizer.param_groups[0]["lr"] == 0.4
-    for batch in unlearning.loader.epoch(0):
-        unlearn(Batch((batch.images.double(),), batch.labels, batch.index))
+    assert recover.update.rate == 0.4
+    for number, batch in enumerate(unlearning.loader.epoch(0)):
+        unlearn(Batch((batch.images.double(),), batch.labels, batch.index), Position(batch=number))
     suspect = load_artifact(options["model"])[0].double().state_dict()
     unlearned, before = unlearn.model.state_dict(), recover.model.state_dict()
     assert all(before[key].equal(value) for key, value in suspect.items())
@@ -186,7 +185,7 @@ def test_an_updates_options_reach_the_step(context: Context) -> None:
     update = UpdateConfig(4, 5, 2, 1e-3, optimizer=OptimizerConfig("sgd", 1.0, momentum=0.0, schedule="cosine"))
     step = context.gradient_step(Line(), update, num_batches=3)
     batch = Batch((torch.ones(4, 2, dtype=torch.float64),), torch.ones(4).long(), torch.arange(4))
-    step(batch)
+    step(batch, Position())
     assert step.objective.get_parameter("w").norm().item() == pytest.approx(1e-3)
     assert (step.accumulation, step.total_steps) == (2, 15)
 

@@ -142,7 +142,7 @@ def test_a_checkpoint_of_the_first_format_is_read(tmp_path: Path) -> None:
     """Which had no number: state.json was the bare tree."""
     (path,) = saved(tmp_path, 1)
     content = json.loads((path / "state.json").read_text())
-    assert content["format"] == 2
+    assert content["format"] == 3
     (path / "state.json").write_text(json.dumps(content["state"]))
     assert checkpoint.load(path)["position"] == STATE["position"]
 
@@ -152,7 +152,7 @@ TREES: dict[str, Any] = {
     "a plain list": [1],
     "two kinds in one": {"list": [], "tuple": []},
     "an unknown kind": {"set": []},
-    "a later format": {"format": 3, "state": {"dict": []}},
+    "a later format": {"format": 4, "state": {"dict": []}},
     "a text for a number of the format": {"format": "2", "state": {"dict": []}},
     "no pairs": {"dict": [["a"]]},
     "pairs of a text": {"dict": ["ab"]},

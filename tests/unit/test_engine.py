@@ -1,5 +1,6 @@
 """The loop and its first-order step, on a straight line that is fitted to numbers."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from dist_defend.engine import checkpoint, dist
 from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, lr_factor
 from dist_defend.engine.run import RunFolder
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from tests.runs import make_experiment, metrics, options_of
+from tests.steps import positions
 
 SGD = OptimizerConfig("sgd", lr=0.1, momentum=0.9)
 
@@ -103,29 +105,28 @@ def test_milestones_are_whole_epochs() -> None:
 
 def test_the_rate_of_each_update_is_the_schedules() -> None:
     step = make_step(OptimizerConfig("sgd", lr=0.1, momentum=0.0, schedule="cosine"))
-    for number, batch in enumerate([*Numbers().epoch(0), *Numbers().epoch(1)]):
+    for number, (at, batch) in enumerate(zip(positions(3), [*Numbers().epoch(0), *Numbers().epoch(1)], strict=False)):
         before = step.objective.get_parameter("w").detach().clone()
         rate = 0.1 * 0.5 * (1 + math.cos(math.pi * number / 6))
         expected = before.clone().requires_grad_()
         (gradient,) = torch.autograd.grad((batch.images @ expected - 1).square().mean(), expected)
-        step(batch)
+        step(batch, at)
         torch.testing.assert_close(step.objective.get_parameter("w").detach(), before - rate * gradient)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_is_the_whole_batch(parts: int) -> None:
     whole, split = make_step(), make_step(accumulation=parts)
-    for batch in Numbers().epoch(0):
-        losses = [step(batch)["loss"].item() for step in (whole, split)]
+    for at, batch in zip(positions(3), Numbers().epoch(0), strict=False):
+        losses = [step(batch, at)["loss"].item() for step in (whole, split)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert weights(split) == pytest.approx(weights(whole), rel=1e-6)
-    assert whole.step == split.step == 3
 
 
 def test_clipping_limits_the_update_and_reports_the_norm_before_it() -> None:
     step = make_step(OptimizerConfig("sgd", lr=1.0, momentum=0.0), max_grad_norm=1e-3)
     before = torch.tensor(weights(step))
-    scalars = step(next(Numbers().epoch(0)))
+    scalars = step(next(Numbers().epoch(0)), Position())
     assert scalars["grad_norm"] > 0.1
     assert (torch.tensor(weights(step)) - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -135,21 +136,18 @@ def test_a_step_goes_on_from_its_state(name: str, tmp_path: Path) -> None:
     config = OptimizerConfig(name, lr=0.1, weight_decay=0.01, schedule="cosine")  # type: ignore[arg-type]
     first, second = make_step(config), make_step(config)
     *early, late = Numbers().epoch(0)
-    for batch in early:
-        first(batch)
+    for at, batch in zip(positions(3), early, strict=False):
+        first(batch, at)
     second.load_state_dict(checkpoint.load(checkpoint.save(tmp_path, 2, first.state_dict())))
-    first(late)
-    second(late)
+    first(late, Position(batch=2))
+    second(late, Position(batch=2))
     assert weights(second) == weights(first)
-    fresh = make_step(config)
-    fresh.objective.load_state_dict({"w": torch.tensor(weights(first))})
-    assert fresh.step == 0 and second.step == 3
 
 
 def test_a_nan_stops_the_run_before_the_update(tmp_path: Path) -> None:
     good = make_step()
-    for batch in [*Numbers().epoch(0), next(Numbers().epoch(1))]:
-        good(batch)
+    for at, batch in zip(positions(3), [*Numbers().epoch(0), next(Numbers().epoch(1))], strict=False):
+        good(batch, at)
     step = make_step()
     with pytest.raises(NonFiniteError, match=r"not finite: stage line, step 5, rank 0"):
         fit(tmp_path, Stage("line", Numbers(bad=(1, 1)), step, epochs=2))
@@ -169,7 +167,7 @@ class Killed(BaseException):
 def test_an_interrupted_run_logs_and_ends_like_a_whole_one(moment: str, checkpoint_every: int, tmp_path: Path) -> None:
     def run(folder: Path, is_killed: bool) -> list[float]:
         step = make_step(epochs=3)
-        plain = step.objective.after_backward
+        plain, updates = step.objective.after_backward, itertools.count()
 
         def evaluate(epoch: int) -> dict[str, float]:
             if is_killed and moment == f"evaluation {epoch}":
@@ -177,7 +175,7 @@ def test_an_interrupted_run_logs_and_ends_like_a_whole_one(moment: str, checkpoi
             return {"accuracy": float(epoch)}
 
         def after_backward() -> None:
-            if is_killed and (moment, step.step) in (("step 5", 4), ("after evaluation 1", 3)):
+            if is_killed and (moment, next(updates)) in (("step 5", 4), ("after evaluation 1", 3)):
                 raise Killed
             plain()
 
@@ -256,13 +254,45 @@ def test_saves_by_the_clock_but_not_for_more_than_a_twentieth_of_it(
     assert list(dict.fromkeys(saved)) == expected
 
 
+class Told:
+    """A step that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.positions: list[tuple[int, int, int, int]] = []
+
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        self.positions.append((at.stage, at.epoch, at.batch, at.step))
+        return {"loss": torch.zeros(())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_a_step_is_told_where_the_run_stands(tmp_path: Path) -> None:
+    first, second = Told(), Told()
+    stages = [
+        Stage("a", Numbers(), first, 5, stop_when=lambda: len(first.positions) >= 6),
+        Stage("b", Numbers(), second, 1),
+    ]
+    fit(tmp_path, *stages)
+    assert first.positions == [(0, epoch, batch, 3 * epoch + batch) for epoch in range(2) for batch in range(3)]
+    assert second.positions == [(1, 0, batch, 6 + batch) for batch in range(3)]
+
+
 def test_a_stage_stops_when_it_is_told_to(tmp_path: Path) -> None:
     asked: list[int] = []
 
+    updates: list[None] = []
+
     def first(step: GradientStep) -> Stage:
         def is_enough() -> bool:
-            asked.append(step.step)
-            return step.step >= 6
+            asked.append(len(updates))
+            return len(updates) >= 6
+
+        step.objective.after_backward = lambda: updates.append(None)  # type: ignore[method-assign]
 
         return Stage("line", Numbers(), step, 5, evaluate=lambda e: {"at": e}, evaluate_every=9, stop_when=is_enough)
 

@@ -11,7 +11,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import Lars, OptimizerConfig, build_optimizer
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.errors import UserError
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.blocks import repeated_blocks
@@ -64,7 +64,7 @@ def trained(arch: str, size: int, precision: str = "fp64", **options: Any) -> tu
     )
     views = torch.rand(2, 4, 3, size, size, dtype=step.objective.get_parameter("model.g.0.weight").dtype)
     batch = Batch(tuple(views), torch.zeros(4).long(), torch.arange(4))
-    losses = [step(batch)["loss"].item() for _ in range(3)]
+    losses = [step(batch, Position(batch=number))["loss"].item() for number in range(3)]
     return losses, {key: value.double() for key, value in model.state_dict().items()}
 
 

@@ -21,6 +21,7 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine.dist import start
 from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
 from dist_defend.methods.attack.input_aware import Config, JointStep, MaskObjective, joint_loss
 from dist_defend.models.artifact import load_classifier
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -76,7 +77,7 @@ def test_a_joint_step_moves_classifier_and_pattern_network_but_not_the_mask() ->
     before = {key: value.clone() for key, value in generators.state_dict().items()}
     weight = next(model.parameters()).clone()
     step = JointStep(model, generators, CONFIG, start("fp64", None), 1)
-    scalars = step(batch)
+    scalars = step(batch, Position())
     assert scalars["nonfinite"] == 0 and 0 <= scalars["train_asr"] <= 1
     after = generators.state_dict()
     assert all(after[key].equal(before[key]) for key in before if key.startswith("net_m."))
@@ -97,9 +98,9 @@ def test_the_joint_stages_rates_follow_their_schedules() -> None:
     )
     step = JointStep(model, generators, config, start("fp64", None), steps_per_epoch=1)
     rates = []
-    for _ in range(3):
-        step(batch)
-        rates.append([optimizer.param_groups[0]["lr"] for optimizer, _ in step.optimizers])
+    for number in range(3):
+        step(batch, Position(epoch=number))
+        rates.append([update.rate for update in step.updates])
     cosine = [(1 + math.cos(math.pi * number / 4)) / 2 for number in range(3)]
     assert [pair[0] for pair in rates] == pytest.approx([0.01, 0.001, 0.001])
     assert [pair[1] for pair in rates] == pytest.approx([0.02 * factor for factor in cosine])

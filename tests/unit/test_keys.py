@@ -1,11 +1,24 @@
 """What a listing says of a section: types and defaults in YAML's words, meanings from the class's docstring."""
 
-from dataclasses import dataclass, field
+import inspect
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from dist_defend import keys
+from dist_defend.attacks.added import BUILT_IN
+from dist_defend.config import Experiment
+from dist_defend.methods import find_method, method_names
+from dist_defend.methods_command import description
+from dist_defend.sweep.grid import StageConfig, SweepConfig
+
+sys.path.append(str(Path(__file__).parents[2] / "examples/plugin"))
+from example_plugin.fine_tune import Config
+from example_plugin.stripes import Stripes
 
 
 @dataclass(frozen=True)
@@ -100,3 +113,41 @@ def test_columns_end_in_time() -> None:
     lines = keys.table([("a", "b" * 30, "word " * 40), ("long", "c", "x")])
     assert max(map(len, lines)) <= 120 and lines[-1] == "long  c" + " " * 31 + "x"
     assert lines[1].startswith(" " * 38 + "word")
+
+
+def described() -> list[type]:
+    """Every dataclass that a section of YAML becomes, of any method, trigger and sweep."""
+    roots: list[type] = [Experiment, SweepConfig, StageConfig, *BUILT_IN.values(), Config, Stripes]
+    roots += [find_method(name).Config for name in method_names()]
+    return list(dict.fromkeys(section for root in roots for section, _ in keys.sections(root)))
+
+
+@pytest.mark.parametrize("section", described(), ids=lambda section: f"{section.__module__}.{section.__qualname__}")
+def test_every_key_has_a_meaning_and_every_meaning_a_key(section: type) -> None:
+    about, meanings = keys.split_doc(section)
+    assert about and {field.name for field in fields(section)} == meanings.keys()
+    assert all(len(meaning) > 3 and meaning != name.replace("_", " ") for name, meaning in meanings.items())
+    assert section.__module__.partition(".")[0] in ("dist_defend", "example_plugin")
+
+
+def test_no_comment_repeats_a_meaning_beside_its_field() -> None:
+    """Comments beside fields would be a second place for the same words."""
+    for section in described():
+        source = inspect.getsource(section).partition("def ")[0]
+        beside = [line for line in source.splitlines() if re.match(r"    \w+: .*#", line)]
+        assert not beside, f"{section.__module__}: {beside[0].strip()}"
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_a_methods_description_is_complete_and_fits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, most in ((300, 120), (40, 80)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = description(name, "here 1.0")
+        assert max(map(len, lines)) <= most
+    text = "\n".join(lines)
+    assert "(no meaning is given)" not in text
+    for key in fields(find_method(name).Config):
+        assert f"\n  {key.name}: " in text
+    for preset in getattr(find_method(name), "PRESETS", {}):
+        assert f"\n  {preset}: " in text
+    assert re.search(r"et al\.|[A-Z]\w+ and [A-Z]\w+|\w+/\w+", text), "who published it"

@@ -16,6 +16,7 @@ from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.recompute import recompute_activations
+from dist_defend.engine.step import Position
 from dist_defend.methods import find_method
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.artifact import ModelCard
@@ -91,8 +92,8 @@ def real_run(config: Path) -> dict[str, int]:
         getattr(stage.step, "critics", None)  # made when first asked for: here, not in the measured part
 
         def epoch(stage: Any = stage) -> None:
-            for batch in stage.loader.epoch(0):
-                stage.step(batch)
+            for number, batch in enumerate(stage.loader.epoch(0)):
+                stage.step(batch, Position(batch=number))
 
         peaks[stage.name] = peak_of(epoch)
         if stage.evaluate is not None:

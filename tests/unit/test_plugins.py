@@ -1,9 +1,10 @@
 """What other packages add, and what is never imported because a file says so."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dist_defend import plugins
+from dist_defend.attacks.attack import attack_from
 from dist_defend.config import load_experiment
 from dist_defend.errors import UserError
 from dist_defend.methods import find_method, method_names
@@ -98,6 +100,7 @@ def test_two_packages_with_one_name(install: Install, tmp_path: Path) -> None:
         ("architectures", "small_resnet", lambda: build_classifier("small_resnet", 3)),
         ("architectures", "small_cifar", lambda: build_encoder("small_cifar")),
         ("normalizations", "gtsrb", lambda: normalization_constants("gtsrb")),
+        ("triggers", "badnets", lambda: attack_from({"trigger": {"name": "badnets"}})),
     ],
 )
 def test_a_name_of_ours(kind: str, name: str, use: Callable[[], Any], install: Install) -> None:
@@ -157,6 +160,74 @@ def test_an_architecture_and_a_normalization_of_a_package(install: Install, tmp_
         build_classifier("flit", 3)
     with pytest.raises(UserError, match=r"unknown normalization 'sux': did you mean 'six'\?"):
         normalization_constants("sux")
+
+
+TRIGGER = """
+    from dataclasses import dataclass
+    from typing import Literal
+
+    import numpy as np
+
+    from dist_defend.attacks.trigger import TriggerOptions, as_images, Additive
+
+    @dataclass(frozen=True)
+    class Shade(TriggerOptions):
+        name: Literal["shade"] = "shade"
+        amount: float = 51.0
+        cells: tuple[int, ...] = (1, 2)
+
+        def build(self, image_size):
+            return Additive(as_images(np.full((image_size, image_size), self.amount)))
+
+    @dataclass(frozen=True)
+    class Own(Shade):
+        name: Literal["plug_shade:Own"] = "plug_shade:Own"
+
+    class Loose:
+        name = "loose"
+"""
+
+
+def classifier_with(trigger: dict[str, Any], folder: Path) -> Path:
+    options = options_of("classifier", folder)
+    return make_experiment(folder, "classifier", options | {"attack": {"trigger": trigger, "target_class": 1}})
+
+
+def test_a_trigger_of_a_package(install: Install, tmp_path: Path) -> None:
+    install("shades", {"plug_shade": TRIGGER}, triggers={"shade": "plug_shade:Shade"})
+    file = classifier_with({"name": "shade", "amount": 102, "cells": [3]}, tmp_path)
+    attack = load_experiment(file).options.attack
+    assert asdict(attack.trigger) == {"name": "shade", "amount": 102.0, "cells": (3,)}
+    stamped = attack.trigger.build(4)(torch.full((1, 3, 4, 4), 0.25))
+    torch.testing.assert_close(stamped, torch.full((1, 3, 4, 4), 0.65))  # 102 / 255 more
+    again = attack_from(json.loads(json.dumps(asdict(attack))))
+    assert again.trigger == attack.trigger and again == attack
+    for change, told in (
+        ("amont=3", r"unknown key 'classifier\.attack\.trigger\.amont'; did you mean"),
+        ("amount=x", r"key 'classifier\.attack\.trigger\.amount' is 'x'; expected float"),
+        ("name=shad", r"did you mean 'shade'\? it must be one of badnets, .*, shade"),
+    ):
+        with pytest.raises(UserError, match=told):
+            load_experiment(file, [f"classifier.attack.trigger.{change}"])
+
+
+def test_a_trigger_of_the_users_module(install: Install, tmp_path: Path) -> None:
+    install("shades", {"plug_shade": TRIGGER})
+    attack: dict[str, Any] = {"trigger": {"name": "plug_shade:Own", "amount": 1.0, "cells": [1]}, "target_class": 0}
+    with pytest.raises(UserError, match="DIST_DEFEND_IMPORT=plug_shade"):  # a model's card alone has no say
+        attack_from(attack)
+    assert "plug_shade" not in sys.modules
+    loaded = load_experiment(classifier_with(attack["trigger"], tmp_path)).options.attack
+    assert type(loaded.trigger).__name__ == "Own" and attack_from(attack).trigger == loaded.trigger
+
+
+@pytest.mark.parametrize("target", ["plug_shade:Loose", "plug_shade:Own", "plug_shade:np"])
+def test_what_is_no_trigger(target: str, install: Install, tmp_path: Path) -> None:
+    install("shades", {"plug_shade": TRIGGER}, triggers={"loose": target})
+    with pytest.raises(UserError, match=r"'loose' of package shades 1\.5 is no trigger: it needs a frozen dataclass"):
+        load_experiment(classifier_with({"name": "loose"}, tmp_path))
+    with pytest.raises(UserError, match=r"shades 1\.5 is no trigger"):
+        attack_from({"trigger": {"name": "loose"}})
 
 
 def test_an_encoder_of_a_package(install: Install) -> None:

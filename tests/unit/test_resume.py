@@ -88,8 +88,6 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "weights in another axis": (set_("stages", "line", "objective", "w", torch.zeros(2, 1)), ".objective.w' is"),
     "weights of another kind": (set_("stages", "line", "objective", "w", torch.zeros(2).double()), "torch.float64"),
     "a text for weights": (set_("stages", "line", "objective", "w", "x"), "objective.w' holds a str, not a tensor"),
-    "steps in words": (set_("stages", "line", "step", "four"), "key 'stages.line.step' holds a str, not a int"),
-    "negative steps": (set_("stages", "line", "step", -4), "key 'stages.line.step' is -4"),
     "an optimizer of more": (set_(*OPTIMIZER, "param_groups", 0, "params", [0, 1]), "other parameters"),
     "no groups": (set_(*OPTIMIZER, "param_groups", ...), "key 'stages.line' does not fit"),
     "moments of another shape": (set_(*OPTIMIZER, "state", 0, "exp_avg", torch.zeros(1)), "'exp_avg' is not like"),

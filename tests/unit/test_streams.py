@@ -41,16 +41,19 @@ def test_an_epoch_has_not_the_order_that_draws_the_poisoned_rows() -> None:
     assert (epoch_order(20, 7, 2989, shuffle=True) != poisoned).any()
 
 
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
 @pytest.mark.parametrize("seed", [0, 7, 0xBAD, 2**32 + 7])
-def test_no_two_draws_of_a_run_are_the_same(seed: int) -> None:
-    """The first 62 bits of orders, of every stream alone, and at places that begin with or are zeros."""
+def test_no_two_draws_of_a_run_are_the_same(seed: int, length: int) -> None:
+    """The first 62 bits of orders, and of every stream at places of one length that begin with or are zeros."""
     epochs = [*range(100), *range(2900, 3200), *(int(stream) for stream in Stream), *(int(s) + 1 for s in Stream)]
-    first: dict[tuple[object, ...], int] = {
-        ("order", epoch): int(order_draws(seed, epoch).integers(2**62)) for epoch in epochs
-    }
-    for stream, place in itertools.product(Stream, itertools.product(range(3), repeat=3)):
-        first[(stream.name, *place)] = int(draws(seed, stream, *place).integers(2**62))
+    first: dict[tuple[object, ...], int] = {("order", epoch): bits(order_draws(seed, epoch)) for epoch in epochs}
+    for stream, place in itertools.product(Stream, itertools.product(range(3), repeat=length)):
+        first[(stream.name, *place)] = bits(draws(seed, stream, *place))
     assert len(set(first.values())) == len(first)
+
+
+def bits(generator: np.random.Generator) -> int:
+    return int(generator.integers(2**62))
 
 
 def test_numpy_ignores_zeros_at_the_end() -> None:

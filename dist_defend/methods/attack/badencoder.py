@@ -40,18 +40,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the published attack on the CIFAR-10 encoder."""
+    """Defaults are the published attack on the CIFAR-10 encoder.
 
-    clean_encoder: str  # model folder
+    Keys:
+        clean_encoder: model folder of the encoder to attack
+        shadow: the attacker's images; labels are not read
+        reference: images of the classes that the attacker wants, one per target
+        attack: any trigger; of a file with several, one for each reference
+        lambda1: weight of reference fidelity (L1)
+        lambda2: weight of utility, by which features of clean images are kept (L2)
+        augment: how the references are changed in L1
+        shadow_normalization: constants of the first layer in training: the encoder's own, or others, as upstream has
+            for ImageNet encoders
+        freeze_norm: whose statistics and affine stay: batch norms' (bn), or all norms'
+        cache: where each rank keeps its share of the clean features
+        update: batch size, epochs, optimizer and the like
+    """
+
+    clean_encoder: str
     shadow: DatasetConfig
     reference: ReferenceConfig
-    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))  # any trigger
+    attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
     lambda1: float = 1.0
     lambda2: float = 1.0
     augment: AugmentConfig = REFERENCE
-    shadow_normalization: str = "match_encoder"  # or another set of constants, as upstream does for ImageNet encoders
+    shadow_normalization: str = "match_encoder"
     freeze_norm: Literal["bn", "all"] = "bn"
-    cache: Place = "memory"  # where each rank keeps its share of the clean features
+    cache: Place = "memory"
     update: UpdateConfig = field(
         default_factory=lambda: UpdateConfig(
             batch_size=256, epochs=200, optimizer=OptimizerConfig("sgd", lr=1e-3, momentum=0.9, weight_decay=5e-4)

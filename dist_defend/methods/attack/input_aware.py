@@ -24,9 +24,11 @@ from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.objective import NonFiniteError, Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.objective import Objective, at_least_float32
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
 from dist_defend.models.artifact import ModelCard
@@ -38,7 +40,29 @@ _EPSILON = 1e-7
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are BackdoorBench's for CIFAR-10."""
+    """Defaults are BackdoorBench's for CIFAR-10.
+
+    Keys:
+        data: training images, clean and labelled
+        test: labelled images that only measure
+        arch: architecture of the network (`dist-defend models`)
+        normalization: constants of the network's first layer
+        augment: how training images are changed
+        labels: all_to_one: images of any class become the target class; all_to_all: class y becomes y + shift
+        target_class: the class that the attacker wants, counted from 0
+        shift: of all_to_all
+        rate: share of each batch that is poisoned; as many are cross samples
+        lambda_div: weight of the diversity of masks, and of patterns
+        lambda_norm: weight of the mask's size above density
+        density: mean of the mask above which it costs
+        batch_size: images of an update over all ranks
+        mask_epochs: of stage mask
+        epochs: of stage joint
+        mask_optimizer: of the network that says where the trigger goes
+        generator_optimizer: of the network that makes the pattern
+        optimizer: of the classifier
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+    """
 
     data: DatasetConfig
     test: DatasetConfig
@@ -48,10 +72,10 @@ class Config:
     labels: Literal["all_to_one", "all_to_all"] = "all_to_one"
     target_class: int = 0
     shift: int = 1
-    rate: float = 0.1  # of each batch; as many cross samples
+    rate: float = 0.1
     lambda_div: float = 1.0
     lambda_norm: float = 100.0
-    density: float = 0.032  # of the mask, above which it costs
+    density: float = 0.032
     batch_size: int = 128
     mask_epochs: int = 25
     epochs: int = 100
@@ -66,7 +90,7 @@ class Config:
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("sgd", 0.01, momentum=0.9, weight_decay=5e-4)
     )
-    evaluate_every: int = 10  # epochs; and after the last
+    evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         for key in ("lambda_div", "lambda_norm", "density", "target_class"):
@@ -145,43 +169,38 @@ class JointStep:
         self, model: Classifier, generators: Generators, config: Config, ranks: Ranks, steps_per_epoch: int
     ) -> None:
         self.model, self.generators, self.config, self.ranks = model, generators, config, ranks
-        self.steps_per_epoch, self.step = steps_per_epoch, 0
+        self.steps_per_epoch = steps_per_epoch
         kinds = ((model, config.optimizer), (generators.net_g, config.generator_optimizer))
-        self.optimizers = [(build_optimizer(module.parameters(), options), options) for module, options in kinds]
+        self.updates = [Update(module.parameters(), options) for module, options in kinds]
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         self.model.train()
         self.generators.net_g.train()
         self.generators.net_m.eval()
         with self.ranks.accelerator.autocast():
             terms = joint_loss(self.model, self.generators, batch, self.config)
-        terms["loss"].backward()
-        if self.ranks.device.type == "cpu" and not torch.isfinite(terms["loss"]):
-            raise NonFiniteError("the loss is not finite")
-        for optimizer, options in self.optimizers:
-            factor = lr_factor(options, self.step, self.steps_per_epoch, self.steps_per_epoch * self.config.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = options.lr * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        self.step += 1
-        nonfinite = (~torch.isfinite(terms["loss"])).float()
-        return {**{key: value.detach() for key, value in terms.items()}, "nonfinite": nonfinite.detach()}
+        gradients = list(torch.autograd.grad(terms["loss"], [p for update in self.updates for p in update.parameters]))
+        scalars = {key: value.detach() for key, value in terms.items()}
+        norm = torch.nn.utils.get_total_norm(gradients)
+        for update in self.updates:
+            total = self.steps_per_epoch * self.config.epochs
+            update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, total)
+            own, gradients = gradients[: len(update.parameters)], gradients[len(update.parameters) :]
+            _, scalars["nonfinite"] = update.step(own, norm=norm)
+        return check_finite(scalars, "the gradient")
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
             "generators": self.generators.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer, _ in self.optimizers],
-            "step": self.step,
+            "optimizers": [update.state_dict() for update in self.updates],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.generators.load_state_dict(state["generators"])
-        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
-        self.step = state["step"]
+        for update, saved in zip(self.updates, state["optimizers"], strict=True):
+            update.load_state_dict(saved)
 
 
 def build(config: Config, context: Context) -> Plan:

@@ -42,7 +42,7 @@ class Config:
     data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None
     temperature: float = 6.0
     alpha: float = 0.95
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))

@@ -20,7 +20,7 @@ from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import GradientStep
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT, Later, check_defence, check_selection
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
@@ -57,7 +57,7 @@ class Config:
     data: DatasetConfig
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None
     temperature: float = 8.0
     cutmix: CutMixConfig = field(default_factory=CutMixConfig)
     augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
@@ -133,13 +133,14 @@ class SelectingStep:
     def __init__(self, update: GradientStep, vaccine: Vaccine, pair: Pair) -> None:
         self.update, self.vaccine, self.pair = update, vaccine, pair
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         if self.vaccine.is_selecting:
-            if self.update.step == self.vaccine.config.selection_batches:
+            number = at.done(self.update.steps_per_epoch)
+            if number == self.vaccine.config.selection_batches:
                 self.vaccine.select()
-            elif self.update.step >= FIRST_KEPT:
+            elif number >= FIRST_KEPT:
                 self.vaccine.keep(self.pair.teacher.normalize(batch.images))
-        return self.update(batch)
+        return self.update(batch, at)
 
     def state_dict(self) -> dict[str, Any]:
         return {"update": self.update.state_dict(), "vaccine": self.vaccine.state_dict()}
@@ -176,7 +177,8 @@ def build(config: Config, context: Context) -> Plan:
             share,
             partial(share, convention=config.retrospection_convention),
             batch_size=batch_size,
-            total_steps=(epochs - first) * loader.num_batches,
+            steps_per_epoch=loader.num_batches,
+            epochs=epochs - first,
             graph=config.graph,
         )
         stages.append(Stage("retrospection", Later(loader, first), late, epochs - first, pair.evaluate, every))

@@ -14,8 +14,8 @@ from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Objective, at_least_float32
 from dist_defend.engine.trainer import Stage
 from dist_defend.models.classifier import Classifier
 from dist_defend.trial import Trial
@@ -52,6 +52,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise ValueError(f"key 'smoothing' is {self.smoothing}; it must be at least 0 and below 1")
+        if self.evaluate_every < 1:
+            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
 
 
 class FineTuning(Objective):
@@ -68,7 +70,7 @@ class FineTuning(Objective):
 
 def build(config: Config, context: Context) -> Plan:
     """One stage, and a result that measures before and after."""
-    trial = Trial(config.model, context, "fine_tune.attack")
+    trial = Trial(config.model, context)
     data, rows = trial.dataset("defence", config.data)
     trial.test_on(config.test, config.attack, without=(data, rows))
     trial.look(data, rows)
@@ -80,6 +82,6 @@ def build(config: Config, context: Context) -> Plan:
         return trial.evaluate(trial.model)
 
     def result() -> dict[str, Any]:
-        return trial.result("fine_tune", trial.model, provenance={"epochs": config.update.epochs})
+        return trial.result(trial.model, provenance={"epochs": config.update.epochs})
 
     return Plan([Stage("fine_tune", loader, step, config.update.epochs, evaluate, config.evaluate_every)], result)

@@ -10,8 +10,9 @@ from torch import Tensor
 from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
-from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.abd.options import RetrospectionConfig
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
@@ -37,47 +38,36 @@ class RetrospectiveStep:
         divergence: Share,
         *,
         batch_size: int,
-        total_steps: int,
+        steps_per_epoch: int,
+        epochs: int,
         graph: GraphMode,
     ) -> None:
         self.pair, self.config, self.loss = pair, config, loss
-        self.ranks, self.total_steps = pair.context.ranks, total_steps
+        self.ranks = pair.context.ranks
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * epochs
         device, dtype = self.ranks.device, self.ranks.dtype
         pair.student.to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         check_twice_differentiable(pair.student.net, pair.image_size, f"the student {pair.student.arch}")
         rate = config.restart_lr or optimizer.lr
         self.schedule = replace(optimizer, lr=rate, schedule="cosine", milestones=(), warmup_epochs=0.0)
-        self.optimizer = build_optimizer(pair.student.parameters(), self.schedule)
         self.parameters = list(pair.student.parameters())
-        self.gradients = [torch.zeros_like(p) for p in self.parameters]  # laid out as the fused optimizers need it
         self.retrospection = SelfRetrospection(
             config, pair.student.net, pair.teacher.net, divergence, seed=pair.context.seed, batch_size=batch_size
         )
         self.own = rank_slice(batch_size, self.ranks.rank, self.ranks.world_size)
-        self.graphed = GraphedUpdate("retrospection", self.update, self._changed, device, graph)
-        self.rate = torch.tensor(rate, device=device)  # a graph reads a tensor; on the host a float is the exact one
-        self._prepare()
-        self.step = 0
+        self.graphed = GraphedUpdate("retrospection", self.imitate, self._changed, device, graph)
+        self.update = Update(self.parameters, self.schedule, self.graphed.is_graphed)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
-        device, dtype = self.ranks.device, self.ranks.dtype
-        rate = self.schedule.lr * lr_factor(self.schedule, self.step, self.total_steps, self.total_steps)
-        self.rate.fill_(rate)
-        if not self.graphed.is_graphed:
-            self.optimizer.param_groups[0]["lr"] = rate
-        start = self.retrospection.start(self.pair.image_size, self.step).to(device, dtype)
-        patched = self.retrospection.patched(self.own, self.step).to(device, dtype)
+        device, dtype, number = self.ranks.device, self.ranks.dtype, at.done(self.steps_per_epoch)
+        self.update.follow(number, self.total_steps, self.total_steps)
+        start = self.retrospection.start(self.pair.image_size, number).to(device, dtype)
+        patched = self.retrospection.patched(self.own, number).to(device, dtype)
         self.pair.student.train()
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient  # the step before this stage may have left none
-        scalars = self.graphed(batch.images, start, patched)
-        if device.type == "cpu" and scalars["nonfinite"]:
-            raise NonFiniteError("the hypergradient is not finite")
-        self.step += 1
-        return scalars
+        return check_finite(self.graphed(batch.images, start, patched), "the hypergradient")
 
-    def update(self, images: Tensor, start: Tensor, patched: Tensor) -> dict[str, Tensor]:
+    def imitate(self, images: Tensor, start: Tensor, patched: Tensor) -> dict[str, Tensor]:
         """images (b, 3, H, W), delta to start from (1, 3, H, W), patched (b, 1, 1, 1): 1 or 0. One update."""
         student, teacher = self.pair.student, self.pair.teacher
         x = student.normalize(images)
@@ -90,11 +80,7 @@ class RetrospectiveStep:
         direct = torch.autograd.grad(loss, self.parameters, retain_graph=not self.config.detach_reference)
         result, scalars = self.retrospection.hypergradient(x, logits, delta, patched)
         total = [a + b for a, b in zip(all_reduce_together(list(direct)), result.total, strict=True)]
-        torch._foreach_copy_(self.gradients, total)
-        norm = torch.nn.utils.get_total_norm(total)
-        nonfinite = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
-        self.optimizer.step()
+        norm, nonfinite = self.update.step(total)
         self.retrospection.after_update(x, delta, patched)
         told = {"loss": loss.detach() * self.ranks.world_size, "grad_norm": norm, "nonfinite": nonfinite}
         return {**told, **scalars}
@@ -102,23 +88,14 @@ class RetrospectiveStep:
     def state_dict(self) -> dict[str, Any]:
         return {
             "student": self.pair.student.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
+            "optimizer": self.update.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pair.student.load_state_dict(state["student"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self._prepare()
-        self.step = state["step"]
-
-    def _prepare(self) -> None:
-        if self.graphed.is_graphed:
-            self.optimizer.param_groups[0].update(lr=self.rate, capturable=True)
-            self.optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
+        self.update.load_state_dict(state["optimizer"])
 
     def _changed(self) -> Iterator[Tensor]:
         yield from self.parameters
         yield from self.pair.student.buffers()
-        for state in self.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
+        yield from self.update.state()

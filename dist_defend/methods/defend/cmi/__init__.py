@@ -54,7 +54,8 @@ def build(config: Config, context: Context) -> Plan:
             share,
             share,
             batch_size=batch_size,
-            total_steps=(epochs - first) * steps,
+            steps_per_epoch=steps,
+            epochs=epochs - first,
             graph=config.graph,
         )
         stages.append(stage("retrospection", late, first, epochs))

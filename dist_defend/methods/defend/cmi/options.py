@@ -110,7 +110,7 @@ class Config:
     teacher: str
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     temperature: float = 20.0
     distillation_steps: int = 400

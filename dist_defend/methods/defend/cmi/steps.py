@@ -1,6 +1,7 @@
 """An epoch of CMI: the iterations that synthesise a batch, then the steps that distil on all images so far."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.step import Step
+from dist_defend.engine.step import Position, Step
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.methods.defend.cmi.options import Config
 from dist_defend.methods.defend.cmi.synthesis import Synthesis
@@ -79,28 +80,28 @@ class CmiStep:
 
     def __init__(self, config: Config, synthesis: Synthesis, update: Step, pair: Pair, first: int) -> None:
         self.config, self.synthesis, self.update, self.pair = config, synthesis, update, pair
-        self.num_batches = config.synthesis.iterations + config.distillation_steps
-        self.calls = first * self.num_batches  # since the run's first epoch
+        self.first = first
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        is_synthesis = self.calls % self.num_batches < self.config.synthesis.iterations
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        iterations, of_run = self.config.synthesis.iterations, replace(at, epoch=self.first + at.epoch)
+        is_synthesis = at.batch < iterations
         self.pair.student.train(not is_synthesis)
-        scalars = self.synthesis(batch) if is_synthesis else self.update(self._with_images(batch))
-        self.calls += 1
-        return scalars
+        if is_synthesis:
+            return self.synthesis(batch, of_run)
+        images = self._with_images(batch, of_run.done(iterations + self.config.distillation_steps))
+        return self.update(images, replace(at, batch=at.batch - iterations))
 
-    def _with_images(self, batch: Batch) -> Batch:
+    def _with_images(self, batch: Batch, calls: int) -> Batch:
         """The pool's images at batch.index (b,), augmented by (seed, call, row)."""
         size, pool, augment = self.pair.image_size, self.synthesis.pool, self.config.augment
         seed = self.pair.context.seed
-        params = draw(seed, self.calls, batch.index.cpu().numpy(), _POOL_VIEW, augment, size, size)
+        params = draw(seed, calls, batch.index.cpu().numpy(), _POOL_VIEW, augment, size, size)
         images = apply_augment(pool.images[batch.index], torch.from_numpy(params).to(batch.index.device), augment)
         return batch._replace(views=(images.to(self.pair.context.ranks.dtype),))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"synthesis": self.synthesis.state_dict(), "update": self.update.state_dict(), "calls": self.calls}
+        return {"synthesis": self.synthesis.state_dict(), "update": self.update.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.synthesis.load_state_dict(state["synthesis"])
         self.update.load_state_dict(state["update"])
-        self.calls = state["calls"]

@@ -11,8 +11,9 @@ from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, crop_and_flip
 from dist_defend.data.draws import draw
 from dist_defend.data.order import rank_slice
-from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT
 from dist_defend.methods.defend.abd.pair import Pair
@@ -65,45 +66,43 @@ class Synthesis:
         codes = torch.zeros(config.batch_size, config.latent_dim, device=self.device, dtype=self.dtype)
         self.codes = nn.Parameter(codes)  # of all ranks; each has gradients for its slice
         self.made = [*self.generator.parameters(), self.codes]
-        self.optimizer = build_optimizer(self.made, OptimizerConfig("adam", lr=config.lr, betas=(0.5, 0.999)))
-        projected = list(self.projection.parameters())
-        self.projection_optimizer = build_optimizer(projected, OptimizerConfig("adam", lr=config.contrast.lr))
-        for parameter in (*self.made, *projected):
-            parameter.grad = torch.zeros_like(parameter)
+        self.of_made = Update(self.made, OptimizerConfig("adam", lr=config.lr, betas=(0.5, 0.999)))
+        self.of_projection = Update(self.projection.parameters(), OptimizerConfig("adam", lr=config.contrast.lr))
         self.pool = ImagePool(capacity, size, self.device)
         self.bank = MemoryBank(config.contrast.bank_size, 2 * dim, self.device, self.dtype)
         self.best = torch.full((), float("inf"), device=self.device, dtype=self.dtype)
         self.best_images = torch.zeros(batch, 3, size, size, device=self.device, dtype=self.dtype)
         self.best_features = torch.zeros(batch, 2 * dim, device=self.device, dtype=self.dtype)
-        self.iterations = 0  # over all epochs
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """One iteration. batch.labels (b,): the classes wanted; index (b,): places in the global batch.
 
-        Raises NonFiniteError on a CPU, with the weights as they were.
+        at.epoch: of the run; at.batch: iterations that the epoch's images have had. Raises NonFiniteError on a CPU,
+        with the weights as they were.
         """
-        epoch, position = divmod(self.iterations, self.config.iterations)
-        if position == 0:
-            self._restart(epoch)
-        selecting = self._selecting
-        if selecting is not None and self.iterations == selecting.config.selection_batches:
-            selecting.select()
+        number = at.done(self.config.iterations)
+        if at.batch == 0:
+            self._restart(at.epoch)
+        if self._selecting is not None and number == self._selecting.config.selection_batches:
+            self._selecting.select()
+        keeper = self._selecting if number >= FIRST_KEPT else None
         places = batch.index.cpu().numpy()
-        whole = self._draw(places, _GLOBAL_VIEW, self.config.global_view)
-        local = self._draw(places, _LOCAL_VIEW, self.config.local_view)
-        scalars = self.update(batch.labels, whole, local, self._earlier())
-        if self.device.type == "cpu" and scalars["nonfinite"]:
-            raise NonFiniteError("the gradient of the synthesis is not finite")
-        self.iterations += 1
-        if position == self.config.iterations - 1:
+        whole = self._draw(number, places, _GLOBAL_VIEW, self.config.global_view)
+        local = self._draw(number, places, _LOCAL_VIEW, self.config.local_view)
+        scalars = self.update(batch.labels, whole, local, self._earlier(number), keeper)
+        check_finite(scalars, "the gradient of the synthesis")
+        if at.batch == self.config.iterations - 1:
             self.pool.add(all_gather_rows(self.best_images))
             self.bank.add(all_gather_rows(self.best_features))
         return scalars
 
-    def update(self, targets: Tensor, whole: Tensor, local: Tensor, earlier: Tensor) -> dict[str, Tensor]:
+    def update(
+        self, targets: Tensor, whole: Tensor, local: Tensor, earlier: Tensor, keeper: Vaccine | None = None
+    ) -> dict[str, Tensor]:
         """One step of generator, codes and projection.
 
         targets (b,) int64; whole, local: the two views' parameters (b, NUM_PARAMETERS); earlier: rows of the bank.
+        keeper: the vaccine that is to be chosen by these images, if it is.
         """
         config, pair, total = self.config, self.pair, self.config.batch_size
         teacher, world_size = pair.teacher, pair.context.ranks.world_size
@@ -116,8 +115,8 @@ class Synthesis:
                 terms["suppression"] = -self.vaccine.config.weight * suppression(logits, shuffled)
             else:
                 logits = teacher.net(x)
-        if self._selecting is not None and self.iterations >= FIRST_KEPT:
-            self._selecting.keep(x)
+        if keeper is not None:
+            keeper.keep(x)
         terms["bn"] = config.bn * statistics_distance(self.norms, inputs) / world_size
         terms["one_hot"] = config.one_hot * F.cross_entropy(logits, targets, reduction="sum") / total
         if config.adversarial:
@@ -128,16 +127,12 @@ class Synthesis:
         loss = contrast(self.projection, seen_locally, seen, earlier, total, config.contrast.temperature)
         terms["contrast"] = config.contrast.weight * loss
         loss = torch.stack(list(terms.values())).sum()
-        trained = [*self.made, *self.projection.parameters()]
+        trained = [*self.made, *self.of_projection.parameters]
         gradients = all_reduce_together(list(torch.autograd.grad(loss, trained)))
         self._keep_if_better(all_reduce_sum(loss.detach()), images, torch.cat([seen_locally, seen], dim=1))
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad.copy_(gradient)  # type: ignore[union-attr]
         norm = torch.nn.utils.get_total_norm(gradients)
-        nonfinite = (~torch.isfinite(norm)).float()
-        for optimizer in (self.optimizer, self.projection_optimizer):
-            optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
-            optimizer.step()
+        self.of_made.step(gradients[: len(self.made)], norm=norm)
+        _, nonfinite = self.of_projection.step(gradients[len(self.made) :], norm=norm)
         told = {"synthesis_loss": loss, **terms}
         return {name: value.detach() * world_size for name, value in told.items()} | {
             "synthesis_grad_norm": norm,
@@ -150,11 +145,10 @@ class Synthesis:
             "generator": self.generator.state_dict(),
             "codes": self.codes.detach(),
             "projection": self.projection.state_dict(),
-            "optimizers": [self.optimizer.state_dict(), self.projection_optimizer.state_dict()],
+            "optimizers": [self.of_made.state_dict(), self.of_projection.state_dict()],
             "pool": self.pool.state_dict(),
             "bank": self.bank.state_dict(),
             "best": [self.best, all_gather_rows(self.best_images), all_gather_rows(self.best_features)],
-            "iterations": self.iterations,
             "vaccine": None if self.vaccine is None else self.vaccine.state_dict(),
         }
 
@@ -162,8 +156,8 @@ class Synthesis:
         """Inverse of state_dict."""
         self.generator.load_state_dict(state["generator"])
         self.projection.load_state_dict(state["projection"])
-        for optimizer, saved in zip((self.optimizer, self.projection_optimizer), state["optimizers"], strict=True):
-            load_optimizer(optimizer, saved)
+        for update, saved in zip((self.of_made, self.of_projection), state["optimizers"], strict=True):
+            update.load_state_dict(saved)
         self.pool.load_state_dict(state["pool"])
         self.bank.load_state_dict(state["bank"])
         best, images, seen = state["best"]
@@ -172,7 +166,6 @@ class Synthesis:
         self.best.copy_(best)
         self.best_images.copy_(images[self.own])
         self.best_features.copy_(seen[self.own])
-        self.iterations = state["iterations"]
         if self.vaccine is not None:
             self.vaccine.load_state_dict(state["vaccine"])
 
@@ -183,9 +176,7 @@ class Synthesis:
         generator = torch.Generator().manual_seed(int(first))
         reset(self.generator, generator)
         self.codes.copy_(torch.randn(self.codes.shape, generator=generator, dtype=torch.float64))
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        self.of_made.forget()
         self.best.fill_(float("inf"))
 
     @torch.no_grad()
@@ -195,17 +186,17 @@ class Synthesis:
         for kept, new in ((self.best, loss), (self.best_images, images), (self.best_features, seen)):
             kept.copy_(torch.where(is_better, new, kept))
 
-    def _earlier(self) -> Tensor:
+    def _earlier(self, number: int) -> Tensor:
         """Rows of the bank to tell the new ones from (n, 2 D), drawn without replacement; none at first."""
         count = min(self.bank.filled, self.config.contrast.negatives)
-        draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, self.iterations)
+        draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, number)
         chosen = draw.choice(self.bank.filled, count, replace=False)
         return self.bank.rows[torch.from_numpy(chosen).to(self.device)]
 
-    def _draw(self, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
-        """Parameters (b, NUM_PARAMETERS) of this iteration's views."""
+    def _draw(self, number: int, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
+        """Parameters (b, NUM_PARAMETERS) of an iteration's views."""
         size = self.pair.image_size
-        params = draw(self.seed, self.iterations, places, view, config, size, size)
+        params = draw(self.seed, number, places, view, config, size, size)
         return torch.from_numpy(params).to(self.device, self.dtype)
 
     @property

@@ -5,7 +5,6 @@ the model's predictions; then train on images of which some carry it, with a gra
 follows the weights.
 """
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,6 @@ from dist_defend.trial import Trial
 
 __all__ = ["PRESETS", "Config", "build"]
 
-log = logging.getLogger(__name__)
-
 
 def build(config: Config, context: Context) -> Plan:
     """One stage whose epochs are rounds."""
@@ -34,7 +31,6 @@ def build(config: Config, context: Context) -> Plan:
     _check(config, model.image_size)
     trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both
     rounds = Rounds(_loader(config, context, data, rows), model.image_size, context.ranks)
-    _warn_of_unpatched(config, rounds, context)
     trial.look(data, rows)
     step = UnlearningStep(model, config, rounds, context.seed)
 
@@ -64,17 +60,4 @@ def _check(config: Config, size: int) -> None:
         raise UserError(
             f"key 'ibau.solver' is exact, which is for at most {LARGEST_EXACT} values, but delta has {3 * size**2}: "
             "say neumann or cg"
-        )
-
-
-def _warn_of_unpatched(config: Config, rounds: Rounds, context: Context) -> None:
-    """int(0.01 n) is 0 for n < 100: published, and silent there."""
-    sizes = {rounds.size(number) for number in range(rounds.batches)}
-    unpatched = sorted(size for size in sizes if not config.num_patched(size))
-    if unpatched and context.ranks.is_main:
-        log.warning(
-            "no image of a batch of %s carries the perturbation (patched_fraction %g, rounded down): such a batch only "
-            "fine-tunes and unlearns nothing; say min_patched: 1, or choose larger batches",
-            " or ".join(map(str, unpatched)),
-            config.patched_fraction,
         )

@@ -42,7 +42,7 @@ class Config:
     model: str
     data: DatasetConfig
     test: DatasetConfig
-    attack: AttackConfig | None = None  # measured after each round; None: the one in the model's card, if any
+    attack: AttackConfig | None = None
     rounds: int = 5
     batch_size: int = 100
     augment: AugmentConfig | None = None

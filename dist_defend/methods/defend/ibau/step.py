@@ -1,6 +1,6 @@
 """One step of a round: gradient ascent on the perturbation, or an update of the weights by the hypergradient."""
 
-from collections.abc import Iterator
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.graphed import GraphedUpdate
-from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.optim import build_optimizer, load_optimizer
+from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
@@ -26,6 +26,8 @@ from dist_defend.ops.hypergrad import (
 )
 from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
+
+log = logging.getLogger(__name__)
 
 
 class UnlearningStep:
@@ -43,40 +45,31 @@ class UnlearningStep:
         is_normalized = config.space == "normalized"
         self.network: nn.Module = model.net if is_normalized else model
         self.enter: nn.Module = model.normalize if is_normalized else nn.Identity()
+        _warn_of_unpatched(config, rounds)
         check_twice_differentiable(self.network, rounds.image_size, f"{config.model} ({model.arch})")
         self.parameters = list(model.parameters())
-        self.delta = torch.zeros(1, 3, *2 * (rounds.image_size,), device=ranks.device, dtype=ranks.dtype)
-        self.delta.requires_grad_()
-        self.delta.grad, self.gradients = torch.zeros_like(self.delta), [torch.zeros_like(p) for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient  # written, never added to, and laid out as the fused optimizers need it
-        self.optimizer = build_optimizer(self.parameters, config.optimizer)
-        self.inner_optimizer = build_optimizer([self.delta], config.inner)  # type: ignore[list-item]
+        delta = torch.zeros(1, 3, *2 * (rounds.image_size,), device=ranks.device, dtype=ranks.dtype)
+        self.delta = nn.Parameter(delta)
         self.first = rounds.first()
         self.solver = solver_of(config)
         self.inner = GraphedUpdate("I-BAU inner step", self.ascend, self._changed, ranks.device, config.graph)
         self.outer = GraphedUpdate("I-BAU outer step", self.unlearn, self._changed, ranks.device, config.graph)
-        for optimizer in (self.optimizer, self.inner_optimizer):
-            optimizer.param_groups[0]["capturable"] = self.outer.is_graphed
-            optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
-        self.calls = 0
+        self.update = Update(self.parameters, config.optimizer, self.outer.is_graphed)
+        self.inner_update = Update([self.delta], config.inner, self.inner.is_graphed)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
-        round_, position = divmod(self.calls, self.rounds.num_batches)
-        number = position % self.rounds.batches
+        number = at.batch % self.rounds.batches
         images, labels, weights = self.rounds.padded(batch, number)
-        if position == 0:
+        if at.batch == 0:
             self._restart()
-        if position < self.rounds.batches:
-            scalars = self.inner(images, weights)
+        if at.batch < self.rounds.batches:
+            scalars = check_finite(self.inner(images, weights), "the perturbation's gradient")
             if number == self.rounds.batches - 1:
                 self._project()
         else:
-            scalars = self.outer(images, labels, self._patched(round_, number), weights)
-            if self.ranks.device.type == "cpu" and scalars["nonfinite"]:
-                raise NonFiniteError("the hypergradient is not finite")
-        self.calls += 1
+            scalars = self.outer(images, labels, self._patched(at.epoch, number), weights)
+            check_finite(scalars, "the hypergradient")
         return scalars
 
     def ascend(self, images: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -87,12 +80,11 @@ class UnlearningStep:
         loss = -self._cross_entropy(self.network(self._bounded(x + self.delta)), pseudo_labels, weights)
         (slope,) = torch.autograd.grad(loss, self.delta)
         penalty = self.config.penalty * self.delta.detach().square().sum()  # through the norm, its slope at 0 is nan
-        assert self.delta.grad is not None
-        self.delta.grad.copy_(all_reduce_sum(slope) + 2 * self.config.penalty * self.delta.detach())
-        self.inner_optimizer.step()
+        _, nonfinite = self.inner_update.step([all_reduce_sum(slope) + 2 * self.config.penalty * self.delta.detach()])
         return {
             "inner_loss": loss.detach() * self.ranks.world_size + penalty,
             "delta_norm": self.delta.detach().norm(),
+            "nonfinite": nonfinite,
         }
 
     def unlearn(self, images: Tensor, labels: Tensor, patched: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -109,11 +101,7 @@ class UnlearningStep:
         result = hypergradient(
             outer, inner, self.delta, self.parameters, self.solver, self.config.step_size, self.config.penalty
         )
-        norm = torch.nn.utils.get_total_norm(result.total)
-        torch._foreach_copy_(self.gradients, result.total)
-        nonfinite = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
-        self.optimizer.step()
+        norm, nonfinite = self.update.step(result.total)
         return {
             "outer_loss": outer.detach() * self.ranks.world_size,
             "direct_norm": torch.nn.utils.get_total_norm(result.direct),
@@ -124,22 +112,20 @@ class UnlearningStep:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, delta, both optimizers, and how far the round is."""
+        """The weights, delta and both optimizers."""
         return {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.update.state_dict(),
             "delta": self.delta.detach(),
-            "inner_optimizer": self.inner_optimizer.state_dict(),
-            "calls": self.calls,
+            "inner_optimizer": self.inner_update.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        self.update.load_state_dict(state["optimizer"])
         with torch.no_grad():
             self.delta.copy_(state["delta"])
-        load_optimizer(self.inner_optimizer, state["inner_optimizer"])
-        self.calls = state["calls"]
+        self.inner_update.load_state_dict(state["inner_optimizer"])
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """This rank's share of the mean over the global batch."""
@@ -162,8 +148,7 @@ class UnlearningStep:
     def _restart(self) -> None:
         """A round starts from delta = 0 with a fresh inner optimizer."""
         self.delta.zero_()
-        for tensor in _state_of(self.inner_optimizer):
-            tensor.zero_()
+        self.inner_update.forget()
 
     @torch.no_grad()
     def _project(self) -> None:
@@ -171,7 +156,7 @@ class UnlearningStep:
             self.delta.mul_((self.config.project_radius / self.delta.norm()).clamp(max=1))
 
     def _changed(self) -> list[Tensor]:
-        return [*self.parameters, self.delta, *_state_of(self.optimizer), *_state_of(self.inner_optimizer)]
+        return [*self.parameters, self.delta, *self.update.state(), *self.inner_update.state()]
 
 
 def solver_of(config: Config) -> Solver:
@@ -181,5 +166,14 @@ def solver_of(config: Config) -> Solver:
     return conjugate_gradient(config.K, config.step_size) if config.solver == "cg" else exact(config.step_size)
 
 
-def _state_of(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+def _warn_of_unpatched(config: Config, rounds: Rounds) -> None:
+    """int(0.01 n) is 0 for n < 100: published, and silent there."""
+    sizes = {rounds.size(number) for number in range(rounds.batches)}
+    unpatched = sorted(size for size in sizes if not config.num_patched(size))
+    if unpatched and rounds.ranks.is_main:
+        log.warning(
+            "no image of a batch of %s carries the perturbation (patched_fraction %g, rounded down): such a batch only "
+            "fine-tunes and unlearns nothing; say min_patched: 1, or choose larger batches",
+            " or ".join(map(str, unpatched)),
+            config.patched_fraction,
+        )

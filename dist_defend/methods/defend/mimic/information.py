@@ -17,6 +17,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine.context import Context, Place
 from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR
@@ -122,7 +123,7 @@ class LayerInformation:
         self.test_start = len(rows) - self.test_rows
         ranks = context.ranks
         self.own = list(range(ranks.rank, _LAYERS, ranks.world_size))
-        self.count = 0
+        self.at = Position()  # of the present call, which the critics' draws depend on
         self.history: dict[int, list[float]] = {}  # epoch -> estimate per layer, of all ranks
         height, width = (dataset.image_shape or 2 * (network.image_size,))[:2]
         self.widths, self.feature_dim = self._measure(height, width)
@@ -210,11 +211,12 @@ class LayerInformation:
     def critic_loss(self, layer: int, index: Tensor) -> Tensor:
         """What the next update of a critic minimises."""
         x, y = self.pairs(layer, index)
-        epoch, number = divmod(self.count, -(-self.train_rows // self.config.batch_size))
-        return self.critics[layer].loss(x, y, self._permutation(layer, epoch, number, len(y), 0))
+        permutation = self._permutation(layer, self.at.epoch, self.at.batch, len(y), 0)
+        return self.critics[layer].loss(x, y, permutation)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """One update of each own critic. Returns the sum of all critics' losses; raises NonFiniteError."""
+        self.at = at
         total = torch.zeros((), dtype=self.context.ranks.dtype, device=self.context.ranks.device)
         for layer, objective in self.objectives.items():
             loss = objective(batch)["loss"]
@@ -222,7 +224,6 @@ class LayerInformation:
             self.optimizers[layer].step()
             self.optimizers[layer].zero_grad()
             total = total + loss.detach()
-        self.count += 1
         if total.device.type == "cpu" and not torch.isfinite(total):
             raise NonFiniteError("an information estimate diverged")
         scaled = total * self.context.ranks.world_size  # the trainer logs the mean over ranks
@@ -269,10 +270,10 @@ class LayerInformation:
             gathered: list[Any] = [None] * self.context.ranks.world_size
             torch.distributed.all_gather_object(gathered, own)
             own = {layer: state for part in gathered for layer, state in part.items()}
-        return {"count": self.count, "history": dict(self.history), "layers": own}
+        return {"history": dict(self.history), "layers": own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count, self.history = state["count"], dict(state["history"])
+        self.history = dict(state["history"])
         for layer in self.own:
             saved = state["layers"][str(layer)]
             self.critics[layer].load_state_dict(saved["critic"])

@@ -57,7 +57,6 @@ class Phases:
             context.ranks,
             lr=config.unlearning_lr,
             schedule=config.schedule,
-            steps_per_epoch=loader.num_batches,
             max_grad_norm=config.max_grad_norm,
             graph=config.graph,
         )

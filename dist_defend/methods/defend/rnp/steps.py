@@ -11,7 +11,10 @@ from torch.nn import functional
 from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
-from dist_defend.engine.objective import NonFiniteError
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update, check_finite
+from dist_defend.ops.hypergrad import all_reduce_together
 
 _MOMENTUM = 0.9  # of both phases, as published
 
@@ -23,6 +26,8 @@ class CrossEntropyStep:
     updates of this epoch were made from, over all ranks, until read_accuracy(). model: on the ranks' device, batch
     norm synchronised; parameters: the trained ones, the others need no gradient.
     """
+
+    max_grad_norm: float | None = None
 
     def __init__(
         self,
@@ -40,24 +45,16 @@ class CrossEntropyStep:
         model.requires_grad_(False)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        rate = lr if ranks.device.type == "cpu" else torch.tensor(lr, device=ranks.device)  # a graph reads a tensor
-        self.optimizer = torch.optim.SGD(
-            self.parameters, lr=rate, momentum=_MOMENTUM, weight_decay=weight_decay, fused=True
-        )
-        for parameter in self.parameters:  # zero is what the first step starts from: no first step of another kind
-            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.correct, self.seen = torch.zeros(2, dtype=torch.float64, device=ranks.device).unbind()
-        self.step = 0
-        self.graphed = GraphedUpdate(f"rnp's {type(self).__name__}", self.update, self.changed, ranks.device, graph)
+        self.graphed = GraphedUpdate(f"rnp's {type(self).__name__}", self.learn, self.changed, ranks.device, graph)
+        sgd = OptimizerConfig("sgd", lr, weight_decay, momentum=_MOMENTUM)
+        self.update = Update(self.parameters, sgd, self.graphed.is_graphed)
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        scalars = self.graphed(batch.images, batch.labels)
-        if batch.labels.device.type == "cpu" and scalars["nonfinite"]:
-            raise NonFiniteError("the loss is not finite")
-        self.step += 1
-        return scalars
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        """Raises NonFiniteError on a CPU, with the parameters as they were."""
+        return check_finite(self.graphed(batch.images, batch.labels), "the gradient")
 
-    def update(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def learn(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W), labels (B,) -> scalars. Nothing here waits for the device or depends on values."""
         logits = self.model(images)
         counts = torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
@@ -68,38 +65,22 @@ class CrossEntropyStep:
         total = functional.cross_entropy(logits, labels, reduction="sum")
         cross_entropy = total * self.world_size / counts[1]  # its mean over ranks is the mean over the global batch
         loss = self.scale * cross_entropy
-        self.optimizer.zero_grad()
-        loss.backward()
-        self._average_gradients()
-        self._before_update()
-        self.optimizer.step()
+        gradients = torch.autograd.grad(loss / self.world_size, self.parameters)
+        _, nonfinite = self.update.step(all_reduce_together(list(gradients)), self.max_grad_norm)
         self._after_update()
         return {
             "loss": loss.detach(),
             "cross_entropy": cross_entropy.detach(),
             "accuracy": counts[0] / counts[1],
-            "nonfinite": (~torch.isfinite(loss.detach())).float(),
+            "nonfinite": nonfinite,
         }
 
     def changed(self) -> Iterator[Tensor]:
-        """Every tensor that update() writes to."""
+        """Every tensor that learn() writes to."""
         yield from self.model.parameters()
         yield from self.model.buffers()
-        yield from (self.optimizer.state[p]["momentum_buffer"] for p in self.parameters)
+        yield from self.update.state()
         yield from (self.correct, self.seen)
-
-    def _average_gradients(self) -> None:
-        if self.world_size == 1:
-            return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        pieces = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
-        for gradient, piece in zip(gradients, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
-
-    def _before_update(self) -> None:
-        """Between backward pass and update."""
 
     def _after_update(self) -> None:
         """After the update."""
@@ -114,18 +95,16 @@ class CrossEntropyStep:
     def state_dict(self) -> dict[str, Any]:
         return {
             "model": self.model.state_dict(),
-            "momentum": [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters],
+            "optimizer": self.update.state_dict(),
             "counts": [self.correct, self.seen],
-            "step": self.step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """In place: a captured graph keeps its addresses."""
         self.model.load_state_dict(state["model"])
-        buffers = [self.optimizer.state[p]["momentum_buffer"] for p in self.parameters]
-        for own, saved in zip([*buffers, self.correct, self.seen], [*state["momentum"], *state["counts"]], strict=True):
+        self.update.load_state_dict(state["optimizer"])
+        for own, saved in zip((self.correct, self.seen), state["counts"], strict=True):
             own.copy_(saved)
-        self.step = state["step"]
 
 
 class UnlearnStep(CrossEntropyStep):
@@ -143,24 +122,18 @@ class UnlearnStep(CrossEntropyStep):
         lr: float = 0.01,
         weight_decay: float = 5e-4,
         schedule: Sequence[int] = (10, 20),
-        steps_per_epoch: int = 1,
         max_grad_norm: float | None = None,
         graph: GraphMode = "off",
     ) -> None:
         super().__init__(
             model, list(model.parameters()), ranks, scale=-1.0, lr=lr, weight_decay=weight_decay, graph=graph
         )
-        self.lr, self.schedule, self.steps_per_epoch = lr, tuple(schedule), steps_per_epoch
+        self.lr, self.schedule = lr, tuple(schedule)
         self.max_grad_norm = max_grad_norm
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        epoch = self.step // self.steps_per_epoch
-        _set_rate(self.optimizer, self.lr * 0.1 ** sum(epoch >= milestone for milestone in self.schedule))
-        return super().__call__(batch)
-
-    def _before_update(self) -> None:
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
+        self.update.set_rate(self.lr * 0.1 ** sum(at.epoch >= milestone for milestone in self.schedule))
+        return super().__call__(batch, at)
 
 
 class RecoverStep(CrossEntropyStep):
@@ -186,11 +159,3 @@ class RecoverStep(CrossEntropyStep):
     def _after_update(self) -> None:
         for mask in self.parameters:
             mask.clamp_(0, 1)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr

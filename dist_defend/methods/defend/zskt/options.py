@@ -39,7 +39,7 @@ class Config:
     teacher: str
     test: DatasetConfig
     student: str = "wrn_16_1"
-    attack: AttackConfig | None = None  # measured; None: the one in the teacher's card, if any
+    attack: AttackConfig | None = None
     pseudo_batches: int = 80_000
     batch_size: int = 128
     z_dim: int = 100

@@ -11,8 +11,9 @@ from dist_defend.batch import Batch
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate
-from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.engine.optim import lr_factor
+from dist_defend.engine.step import Position
+from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.abd.vaccine import Vaccine, suppression
 from dist_defend.methods.defend.zskt.options import Config
@@ -21,6 +22,8 @@ from dist_defend.models.wide_resnet import WideResNet
 from dist_defend.ops.attention import unit_attention
 from dist_defend.ops.hypergrad import all_reduce_together
 from dist_defend.ops.losses import distillation
+
+_GRADIENT = "the gradient"
 
 
 class TransferStep:
@@ -60,10 +63,9 @@ class TransferStep:
         self.perturb = GraphedUpdate("ZSKT perturbation", self.synthesise, self._changed, device, mode)
         self.learn = GraphedUpdate("ZSKT student step", self.imitate, self._changed, device, mode)
         self.players = {
-            "generator": _Player(generator, config.generator_optimizer, self.make.is_graphed),
-            "student": _Player(student, config.student_optimizer, self.make.is_graphed),
+            "generator": Update(generator.parameters(), config.generator_optimizer, self.make.is_graphed),
+            "student": Update(student.parameters(), config.student_optimizer, self.make.is_graphed),
         }
-        self.calls = 0
 
     def _make_buffers(self) -> None:
         """Where a pseudo-batch's images, the teacher's answers to them and delta stay."""
@@ -77,16 +79,16 @@ class TransferStep:
         is_kept = self.vaccine is not None and self.vaccine.is_selecting
         self.drafts = [torch.zeros_like(self.images) for _ in range(config.generator_steps if is_kept else 0)]
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """batch.images: this rank's rows of z, (b, z_dim). Raises NonFiniteError on a CPU before a bad update."""
-        config, number = self.config, self.calls
+        config, number = self.config, at.epoch  # a pseudo-batch is an epoch
         if self.vaccine is not None and self.vaccine.is_selecting and number == self.vaccine.config.selection_batches:
             self.vaccine.select()
             self.drafts = []
         is_defending = self.retrospection is not None and number >= self.retrospection.config.start
         self._set_rates(number)
         weight = [] if self.vaccine is None or not self.vaccine.is_used else [self.weight]
-        rows = [self._checked(self.make(batch.images, *weight))]
+        rows = [check_finite(self.make(batch.images, *weight), _GRADIENT)]
         self._keep_for_selection(number)
         start: list[Tensor] = []
         if self.retrospection and is_defending:
@@ -99,8 +101,7 @@ class TransferStep:
                 if self.retrospection.config.perturbs == "student":
                     self.perturb(*start)
                 patched = [self._tensor(self.retrospection.patched(self.own, number, step))]
-            rows.append(self._checked(self.learn(*patched)))
-        self.calls += 1
+            rows.append(check_finite(self.learn(*patched), _GRADIENT))
         nonfinite = torch.stack([row.pop("nonfinite") for row in rows]).amax()
         means = {key: torch.stack([row[key] for row in rows[1:]]).mean(0) for key in rows[1]}
         return {**rows[0], **means, "nonfinite": nonfinite}
@@ -125,7 +126,7 @@ class TransferStep:
                 scalars["suppression"] = suppressed.detach() * self.ranks.world_size
             player = self.players["generator"]
             gradients = all_reduce_together(list(torch.autograd.grad(loss, player.parameters)))
-            norm, nonfinite = player.update(gradients, config.max_grad_norm)
+            norm, nonfinite = player.step(gradients, config.max_grad_norm)
             scalars |= {"generator_loss": loss.detach() * self.ranks.world_size, "generator_grad_norm": norm}
             scalars["nonfinite"] = torch.maximum(nonfinite, scalars.get("nonfinite", nonfinite))
         with torch.no_grad(), repeated_statistics(self.generator, config.student_steps):
@@ -161,7 +162,7 @@ class TransferStep:
         if patched is not None and self.retrospection:
             result, scalars = self.retrospection.hypergradient(self.images, logits, self.delta, patched)
             torch._foreach_add_(gradients, result.total)
-        norm, nonfinite = player.update(gradients, config.max_grad_norm if patched is None else None)
+        norm, nonfinite = player.step(gradients, config.max_grad_norm if patched is None else None)
         if patched is not None and self.retrospection:
             self.retrospection.after_update(self.images, self.delta, patched)
         shares = {"student_loss": loss, "divergence": divergence, "attention_loss": transfer}
@@ -173,29 +174,27 @@ class TransferStep:
         return distillation(logits, reference, self.config.temperature, batch_size=self.config.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizers, the vaccine, and how many pseudo-batches are done. A collective call."""
+        """Weights, optimizers and the vaccine. A collective call."""
         return {
             "generator": self.generator.state_dict(),
             "student": self.student.state_dict(),
-            "optimizers": {name: player.optimizer.state_dict() for name, player in self.players.items()},
+            "optimizers": {name: player.state_dict() for name, player in self.players.items()},
             "vaccine": None if self.vaccine is None else self.vaccine.state_dict(),
-            "calls": self.calls,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.load_state_dict(state["generator"])
         self.student.load_state_dict(state["student"])
         for name, player in self.players.items():
-            player.load(state["optimizers"][name])
+            player.load_state_dict(state["optimizers"][name])
         if self.vaccine is not None:
             self.vaccine.load_state_dict(state["vaccine"])
-        self.calls = state["calls"]
 
     def _set_rates(self, number: int) -> None:
         """Schedules count pseudo-batches; self-retrospection may start the student's afresh."""
         total, retrospection = self.config.pseudo_batches, self.config.retrospection
         for player in self.players.values():
-            player.set_rate(player.config.lr * lr_factor(player.config, number, 1, total))
+            player.follow(number, 1, total)
         if retrospection is None or retrospection.restart_lr is None or number < retrospection.start:
             return
         student, start = self.players["student"], retrospection.start
@@ -212,11 +211,6 @@ class TransferStep:
                 self.vaccine.keep(draft)
             self.vaccine.keep(self.images, self.config.student_steps)
 
-    def _checked(self, scalars: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.ranks.device.type == "cpu" and scalars["nonfinite"]:
-            raise NonFiniteError("the gradient is not finite")
-        return scalars
-
     def _tensor(self, value: Tensor) -> Tensor:
         return value.to(self.ranks.dtype).to(self.ranks.device, non_blocking=True)
 
@@ -227,56 +221,6 @@ class TransferStep:
         for player in self.players.values():
             yield from player.state()
         yield from (self.images, self.logits, self.delta, *self.attention, *self.drafts)
-
-
-class _Player:
-    """Generator or student with its optimizer, whose rate lies on the device, where a graph reads it."""
-
-    def __init__(self, model: nn.Module, config: OptimizerConfig, is_graphed: bool) -> None:
-        self.config, self.parameters, self.is_graphed = config, list(model.parameters()), is_graphed
-        self.is_on_cpu = self.parameters[0].device.type == "cpu"
-        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient  # written, never added to, and laid out as the fused optimizers need it
-        self.optimizer = build_optimizer(self.parameters, config)
-        self.rate = torch.tensor(config.lr, device=self.parameters[0].device)
-        self._prepare()
-
-    def update(self, gradients: list[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor]:
-        """One step, clipped if max_norm is given -> norm before clipping, and 1 where it is not finite (no step)."""
-        norm = torch.nn.utils.get_total_norm(gradients)
-        torch._foreach_copy_(self.gradients, gradients)
-        if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-        nonfinite = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
-        self.optimizer.step()
-        return norm, nonfinite
-
-    def set_rate(self, rate: float) -> None:
-        if self.is_on_cpu:
-            self.optimizer.param_groups[0]["lr"] = rate
-        else:
-            self.rate.fill_(rate)
-
-    @torch.no_grad()
-    def forget(self) -> None:
-        """Zero is what a fresh optimizer starts from."""
-        for tensor in self.state():
-            tensor.zero_()
-
-    def state(self) -> Iterator[Tensor]:
-        states = self.optimizer.state.values()
-        return (value for state in states for value in state.values() if isinstance(value, Tensor))
-
-    def load(self, state: dict[str, Any]) -> None:
-        load_optimizer(self.optimizer, state)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        if not self.is_on_cpu:
-            self.optimizer.param_groups[0].update(lr=self.rate, capturable=self.is_graphed)
-            self.optimizer._warned_capturable_if_run_uncaptured = True  # as to warm up
 
 
 def _layers(net: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -2,7 +2,7 @@
 BIN := .venv/bin
 TREE := dist_defend examples tests setup.py launch
 
-.PHONY: setup test test-gpu demo lint format clean
+.PHONY: setup test test-gpu demo lint format release clean
 
 setup:
 	@launch/bootstrap
@@ -27,6 +27,10 @@ lint: setup
 format: setup
 	$(BIN)/ruff format $(TREE)
 	$(BIN)/ruff check --fix $(TREE)
+
+# dist/ with sdist and wheel, checked, installed into a fresh environment and tried there. Downloads torch and all else again.
+release: setup
+	launch/release
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,12 +1,16 @@
 """Package and dependencies. Ranges only: launch/constraints*.txt name the versions that were tested together.
 
+The folders that users edit (TEMPLATES) lie at the root of the repository once; a wheel gets them as package data.
+
 A lower bound is what is needed, or the first version without a known advisory: SECURITY.md lists these.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "dist_defend/__init__.py").read_text(), re.MULTILINE)
@@ -59,15 +63,54 @@ EXTRAS = {
     ],
 }
 
+TEMPLATES = ("configs", "launch/accelerate", "launch/deepspeed", "launch/torchvision_hook.py", "slurm")
+PAPERS = {"BadEncoder": "2108.00352", "I-BAU": "2110.03735", "RNP": "2305.14876", "ABD": "2306.02368"}  # on arXiv
+
+
+class BuildWithTemplates(build_py):  # type: ignore[misc]  # setuptools has no types
+    """Copies TEMPLATES into the built package; an installation with --editable reads them where they are."""
+
+    def run(self) -> None:
+        """As setuptools', then the copies."""
+        super().run()
+        if self.editable_mode:
+            return
+        for part in TEMPLATES:
+            source, place = HERE / part, Path(self.build_lib, "dist_defend", "templates", part)
+            if source.is_dir():
+                shutil.rmtree(place, ignore_errors=True)  # of an earlier build
+                shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, place)
+
+
 setup(
     name="dist-defend",
     version=VERSION[1],
     description="Train, poison, purify and measure image encoders and classifiers, on one CPU or many GPUs",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    keywords="backdoor, data poisoning, trojan, defence, unlearning, pruning, distillation, self-supervised, PyTorch",
+    project_urls={name: f"https://arxiv.org/abs/{number}" for name, number in PAPERS.items()},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Security",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["dist_defend", "dist_defend.*"]),
     package_data={"dist_defend": ["py.typed", "*.pyi"], "dist_defend.report": ["*.html", "*.css"]},
+    cmdclass={"build_py": BuildWithTemplates},
     install_requires=CORE,
-    extras_require={**EXTRAS, "all": sorted({name for names in EXTRAS.values() for name in names})},
+    extras_require={**EXTRAS, "all": sorted(n for extra, names in EXTRAS.items() if extra != "test" for n in names)},
     entry_points={"console_scripts": ["dist-defend = dist_defend.cli:main"]},
 )

@@ -244,6 +244,7 @@ def attack(name: str | None = None, **options: Any) -> AttackConfig:
     options: target_class, labels, rate and the other keys of AttackConfig; all others are the trigger's. images: the
     file of others' triggered images, instead of a name. UserError for unknown names, keys and values.
     """
+    plugins.allow(name)
     own = AttackConfig.__dataclass_fields__.keys() - {"trigger"}
     section = {key: value for key, value in options.items() if key in own}
     rest = {key: value for key, value in options.items() if key not in own}

@@ -23,6 +23,7 @@ __all__ = ["BROKEN_PIPE", "INTERRUPTED", "PREEMPTED", "main"]
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells say of a program whose reader went away, as with `| head`
 _OTHERS_SECONDS = 3  # after which a launcher has ended the other ranks of one that failed
 _COMMANDS = {  # name: (module, what it does); the module is imported when its command is used
+    "init": ("dist_defend.templates", "copy the package's configs, launch files and sbatch templates, to edit them"),
     "run": ("dist_defend.cli", "run one experiment file, or resume it"),
     "launch": ("dist_defend.launch", "run one experiment file on several ranks or machines"),
     "plan": ("dist_defend.plan", "memory and work of each rank, before anything is started"),

@@ -137,6 +137,7 @@ def _attack(args: argparse.Namespace) -> "AttackConfig | None":
 
 def read_attack(path: Path) -> "AttackConfig":
     """The attack in a model folder, a model.json, an experiment file or a YAML file of AttackConfig's keys."""
+    from dist_defend import plugins
     from dist_defend.attacks.attack import AttackConfig, attack_from
     from dist_defend.config import build_section
     from dist_defend.models.artifact import upgrade_card
@@ -157,6 +158,7 @@ def read_attack(path: Path) -> "AttackConfig":
         places[f"{raw['method']}.attack."] = own.get("attack")
     for prefix, section in places.items():
         if isinstance(section, dict) and (prefix or {"trigger", "images"} & section.keys()):
+            plugins.allow(section)  # the user's own file, unlike a model's card
             return build_section(AttackConfig, section, path, prefix)
     raise UserError(f"{path} has no attack: give the keys trigger (or images), target_class, labels, as in 'attack:'")
 

@@ -24,8 +24,7 @@ from dist_defend import lifeline
 from dist_defend.arguments import add_experiment
 from dist_defend.engine.sharding import STRATEGIES
 from dist_defend.errors import UserError
-
-FILES = Path(__file__).parents[1] / "launch"
+from dist_defend.templates import template
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,13 +141,17 @@ def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict
     devices = torch.cuda.device_count()
     if devices and ranks // args.machines > devices:
         raise UserError(f"{ranks // args.machines} ranks on this machine, but it has {devices} GPUs; lower --ranks")
-    if not (FILES / "accelerate").is_dir():
-        raise UserError(f"{FILES} is not here: install from a checkout (pip install -e .) to use the launcher")
     name = "single" if ranks == 1 else "multinode" if args.machines > 1 and args.strategy == "ddp" else args.strategy
     if name == "ddp" and not devices:
         name = "cpu2"
     port = args.port or (29500 if args.machines > 1 else _free_port())
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{FILES}/accelerate/{name}.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"{template('launch/accelerate')}/{name}.yaml",
+    ]
     command += ["--num_processes", str(ranks), "--num_machines", str(args.machines)]
     command += ["--machine_rank", str(args.machine_rank), "--main_process_port", str(port)]
     if args.main_ip:
@@ -160,7 +163,7 @@ def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict
             command += ["--rdzv_backend", "c10d"]  # on which the machines meet again
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # under keys that no dead rank has used
     if name.startswith("zero"):
-        command += ["--deepspeed_config_file", f"{FILES}/deepspeed/{name}.json"]
+        command += ["--deepspeed_config_file", f"{template('launch/deepspeed')}/{name}.json"]
     command += ["-m", "dist_defend", "run", args.config, *args.overrides, f"world_size={ranks}"]
     if args.debug:
         command.append("--debug")

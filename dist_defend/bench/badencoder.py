@@ -16,6 +16,7 @@ from dist_defend.attacks.stamping import stamp_images
 from dist_defend.attacks.trigger import white_square
 from dist_defend.batch import Batch
 from dist_defend.bench import runner
+from dist_defend.bench.published import badencoder as published
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.bench.simclr import prepare, train_epoch
 from dist_defend.data.augment import REFERENCE, View
@@ -48,7 +49,7 @@ class Pair:
     """Both sides from the same clean encoder, reference and trigger."""
 
     def __init__(self, case: Case, ranks: Ranks) -> None:
-        self.case, self.ranks, self.published = case, ranks, runner.published("badencoder")
+        self.case, self.ranks = case, ranks
         self.images = runner.random_images(case.num_images)
         self.reference = runner.random_images(1, seed=1)
         self.pixels = runner.to_pixels(self.images, ranks.device)
@@ -56,7 +57,7 @@ class Pair:
         self.trigger = white_square(runner.IMAGE_SIZE, TRIGGER_SIZE).to(ranks.device)
         theirs, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
         self.clean, self.backdoored, encoder = theirs.f.eval(), copy.deepcopy(theirs.f), ours.f
-        self.published.freeze_batch_norm(self.backdoored)
+        published.freeze_batch_norm(self.backdoored)
         self.optimizer = torch.optim.SGD(
             self.backdoored.parameters(),
             lr=OPTIMIZER.lr,
@@ -91,7 +92,7 @@ class Pair:
         def baseline() -> float:
             clean, triggered, reference, changed = theirs
             arguments = (self.backdoored, self.clean, self.optimizer, clean, [triggered], [reference], [changed])
-            return float(self.published.badencoder_step(*arguments)[0])
+            return float(published.badencoder_step(*arguments)[0])
 
         def ours() -> float:
             return self.step(batch, Position())["loss"].item()
@@ -104,10 +105,10 @@ class Pair:
         """The row of an epoch with loading."""
         case, keep = replace(self.case, name="badencoder-epoch"), (1 - self.trigger.mask).cpu()
         mask = keep.permute(0, 2, 3, 1).expand(1, -1, -1, 3).numpy().astype("int64")
-        dataset = self.published.ShadowDataset(
+        dataset = published.ShadowDataset(
             self.images, 255.0 * (1 - mask), mask, self.reference, runner.MEAN, runner.STD
         )
-        baseline = self.published.shadow_loader(dataset, case.batch_size)
+        baseline = published.shadow_loader(dataset, case.batch_size)
         loader = make_loader(
             prepare(self.images, folder),
             config=LoaderConfig(workers=baseline.num_workers),
@@ -120,7 +121,7 @@ class Pair:
         models, epochs = (self.backdoored, self.clean), count()
         return runner.compare(
             case,
-            lambda: self.published.badencoder_epoch(*models, self.optimizer, baseline, self.ranks.device),
+            lambda: published.badencoder_epoch(*models, self.optimizer, baseline, self.ranks.device),
             lambda: train_epoch(self.step, loader.epoch(next(epochs))),
             settings,
             images=loader.num_batches * case.batch_size,

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from dist_defend.bench.runner import Settings
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.ffcv_presence import ffcv_installed
-from dist_defend.data.loader import LoaderConfig, make_loader
+from dist_defend.data.loader import BackendName, Loader, LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource, open_source
 from dist_defend.data.store import PreparedDataset, write_dataset
 from dist_defend.errors import UserError
@@ -100,11 +100,11 @@ def rows(settings: Settings, workers: int = 2) -> list[dict[str, object]]:
 
 
 def _measure(case: _Case, baseline: Iterable[object], repeats: int, workers: int) -> dict[str, object]:
-    names = ["ffcv", "resident", "torch"] if ffcv_installed() else ["resident", "torch"]
-    loaders = {
+    names: list[BackendName] = ["ffcv", "resident", "torch"] if ffcv_installed() else ["resident", "torch"]
+    loaders: dict[str, Loader] = {
         name: make_loader(
             case.dataset,
-            config=LoaderConfig(backend=name, workers=workers),  # type: ignore[arg-type]
+            config=LoaderConfig(name, workers),
             batch_size=case.batch_size,
             views=case.views,
             shuffle=True,

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from dist_defend.bench import runner
+from dist_defend.bench.published import head as published
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.bench.simclr import train_epoch
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
@@ -34,7 +35,6 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _epoch(case: Case, settings: Settings, ranks: Ranks, seeds: tuple[int, ...]) -> dict[str, Any]:
-    published = runner.published("head")
     num_test = case.num_images * NUM_TEST // NUM_TRAIN
     width = build_encoder(case.encoder).feature_dim
     random = np.random.default_rng(0)
@@ -42,7 +42,8 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, seeds: tuple[int, ...])
     features = [functional.normalize(torch.from_numpy(random.standard_normal((n, width))), dim=1) for n in sizes]
     labels = [random.integers(0, NUM_CLASSES, n) for n in sizes]
     # The published loaders: one for training and two for the evaluations.
-    theirs = [published.feature_loader(x.numpy(), y, case.batch_size) for x, y in zip(features, labels, strict=True)]
+    loaders = (published.feature_loader(x.numpy(), y, case.batch_size) for x, y in zip(features, labels, strict=True))
+    train, clean, triggered = loaders
     net = published.NeuralNet(width, NUM_CLASSES).to(ranks.device)
 
     config = _config(seeds, case.batch_size)
@@ -65,7 +66,7 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, seeds: tuple[int, ...])
     )
     return runner.compare(
         case,
-        lambda: published.head_epoch(net, optimizer, *theirs, ranks.device),
+        lambda: published.head_epoch(net, optimizer, train, clean, triggered, ranks.device),
         lambda: train_epoch(step, batches.epoch(next(epochs))),
         settings,
         images=case.num_images * len(seeds),

@@ -14,6 +14,7 @@ from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
 from dist_defend.bench import runner
+from dist_defend.bench.published import ibau as reference
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.counts import evaluate_classifier
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader
@@ -45,7 +46,7 @@ class Pair:
     """Both sides from the same weights, images and perturbation; no image is normalised, as published."""
 
     def __init__(self, case: Case, ranks: Ranks, folder: Path) -> None:
-        self.case, self.ranks, self.reference = case, ranks, runner.published("ibau")
+        self.case, self.ranks = case, ranks
         self.config = Config("", DatasetConfig(""), DatasetConfig(""), batch_size=case.batch_size)
         self.data, self.test = (_noise(folder / split, case.num_images, split) for split in ("train", "test"))
         self.attacked = triggered(self.test, POISON)
@@ -69,7 +70,7 @@ class Pair:
 
         def baseline() -> float:
             first = self.batches[0]
-            step = self.reference.outer_step
+            step = reference.outer_step
             return float(step(self.theirs, self.optimizer, delta, first, first, patched, steps=self.config.K))
 
         def ours() -> float:
@@ -98,7 +99,7 @@ class Pair:
 
         def baseline() -> Any:
             arguments = (self.batches, their_clean, their_triggered, ranks.device)
-            return self.reference.unlearn_round(self.theirs, self.optimizer, *arguments)
+            return reference.unlearn_round(self.theirs, self.optimizer, *arguments)
 
         images = case.num_images
         note = f"{images} images to unlearn on, {images} clean and {images} triggered ones to test on"

@@ -8,6 +8,7 @@ import torch
 
 from dist_defend.batch import Batch
 from dist_defend.bench import runner
+from dist_defend.bench.published import mimic as published
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
@@ -33,7 +34,6 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _step(case: Case, settings: Settings, ranks: Ranks, hooks: int, note: str) -> dict[str, Any]:
-    published = runner.published("mimic")
     student, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
     teacher, our_teacher = runner.twin_models(case.encoder, seed=1, device=ranks.device)
     optimizer = torch.optim.Adam(student.parameters(), lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
@@ -41,12 +41,12 @@ def _step(case: Case, settings: Settings, ranks: Ranks, hooks: int, note: str) -
     step = GradientStep(objective, OPTIMIZER, ranks, steps_per_epoch=1, epochs=1)
     views = [runner.to_pixels(runner.random_images(case.batch_size, seed), ranks.device) for seed in (0, 1)]
     batch = Batch(tuple(views), torch.zeros(case.batch_size).long(), torch.arange(case.batch_size))
-    theirs = [runner.normalised(view) for view in views]
+    first, second = (runner.normalised(view) for view in views)
     teacher.eval()
-    published.leak_hooks(student.f.f, hooks)
+    published.leak_hooks(student.get_submodule("f.f"), hooks)
 
     def baseline() -> float:
-        return float(published.mimic_step(student, teacher, optimizer, *theirs, WEIGHTS))
+        return float(published.mimic_step(student, teacher, optimizer, first, second, WEIGHTS))
 
     def our_step() -> float:
         return step(batch, Position())["loss"].item()

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from dist_defend.bench import runner
+from dist_defend.bench.published import mimic_mi as published
+from dist_defend.bench.published.mimic import LAYERS
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.bench.simclr import prepare
 from dist_defend.data.loader import LoaderConfig
@@ -34,7 +36,6 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _phase(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    published = runner.published("mimic_mi")
     images = runner.random_images(case.num_images)
     theirs, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
     batches = published.memory_loader(images, runner.MEAN, runner.STD, case.batch_size)
@@ -67,10 +68,9 @@ def _phase(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
 
 def _show_critics_equal(case: Case, images: np.ndarray, theirs: SimCLR, ours: SimCLR, ranks: Ranks) -> None:
     """Give both critics of the last stage the same weights, images and permutation."""
-    published = runner.published("mimic_mi")
     pixels = runner.to_pixels(images[: case.batch_size], ranks.device)
     permutation = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0)).to(ranks.device)
-    tap = published.StageTap(theirs.eval(), published.LAYERS[-1], leaks=False)
+    tap = published.StageTap(theirs.eval(), LAYERS[-1], leaks=False)
     with torch.no_grad():
         x, y = tap(runner.normalised(pixels))
         maps, feature, _ = ours.eval().layers(pixels)
@@ -78,7 +78,7 @@ def _show_critics_equal(case: Case, images: np.ndarray, theirs: SimCLR, ours: Si
         critic = published.TNet(x.shape[1] + y.shape[1]).to(ranks.device)
         state = zip(critic.state_dict(), ours_critic.state_dict().values(), strict=True)
         critic.load_state_dict(dict(state))
-        for weight in (critic.layers[-1].weight, ours_critic.get_parameter("rest.3.weight")):
+        for weight in (critic.get_parameter("layers.4.weight"), ours_critic.get_parameter("rest.3.weight")):
             weight.mul_(100)  # fresh critics hardly tell pairs apart
         value = published.donsker_varadhan(critic, x, y, permutation).item()
         own = ours_critic.bound(maps[-1].flatten(1), feature, permutation).item()

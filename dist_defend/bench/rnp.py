@@ -17,6 +17,7 @@ from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
 from dist_defend.bench import runner
+from dist_defend.bench.published import rnp as reference
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.augment import IDENTITY
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
@@ -64,7 +65,7 @@ class Pair:
     """Both sides with the same network, images, order of batches and trigger; no augmentation."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self.folder, self.reference = case, folder, runner.published("rnp")
+        self.case, self.folder = case, folder
         self.poison = AttackConfig(BadNets())
         names = [str(c) for c in range(CLASSES)]
         counts = {"train": case.num_images, "test": case.num_images * TEST_SHARE}
@@ -90,7 +91,7 @@ class Pair:
         kept = np.flatnonzero(test.labels != self.poison.target_class)
 
         def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader[Any]:
-            return DataLoader(self.reference.ImageSet(images, labels, mean, std, dtype), **options)
+            return DataLoader(reference.ImageSet(images, labels, mean, std, dtype), **options)
 
         stamped = triggered(test, self.poison).images(kept)
         clean = loader(test.images(kept), test.labels[kept], batch_size=TEST_BATCH)
@@ -100,9 +101,9 @@ class Pair:
             defence = loader(
                 train.images(np.arange(len(train))),
                 train.labels,
-                batch_sampler=self.reference.GivenBatches(_order_of(len(train)), self.case.batch_size),
+                batch_sampler=reference.GivenBatches(_order_of(len(train)), self.case.batch_size),
             )
-            return self.reference.defend(net, defence, clean, bad, self.folder, UNLEARNING_EPOCHS, RECOVERING_EPOCHS)
+            return reference.defend(net, defence, clean, bad, self.folder, UNLEARNING_EPOCHS, RECOVERING_EPOCHS)
 
         return defend
 

@@ -1,21 +1,15 @@
 """Fair pairs: the same work, first shown to give the same loss, then timed in turns in one process."""
 
-import importlib
-import importlib.util
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import dist_defend
 from dist_defend.engine import dist
 from dist_defend.engine.dist import Ranks
 from dist_defend.errors import UserError
@@ -25,7 +19,6 @@ from dist_defend.models.pixel_space import NORMALIZATIONS
 NORMALIZATION = "cifar10"
 MEAN, STD = NORMALIZATIONS[NORMALIZATION]
 IMAGE_SIZE = 32  # pixels
-_PACKAGE = "dist_defend_as_published"
 
 
 @dataclass(frozen=True)
@@ -72,20 +65,6 @@ def cases(settings: Settings, name: str, *defaults: tuple[str, str, int, int]) -
 def start() -> Ranks:
     """One process in float32. UserError under a launcher: the baselines know no ranks."""
     return dist.start("fp32", world_size=1)
-
-
-def published(module: str) -> ModuleType:
-    """A module of tests/reference, the as-published formulations. UserError outside of a checkout."""
-    folder = Path(dist_defend.__file__).parents[1] / "tests" / "reference"
-    if _PACKAGE not in sys.modules:
-        if not (folder / "__init__.py").is_file():
-            raise UserError(f"the baselines are not at {folder}; run the bench from a checkout, installed by pip -e")
-        spec = importlib.util.spec_from_file_location(
-            _PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        assert spec is not None
-        sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
-    return importlib.import_module(f"{_PACKAGE}.{module}")
 
 
 def random_images(count: int, seed: int = 0) -> np.ndarray:

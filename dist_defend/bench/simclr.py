@@ -11,6 +11,7 @@ import torch
 
 from dist_defend.batch import Batch
 from dist_defend.bench import runner
+from dist_defend.bench.published import simclr as published
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.augment import SIMCLR, View
 from dist_defend.data.loader import LoaderConfig, make_loader
@@ -35,17 +36,16 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    published = runner.published("simclr")
     images = runner.random_images(case.num_images)
     theirs, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
     optimizer = torch.optim.Adam(theirs.parameters(), lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
     step = GradientStep(SimCLRObjective(ours, TEMPERATURE), OPTIMIZER, ranks, steps_per_epoch=1, epochs=1)
     first, second = (runner.to_pixels(half, ranks.device) for half in np.array_split(images[: 2 * case.batch_size], 2))
     batch = Batch((first, second), torch.zeros(len(first)).long(), torch.arange(len(first)))
-    views = (runner.normalised(view) for view in (first, second))
+    one, other = (runner.normalised(view) for view in (first, second))
     runner.show_equal(
         case.name,
-        published.simclr_step(theirs, optimizer, *views, TEMPERATURE),
+        published.simclr_step(theirs, optimizer, one, other, TEMPERATURE),
         step(batch, Position())["loss"].item(),
     )
     baseline = published.pair_loader(images, runner.MEAN, runner.STD, case.batch_size)

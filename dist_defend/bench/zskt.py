@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_defend.batch import Batch
 from dist_defend.bench import runner
+from dist_defend.bench.published import zskt as reference
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.dist import Ranks
@@ -45,7 +46,7 @@ class Pair:
     """Both sides from the same weights, with the same z, shuffles, starts of delta and perturbed images."""
 
     def __init__(self, case: Case, ranks: Ranks, defence: dict[str, Any]) -> None:
-        self.case, self.ranks, self.reference = case, ranks, runner.published("zskt")
+        self.case, self.ranks = case, ranks
         self.config = Config(
             "",
             DatasetConfig(""),
@@ -58,13 +59,15 @@ class Pair:
         teacher, student = (_net(arch).to(ranks.device, ranks.dtype) for arch in (TEACHER, case.encoder))
         torch.manual_seed(1)
         generator = ZSKTGenerator(self.config.z_dim, runner.IMAGE_SIZE).to(ranks.device, ranks.dtype)
-        theirs = [copy.deepcopy(generator), copy.deepcopy(student).train(), copy.deepcopy(teacher)]
-        optimizers = [torch.optim.Adam(theirs[0].parameters(), 1e-3), torch.optim.Adam(theirs[1].parameters(), 2e-3)]
+        made = copy.deepcopy(generator)
+        learner: Any = copy.deepcopy(student).train()
+        taught: Any = copy.deepcopy(teacher)
+        optimizers = torch.optim.Adam(made.parameters(), 1e-3), torch.optim.Adam(learner.parameters(), 2e-3)
         frozen = teacher.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
         self.step = TransferStep(frozen, student, generator, self.config, ranks, seed=0)
         members = [] if self.step.vaccine is None else copy.deepcopy(self.step.vaccine.ensemble.members)
         shuffled = [m.to(memory_format=torch.contiguous_format).requires_grad_(True) for m in members]  # type: ignore[call-overload]
-        self.players = self.reference.Players(*theirs, *optimizers, shuffled)
+        self.players = reference.Players(made, learner, taught, *optimizers, shuffled)
         self.latents = LatentBatches(case.batch_size, self.config.z_dim, 0, ranks)
 
     def compare(self, settings: Settings) -> dict[str, Any]:
@@ -78,7 +81,7 @@ class Pair:
     def theirs(self, number: int) -> float:
         """The published pseudo-batch -> the generator's loss and the mean of the student's, added."""
         z = self.latents.draw(number).to(self.ranks.device, self.ranks.dtype)
-        made, learned = self.reference.pseudo_batch(self.players, z, STUDENT_STEPS, self._plan(number))
+        made, learned = reference.pseudo_batch(self.players, z, STUDENT_STEPS, self._plan(number))
         return float(made + sum(learned) / STUDENT_STEPS)
 
     def ours(self, number: int) -> float:
@@ -96,7 +99,7 @@ class Pair:
         start = found.start(runner.IMAGE_SIZE, number).to(self.ranks.device, self.ranks.dtype)
         masks = [found.patched(self.step.own, number, step) for step in range(STUDENT_STEPS)]
         patched = [mask.flatten().nonzero().flatten().tolist() for mask in masks]
-        return self.reference.Retrospection(start, patched, patched, found.config.inner_rounds)
+        return reference.Retrospection(start, patched, patched, found.config.inner_rounds)
 
 
 def _net(arch: str) -> nn.Module:

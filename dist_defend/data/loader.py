@@ -19,6 +19,7 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
 from dist_defend.ops.streams import Stream, draws
 
+BackendName = Literal["auto", "ffcv", "resident", "torch"]
 _RESIDENT_SHARE = 0.5  # of the free memory that `auto` lets the images take
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ class LoaderConfig:
         workers: threads of each rank that make batches
     """
 
-    backend: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+    backend: BackendName = "auto"
     workers: int = 2
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dist_defend.data.pictures import ENDINGS, Tally, open_picture
+from dist_defend.data.reading import NotedSource
 from dist_defend.data.walking import Walk
 from dist_defend.errors import UserError
 
@@ -24,13 +25,12 @@ _RATIO = 4 / 3
 _JITTERED = 0.5
 
 
-class PatchSource:
+class PatchSource(NotedSource):
     """NUM_PATCHES unlabelled patches (SIDE, SIDE, 3) uint8, taken from the photographs in turn."""
 
-    classes = ("patch",)
-
     def __init__(self, photographs: Sequence[Image.Image], notes: Sequence[str] = ()) -> None:
-        self._photographs, self.notes = photographs, list(notes)
+        super().__init__((), ("patch",), notes)
+        self._photographs = photographs
 
     def __len__(self) -> int:
         return NUM_PATCHES

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_defend.data.reading import ArraySource, Source, TorchvisionSource
+from dist_defend.data.reading import ArraySource, NotedSource, TorchvisionSource
 from dist_defend.errors import UserError
 from dist_defend.files import open_regular, read_regular
 
@@ -36,7 +36,7 @@ _FREE_BYTES = 64 << 20  # that a packed one may have beyond four times its size
 STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
-def open_digits(path: str | None, split: str) -> Source:
+def open_digits(path: str | None, split: str) -> NotedSource:
     """scikit-learn's 1,797 8x8 digits: 360 stratified test images, the rest for training."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -50,7 +50,7 @@ def open_digits(path: str | None, split: str) -> Source:
     return ArraySource(grey, labels[rows], DIGITS, origin="digits")
 
 
-def open_fashion_mnist(path: str | None, split: str) -> Source:
+def open_fashion_mnist(path: str | None, split: str) -> NotedSource:
     stem = "train" if split == "train" else "t10k"
     folder = _fashion_folder(path)
     images = _read_idx(folder, f"{stem}-images-idx3-ubyte", 3)
@@ -147,20 +147,20 @@ def _torchvision(name: str, path: str | None, **options: Any) -> Any:
         ) from error
 
 
-def with_train(name: str) -> Callable[[str | None, str], Source]:
+def with_train(name: str) -> Callable[[str | None, str], NotedSource]:
     """A torchvision data set that takes ``train``."""
 
-    def make(path: str | None, split: str) -> Source:
+    def make(path: str | None, split: str) -> NotedSource:
         dataset = _torchvision(name, path, train=split == "train")
         return TorchvisionSource(dataset, dataset.classes, f"{name} {split}")
 
     return make
 
 
-def with_split(name: str, classes: Sequence[str]) -> Callable[[str | None, str], Source]:
+def with_split(name: str, classes: Sequence[str]) -> Callable[[str | None, str], NotedSource]:
     """A torchvision data set that takes ``split``."""
 
-    def make(path: str | None, split: str) -> Source:
+    def make(path: str | None, split: str) -> NotedSource:
         return TorchvisionSource(_torchvision(name, path, split=split), classes, f"{name} {split}")
 
     return make

@@ -40,10 +40,10 @@ class _Published:
     """A kind whose splits are known; it may fetch what is not there."""
 
     splits: tuple[str, ...]
-    open: Callable[[str | None, str], Source]
+    open: Callable[[str | None, str], NotedSource]
 
 
-def open_source(kind: str, path: str | None, split: str, keys: Keys = NO_KEYS) -> Source:
+def open_source(kind: str, path: str | None, split: str, keys: Keys = NO_KEYS) -> NotedSource:
     """One split of a source. UserError for an unknown kind or split, or files that cannot be had.
 
     ``keys`` names what holds images and labels, for npz, beton and webdataset.

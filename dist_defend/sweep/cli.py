@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 from collections import Counter
 from collections.abc import Iterator
 
@@ -133,14 +134,22 @@ def cancel(args: argparse.Namespace) -> int:
 
 def collect(args: argparse.Namespace) -> int:
     """One table of everything that is done; 1 if some results are damaged."""
+    _check_pandas()
     from dist_defend.sweep import collect as collecting
 
     sweep = load_sweep(args.sweep)
     return 1 if collecting.write(sweep, collecting.table(sweep)) else 0
 
 
+def _check_pandas() -> None:
+    """UserError where the tables' library is not installed."""
+    if importlib.util.find_spec("pandas") is None:
+        raise UserError("collecting needs pandas, which is not installed; pip install 'dist-defend[sweep]'")
+
+
 def report(args: argparse.Namespace) -> int:
     """collect, and what it means."""
+    _check_pandas()
     from dist_defend.sweep import collect as collecting
     from dist_defend.sweep import report as reporting
 

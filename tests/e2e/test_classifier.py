@@ -42,7 +42,7 @@ def train(folder: Path, **changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def backdoored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("backdoored")
-    return folder, train(folder, poison=POISON)
+    return folder, train(folder, attack=POISON)
 
 
 def percent(row: dict[str, Any], key: str) -> float:
@@ -91,7 +91,7 @@ def test_the_data_stay_clean_and_the_report_gets_pictures(backdoored: tuple[Path
 
 @pytest.mark.parametrize("poison", [None, POISON | {"rate": 0.0}], ids=["no attack", "an attack on nothing"])
 def test_a_clean_run_says_so(poison: dict[str, Any] | None, tmp_path: Path) -> None:
-    result = train(tmp_path, poison=poison)
+    result = train(tmp_path, attack=poison)
     (row,) = result["rows"]
     assert row["kind"] == "clean" and result["metrics"]["num_poisoned"] == 0
     assert percent(row, "acc") >= 90
@@ -106,7 +106,7 @@ def test_a_clean_run_says_so(poison: dict[str, Any] | None, tmp_path: Path) -> N
 def test_all_to_all_and_cross_samples(tmp_path: Path) -> None:
     update = {"batch_size": 16, "epochs": 1}
     poison = {"trigger": {"name": "wanet", "cross_ratio": 2.0}, "labels": "all_to_all", "rate": 0.125}
-    result = train(tmp_path, poison=poison, update=update)
+    result = train(tmp_path, attack=poison, update=update)
     (row,) = result["rows"]
     assert row["asr"]["n"] == row["ra"]["n"] == 24
     assert result["targets"] == {"noise": "its own plus 1"}

@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from their first cell to the last, in a kernel of their own, and are kept with what they print."""
+"""The notebooks in examples/ run from first cell to last, in a kernel of their own, and are kept with what they print."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ def test_there_are_notebooks() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
-    book = nbformat.read(path, as_version=4)
+    book = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     kept = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
     NotebookClient(book, timeout=280, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     made = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
@@ -31,9 +31,9 @@ def kinds(outputs: list[nbformat.NotebookNode]) -> set[str]:
 
 @pytest.mark.parametrize("path", BOOKS, ids=lambda path: path.stem)
 def test_a_notebook_is_kept_whole_and_without_this_machine(path: Path) -> None:
-    book = nbformat.read(path, as_version=4)
+    book = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
     nbformat.validate(book)
     cells = [cell for cell in book.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not re.search(r"/(home|usr|tmp|var)/|site-packages|\.py:\d", "".join(str(cell.outputs) for cell in cells))
-    assert sum(bool(kinds(cell.outputs)) for cell in cells) > len(cells) / 2
+    assert sum(bool(kinds(cell.outputs)) for cell in cells) >= len(cells) / 2

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.ffcv_presence import ffcv_installed
-from dist_defend.data.loader import LoaderConfig, make_loader
+from dist_defend.data.loader import BackendName, LoaderConfig, make_loader
 from dist_defend.data.reading import Keys
 from dist_defend.data.sources import ArraySource, open_source, source_splits
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
@@ -68,8 +68,11 @@ def read_whole(folder: Path) -> Read:
         dataset = open_dataset(folder)
         _ = (dataset.source_rows, dataset.digest, [dataset.image(row) for row in range(len(dataset))])
         views = (View(AugmentConfig(crop="random_resized", size=4)),)
-        backends = ["torch"] + ["resident"] * (dataset.image_shape is not None)
-        backends += ["ffcv"] * (dataset.beton is not None and ffcv_installed())
+        backends: list[BackendName] = ["torch"]
+        if dataset.image_shape is not None:
+            backends.append("resident")
+        if dataset.beton is not None and ffcv_installed():
+            backends.append("ffcv")
         read = {name: batches(dataset, name, views) for name in backends}
         if len(read["torch"]) != len(dataset):
             raise AssertionError("another number of images")
@@ -80,8 +83,8 @@ def read_whole(folder: Path) -> Read:
     return read
 
 
-def batches(dataset: PreparedDataset, backend: str, views: tuple[View, ...]) -> np.ndarray:
-    config = LoaderConfig(backend=backend, workers=1)  # type: ignore[arg-type]
+def batches(dataset: PreparedDataset, backend: BackendName, views: tuple[View, ...]) -> np.ndarray:
+    config = LoaderConfig(backend=backend, workers=1)
     loader = make_loader(dataset, config=config, batch_size=4, views=views)
     return np.concatenate([batch.views[0].numpy() for batch in loader.epoch(0)])
 

@@ -1,16 +1,17 @@
-"""tests/reference/zskt.py computes what illidanlab/ABD computed, and the package follows it step by step."""
+"""bench/published/zskt.py computes what illidanlab/ABD computed, and the package follows it step by step."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 from dist_defend.bench import zskt as bench
+from dist_defend.bench.published import zskt
 from dist_defend.bench.runner import Case as BenchCase
 from dist_defend.engine import dist
 from tests.numerics.abd_case import Case, weights
 from tests.numerics.det import assert_fingerprint
-from tests.reference import zskt
 
 
 def players(case: Case) -> zskt.Players:
@@ -53,7 +54,8 @@ def test_the_benched_sides_are_one_trajectory(name: str, monkeypatch: pytest.Mon
     pair = bench.Pair(BenchCase(name, "wrn_10_1", 6, 6), dist.start("fp64", None), bench.DEFENCES[name])
     for number in range(2):
         assert pair.ours(number) == pytest.approx(pair.theirs(number), rel=1e-10)
-    for ours, theirs in ((pair.step.student, pair.players.student), (pair.step.generator, pair.players.generator)):
+    students: tuple[Any, Any] = (pair.step.student, pair.players.student)
+    for ours, theirs in (students, (pair.step.generator, pair.players.generator)):
         found = dict(theirs.named_parameters())
         for key, value in ours.named_parameters():
             torch.testing.assert_close(value, found[key], rtol=0, atol=1e-9 * value.abs().max().item(), msg=key)

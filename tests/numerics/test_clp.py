@@ -129,7 +129,7 @@ def options(tmp_path: Path) -> dict[str, Any]:
     model = make_classifier(tmp_path / "model", attack={"trigger": {"name": "badnets"}, "target_class": 1})
     net, card = load_classifier(model)
     with torch.no_grad():
-        net.net.conv1.weight[3] *= 40  # type: ignore[union-attr, operator, index]
+        net.get_parameter("net.conv1.weight")[3] *= 40
     save_artifact(tmp_path / "model", net, card)
     return {"model": model, "test": {"path": make_data(tmp_path / "test", 9, seed=1)}}
 
@@ -144,7 +144,7 @@ def test_a_run_without_data(options: dict[str, Any], tmp_path: Path) -> None:
     }  # fmt: skip
     model, card = load_classifier(tmp_path / "run/model")
     assert (card.defended_by, card.chosen_by, card.provenance["method"]) == ("clp", "u", "clp")
-    assert model.net.bn1.weight[3] == model.net.bn1.bias[3] == 0  # type: ignore[union-attr, index]
+    assert all(model.get_parameter(f"net.bn1.{name}")[3] == 0 for name in ("weight", "bias"))
     lines = (tmp_path / "run/channel_scores.txt").read_text().splitlines()
     assert lines[4].split()[1:3] == ["bn1", "3"] and float(lines[4].split()[3]) < -3
     assert len(lines) == 1 + found["metrics"]["neurons"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.batch import Batch
+from dist_defend.bench.published import ibau as reference
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
@@ -19,7 +20,6 @@ from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.models.classifier import build_classifier
 from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann
 from tests.numerics.det import assert_fingerprint, det_init, fingerprint, golden
-from tests.reference import ibau as reference
 
 CASES = tuple(golden("ibau"))
 NOWHERE = DatasetConfig("nowhere")
@@ -218,7 +218,7 @@ def test_the_trajectory_catches(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_published_formulation(name: str) -> None:
-    """tests/reference, the bench's baseline, gives the published numbers too."""
+    """bench/published, the bench's baseline, gives the published numbers too."""
     case = Case(name)
     expected, model, delta = case.case, case.step.model, case.step.delta.detach()
     kind = torch.optim.Adam if expected["outer_optimizer"] == "Adam" else torch.optim.SGD

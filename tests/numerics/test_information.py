@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_defend.bench.published import mimic_mi as published
 from dist_defend.cli import main
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.data.store import open_dataset
@@ -22,7 +23,6 @@ from dist_defend.methods.defend.mimic.information import InformationConfig, Laye
 from dist_defend.models.artifact import load_simclr
 from dist_defend.ops.mutual_info import DonskerVaradhan
 from tests.numerics.det import golden
-from tests.reference import mimic_mi as published
 from tests.runs import make_data, make_experiment, make_model, metrics, options_of
 
 PUBLISHED_BASE, PUBLISHED = 1000.0, InformationConfig(scale=10000.0)

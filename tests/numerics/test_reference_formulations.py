@@ -1,4 +1,4 @@
-"""tests/reference computes what the published code of the papers computed, so it may serve as oracle and baseline."""
+"""bench/published computes what the published code of the papers computed, so it may serve as oracle and baseline."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dist_defend.bench.published import badencoder, head, mimic, mimic_mi, simclr
 from dist_defend.models.encoder import SimCLR, build_simclr
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden
-from tests.reference import badencoder, head, mimic, mimic_mi, simclr
 
 
 def make_model(seed: int) -> SimCLR:

@@ -1,15 +1,16 @@
-"""tests/reference/rnp.py computes what bboylyg/RNP computed, and the whole flow agrees with the package's."""
+"""bench/published/rnp.py computes what bboylyg/RNP computed, and the whole flow agrees with the package's."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from dist_defend.bench import rnp as bench
+from dist_defend.bench.published import rnp
 from dist_defend.bench.runner import Case
 from dist_defend.models.classifier import build_classifier
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden
-from tests.reference import rnp
 
 CASE = golden("rnp")["default"]
 
@@ -60,7 +61,11 @@ def test_the_whole_flow_gives_equal_masks_and_an_equal_table(
 
 
 def test_flows_that_differ_are_not_timed(pair: bench.Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    recover = pair.reference.recover_epoch
-    monkeypatch.setattr(pair.reference, "recover_epoch", lambda *arguments, alpha: recover(*arguments, alpha=0.3))
+    recover: Any = rnp.recover_epoch
+
+    def other(*arguments: Any, alpha: float) -> Any:
+        return recover(*arguments, alpha=alpha + 0.1)
+
+    monkeypatch.setattr(rnp, "recover_epoch", other)
     with pytest.raises(RuntimeError, match="do not compute the same"):
         pair.show_equal()

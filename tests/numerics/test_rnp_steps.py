@@ -231,6 +231,6 @@ def test_divergence_is_told() -> None:
     model = build_classifier("small_resnet", 10, "none").double()
     step = UnlearnStep(model, dist.start("fp64", None))
     with torch.no_grad():
-        model.net.get_submodule("linear").weight.fill_(float("nan"))  # type: ignore[operator]
+        model.get_parameter("net.linear.weight").fill_(float("nan"))
     with pytest.raises(NonFiniteError, match="not finite"):
         step(batches()[0], Position())

@@ -16,6 +16,7 @@ from dist_defend.attacks.patterns import Blended, Bpp, LabelConsistent, Sig, Tri
 from dist_defend.attacks.poison import poisoned, triggered
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.attacks.stamping import to_bytes, to_images
+from dist_defend.attacks.trigger import Replacing
 from dist_defend.attacks.trojan_nn import optimise_pattern
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
@@ -63,7 +64,7 @@ def test_alpha_is_the_mask(tmp_path: Path, name: str, hidden: int) -> None:
     file = save(tmp_path, rgba, name, **options)
     assert (stamp(file=file) == blend(rgba[..., :3], rgba[..., 3])).all()
     trigger = FromFile(file).build(SIDE)
-    assert trigger.mask.shape == (1, 1, SIDE, SIDE)  # type: ignore[union-attr]
+    assert isinstance(trigger, Replacing) and trigger.mask.shape == (1, 1, SIDE, SIDE)
 
 
 def test_grey_with_alpha_palette_and_colour_key(tmp_path: Path) -> None:
@@ -188,7 +189,8 @@ def test_size_resizes_colours_by_their_alpha(tmp_path: Path) -> None:
     plain = np.where(large[..., 3:] > 0, large[..., :3], 0).astype(np.uint8)
     for pixels in (large, plain):
         made = FromFile(save(tmp_path, pixels), size=SIDE).build(SIDE)
-        mask, pattern = made.mask[0, 0], made.pattern[0]  # type: ignore[union-attr]
+        assert isinstance(made, Replacing)
+        mask, pattern = made.mask[0, 0], made.pattern[0]
         assert (mask[6:9, 4:7] == 1).all() and mask[:4].max() == mask[12:].max() == 0
         assert 0 < mask[5, 5] < 1 or 0 < mask[4, 5] < 1
         colours = 255 * pattern[:, mask > 0.2]

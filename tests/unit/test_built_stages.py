@@ -18,8 +18,11 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
-from dist_defend.engine.step import Position
+from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods import find_method
+from dist_defend.methods.attack.badencoder import BadEncoderObjective
+from dist_defend.methods.defend.mimic.information import LayerInformation
+from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.artifact import load_artifact, load_simclr
 from tests.runs import SIZE, make_classifier, make_data, make_experiment, options_of
 
@@ -105,19 +108,20 @@ def test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_wei
     }  # fmt: skip
     unlearning, recovering = built("rnp", tmp_path, options).stages
     unlearn, recover = unlearning.step, recovering.step
+    assert isinstance(unlearn, UnlearnStep) and isinstance(recover, RecoverStep)
     assert (unlearning.epochs, recovering.epochs) == (7, 9)
-    assert (unlearn.lr, unlearn.schedule, unlearn.max_grad_norm) == (0.011, (3, 5), 7.0)  # type: ignore[attr-defined]
-    assert (unlearn.scale, recover.scale) == (-1.0, 0.3)  # type: ignore[attr-defined]
-    assert recover.update.rate == 0.4  # type: ignore[attr-defined]
+    assert (unlearn.lr, unlearn.schedule, unlearn.max_grad_norm) == (0.011, (3, 5), 7.0)
+    assert (unlearn.scale, recover.scale) == (-1.0, 0.3)
+    assert recover.update.rate == 0.4
     for number, batch in enumerate(unlearning.loader.epoch(0)):
         unlearn(Batch((batch.images.double(),), batch.labels, batch.index), Position(batch=number))
     suspect = load_artifact(options["model"])[0].double().state_dict()
-    unlearned, before = unlearn.model.state_dict(), recover.model.state_dict()  # type: ignore[attr-defined]
+    unlearned, before = unlearn.model.state_dict(), recover.model.state_dict()
     assert all(before[key].equal(value) for key, value in suspect.items())
     assert not unlearned["net.conv1.weight"].equal(suspect["net.conv1.weight"])
     assert unlearning.finish is not None
     unlearning.finish()
-    after = recover.model.state_dict()  # type: ignore[attr-defined]
+    after = recover.model.state_dict()
     assert all(after[key].equal(value) for key, value in unlearned.items())
 
 
@@ -126,12 +130,12 @@ def test_mimic_measures_the_network_that_it_is_told_to(source: str, tmp_path: Pa
     options = options_of("mimic", tmp_path)
     options["information"] |= {"source": source}
     first, second = built("mimic", tmp_path, options).stages
-    measured = first.step.network.state_dict()  # type: ignore[attr-defined]
-    objective = second.step.objective  # type: ignore[attr-defined]
+    assert isinstance(first.step, LayerInformation) and isinstance(second.step, GradientStep)
+    measured, objective = first.step.network.state_dict(), second.step.objective
     teacher = load_artifact(options["teacher"])[0].double().state_dict()
     is_teacher = {key: measured[key].equal(value) for key, value in teacher.items() if key.endswith("conv1.weight")}
     assert set(is_teacher.values()) == {source == "teacher"}
-    assert (first.step.network is objective.student) == (source == "student")  # type: ignore[attr-defined]
+    assert (first.step.network is objective.student) == (source == "student")
 
 
 @pytest.mark.parametrize("normalization", ["match_encoder", "clip"])
@@ -151,7 +155,9 @@ def test_badencoders_shadow_images_are_normalised_as_told(normalization: str, tm
     with torch.no_grad():
         features = encoder((batch.views[0].double() - mean) / std)
     wanted = features / features.norm(dim=1, keepdim=True)
-    objective = stage.step.objective  # type: ignore[attr-defined]
+    assert isinstance(stage.step, GradientStep)
+    objective = stage.step.objective
+    assert isinstance(objective, BadEncoderObjective)
     torch.testing.assert_close(objective.clean_features(batch.index), wanted, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         own = objective.encoder(batch.views[0].double())

@@ -50,7 +50,7 @@ def test_a_shard(tmp_path: Path, kind: str, format_: int) -> None:
         tmp_path / "shard-000000.tar", {"./" + "deep/" * 30 + "a.png": picture(9), **shard(0, 3)}, format=format_
     )
     assert read(path, kind=kind) == [(9, -1), (0, 0), (1, 1), (2, 2)]
-    assert open_source(kind, path, "train").name(1) == f"{path}/000000.png"  # type: ignore[attr-defined]
+    assert open_source(kind, path, "train").name(1) == f"{path}/000000.png"
 
 
 def test_patterns_and_folders_of_shards(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_where_labels_are(tmp_path: Path, name: str, content: object, keys: Keys
     text = content if isinstance(content, str) else json.dumps(content)
     path = pack(tmp_path / "s.tar", {"a.png": picture(5), name: text.encode(), "a.txt": b"caption"})
     assert read(path, keys=keys) == [(5, 4)]
-    assert "neither pictures nor labels, passed over: 1" in open_source("webdataset", path, "train", keys).notes[-1]  # type: ignore[attr-defined]
+    assert "neither pictures nor labels, passed over: 1" in open_source("webdataset", path, "train", keys).notes[-1]
 
 
 def test_of_several_pictures_in_a_sample_one_is_chosen(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_words_are_names_and_samples_without_a_label_are_told(tmp_path: Path) ->
     path = pack(tmp_path / "s.tar", files)
     assert read(path) == [(1, 1), (2, 0), (3, -1)]
     source = open_source("webdataset", path, "train")
-    assert source.classes == ("cat", "dog") and "images without a label (-1): 1" in source.notes  # type: ignore[attr-defined]
+    assert source.classes == ("cat", "dog") and "images without a label (-1): 1" in source.notes
 
 
 def test_class_folders_in_a_tar(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_class_folders_in_a_tar(tmp_path: Path) -> None:
     assert read(flat) == [(1, 1), (2, 0)]
     source = open_source("webdataset", flat, "train")
     assert source.classes == ("ant", "cat")
-    assert "no labels (.cls, .json) in the tar: classes are the folders in it" in source.notes  # type: ignore[attr-defined]
+    assert "no labels (.cls, .json) in the tar: classes are the folders in it" in source.notes
     two = [pack(tmp_path / f"two/{s}.tar", {f"{s}/{c}/0.png": picture(3)}) for s, c in (("train", "a"), ("val", "b"))]
     assert len(two) == 2 and read(str(tmp_path / "two"), "val") == [(3, 1)]
 
@@ -124,7 +124,7 @@ def test_class_folders_in_a_tar(tmp_path: Path) -> None:
 def test_pictures_alone_are_unlabelled_and_told(tmp_path: Path, names: tuple[str, str]) -> None:
     path = pack(tmp_path / "s.tar", {name: picture(number) for number, name in enumerate(names)})
     assert read(path) == [(0, -1), (1, -1)]
-    told = open_source("webdataset", path, "train").notes  # type: ignore[attr-defined]
+    told = open_source("webdataset", path, "train").notes
     assert "no labels (.cls, .json) in the tar: images have no label (-1)" in told
 
 

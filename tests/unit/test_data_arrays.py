@@ -103,7 +103,7 @@ def test_other_types_are_brought_to_8_bits_and_told(
 ) -> None:
     source = open_source("npz", save(tmp_path / "set.npz", x=images, y=Y), "train")
     assert all(np.array_equal(source[row][0], expected[row]) and source[row][0].dtype == np.uint8 for row in range(6))
-    assert source.notes == [told]  # type: ignore[attr-defined]
+    assert source.notes == [told]
 
 
 @pytest.mark.parametrize("images", [X / 255 - 0.5, X.astype(np.int16) - 128, X * 1.5, X.astype(np.int32) * 9])
@@ -117,7 +117,7 @@ def test_classes_count_over_all_splits_and_gaps_are_told(tmp_path: Path) -> None
     save(tmp_path / "test.npz", x=X, y=np.array([1, 1, 2, 5, 5, 5]))
     for split in ("train", "test"):
         assert open_source("npz", str(tmp_path), split).classes == ("0", "1", "2", "3", "4", "5")
-    told = open_source("npz", str(tmp_path), "test").notes  # type: ignore[attr-defined]
+    told = open_source("npz", str(tmp_path), "test").notes
     assert told == [
         "classes without an image in any split: 0, 3; labels start at 1",
         "classes without an image in test: 4",

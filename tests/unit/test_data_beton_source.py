@@ -59,7 +59,7 @@ def test_raw_jpg_and_mixed(tmp_path: Path, jpeg_rows: tuple[int, ...]) -> None:
         assert [source[row][1] for row in range(4)] == [3, 0, 1, 3] and source.classes == ("0", "1", "2", "3")
         for row, pixels in enumerate(PICTURES):
             assert source[row][0].shape == pixels.shape and np.abs(source[row][0].astype(int) - pixels).max() <= 1
-    assert "classes without an image in any split: 2" in source.notes  # type: ignore[attr-defined]
+    assert "classes without an image in any split: 2" in source.notes
 
 
 def test_fields_by_name_and_fields_that_are_none(tmp_path: Path) -> None:
@@ -108,4 +108,4 @@ def test_splits_share_their_classes(tmp_path: Path) -> None:
         write(tmp_path / f"{name}.beton", {"image": "image", "label": "int"}, labels)
     assert source_splits("beton", str(tmp_path)) == ["train", "val"]
     source = open_source("beton", str(tmp_path), "val")
-    assert len(source.classes) == 5 and "classes without an image in val: 2, 4" in source.notes  # type: ignore[attr-defined]
+    assert len(source.classes) == 5 and "classes without an image in val: 2, 4" in source.notes

@@ -38,7 +38,7 @@ def test_pipes_within_a_folder_are_passed_over_or_refused(tmp_path: Path, capsys
     Image.new("RGB", (4, 4)).save(tmp_path / "folders" / "cat" / "y.png")
     source = open_source("imagefolder", str(tmp_path / "folders"), "train")
     assert len(source) == 1
-    assert any("files that are none, passed over: 1" in note for note in source.notes)  # type: ignore[attr-defined]
+    assert any("files that are none, passed over: 1" in note for note in source.notes)
     for kind, ending in (("npz", "npz"), ("beton", "beton"), ("webdataset", "tar"), ("filelist", "txt")):
         (tmp_path / kind).mkdir()
         os.mkfifo(tmp_path / kind / f"train.{ending}")

@@ -56,8 +56,8 @@ def test_absolute_paths_headings_and_comments(root: Path, tmp_path_factory: pyte
     text = f"# made by hand\n\nfile,class\n{root}/img/0.png,1\n{root}/my pictures/a, b.JPEG,0\n"
     assert read(elsewhere, text, "val.csv") == [(0, 1), (2, 0)]
     source = open_source("filelist", str(elsewhere / "val.csv"), "val")
-    assert "line 3 is taken for headings" in source.notes  # type: ignore[attr-defined]
-    assert source.name(0) == f"{root}/img/0.png"  # type: ignore[attr-defined]
+    assert "line 3 is taken for headings" in source.notes
+    assert source.name(0) == f"{root}/img/0.png"
 
 
 def test_words_are_names_of_classes(root: Path) -> None:
@@ -72,8 +72,8 @@ def test_a_folder_of_lists_has_one_class_list(root: Path) -> None:
     assert source_splits("filelist", str(root)) == ["train", "val"]
     val = open_source("filelist", str(root), "val")
     assert val.classes == tuple(map(str, range(11))) and val[0][1] == 2
-    assert "classes without an image in any split: 1, 3, 4, 5, 6, 7, 8, 9" in val.notes  # type: ignore[attr-defined]
-    assert "classes without an image in val: 0, 10" in val.notes  # type: ignore[attr-defined]
+    assert "classes without an image in any split: 1, 3, 4, 5, 6, 7, 8, 9" in val.notes
+    assert "classes without an image in val: 0, 10" in val.notes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from dist_defend.data.reading import NotedSource
 from dist_defend.data.sources import open_source, source_splits
 from dist_defend.errors import UserError
 
@@ -29,12 +28,11 @@ def fill(root: Path, *files: str) -> Path:
 def labels(root: Path, split: str = "train") -> dict[str, int]:
     """File, from the root on -> label."""
     source = open_source("imagefolder", str(root), split)
-    assert isinstance(source, NotedSource)
     return {os.path.relpath(source.name(row), root): source[row][1] for row in range(len(source))}
 
 
 def notes(root: Path, split: str = "train") -> str:
-    return "\n".join(open_source("imagefolder", str(root), split).notes)  # type: ignore[attr-defined]
+    return "\n".join(open_source("imagefolder", str(root), split).notes)
 
 
 def refused(root: Path, told: str, split: str = "train") -> None:
@@ -214,7 +212,7 @@ def test_files_come_in_torchvisions_order(tmp_path: Path) -> None:
     expected = ImageFolder(str(tmp_path))
     source = open_source("imagefolder", str(tmp_path), "train")
     assert source.classes == tuple(expected.classes)
-    assert [(source.name(row), source[row][1]) for row in range(len(source))] == expected.samples  # type: ignore[attr-defined]
+    assert [(source.name(row), source[row][1]) for row in range(len(source))] == expected.samples
 
 
 def test_a_broken_picture_is_named_with_its_path(tmp_path: Path) -> None:
@@ -237,6 +235,6 @@ def test_notes_count_pictures_as_they_are_read(tmp_path: Path) -> None:
     fill(tmp_path, "train/cat/0.png", "train/cat/1.png")
     Image.fromarray(np.full((2, 2), 65535, np.uint16)).save(tmp_path / "train/cat/1.png")
     source = open_source("imagefolder", str(tmp_path), "train")
-    assert source.notes == []  # type: ignore[attr-defined]
+    assert source.notes == []
     assert [int(source[row][0].max()) for row in (0, 1, 1)] == [0, 255, 255]
-    assert source.notes == ["16-bit pictures scaled to 8 bits: 1"]  # type: ignore[attr-defined]
+    assert source.notes == ["16-bit pictures scaled to 8 bits: 1"]

@@ -75,9 +75,9 @@ def test_layouts(tmp_path: Path, make: Callable[[Path], None]) -> None:
         assert [source[row][1] for row in range(len(source))] == expected
         assert [int(source[row][0][0, 0, 0]) for row in range(len(source))] == expected
         assert source.classes == tuple(map(str, range(43)))
-    told = open_source("gtsrb", str(tmp_path), "train").notes  # type: ignore[attr-defined]
+    told = open_source("gtsrb", str(tmp_path), "train").notes
     assert told == ["43 images in train, not the 39209 of the papers"]
-    told = open_source("gtsrb", str(tmp_path), "test").notes  # type: ignore[attr-defined]
+    told = open_source("gtsrb", str(tmp_path), "test").notes
     assert "3 images in test, not the 12630 of the papers" in told
 
 

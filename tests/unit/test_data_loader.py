@@ -12,7 +12,7 @@ import torch
 from dist_defend.batch import Batch
 from dist_defend.data import ffcv_presence, loader
 from dist_defend.data.augment import IDENTITY, REFERENCE, SIMCLR, AugmentConfig, View
-from dist_defend.data.loader import DatasetConfig, LoaderConfig, make_loader, select_rows
+from dist_defend.data.loader import BackendName, DatasetConfig, LoaderConfig, make_loader, select_rows
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, write_dataset
 from dist_defend.errors import UserError
@@ -60,10 +60,10 @@ class Photos:
 
 
 def batches(
-    dataset: PreparedDataset, backend: str, epochs: int = 1, start: int = 0, workers: int = 1, **options: object
+    dataset: PreparedDataset, backend: BackendName, epochs: int = 1, start: int = 0, workers: int = 1, **options: Any
 ) -> list[Batch]:
-    config = LoaderConfig(backend, workers)  # type: ignore[arg-type]
-    made = make_loader(dataset, config=config, batch_size=12, **options)  # type: ignore[arg-type]
+    config = LoaderConfig(backend, workers)
+    made = make_loader(dataset, config=config, batch_size=12, **options)
     assert made.backend == backend
     return [batch for epoch in range(epochs) for batch in made.epoch(epoch, start)]
 
@@ -95,7 +95,7 @@ COLOUR = (View(SIMCLR), View(SIMCLR), View(replace(REFERENCE, jitter=1.0), sourc
 @pytest.mark.parametrize("views", EXACT.values(), ids=EXACT)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_geometry_is_the_same_to_the_last_bit(
-    dataset: PreparedDataset, backend: str, views: tuple[View, ...], workers: int
+    dataset: PreparedDataset, backend: BackendName, views: tuple[View, ...], workers: int
 ) -> None:
     options: dict[str, Any] = {"views": views, "shuffle": True, "seed": 9, "drop_last": True}
     ours = batches(dataset, backend, epochs=3, workers=workers, **options)
@@ -104,7 +104,7 @@ def test_geometry_is_the_same_to_the_last_bit(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_colour_is_the_same_within_a_grey_level(dataset: PreparedDataset, backend: str) -> None:
+def test_colour_is_the_same_within_a_grey_level(dataset: PreparedDataset, backend: BackendName) -> None:
     options: dict[str, Any] = {"views": COLOUR, "shuffle": True, "seed": 9}
     one, two = (batches(dataset, backend, epochs=3, workers=workers, **options) for workers in (1, 2))
     assert largest_difference(one, two) == 0
@@ -114,7 +114,7 @@ def test_colour_is_the_same_within_a_grey_level(dataset: PreparedDataset, backen
 
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
-def test_two_ranks_of_a_resumed_epoch_see_what_one_rank_sees(dataset: PreparedDataset, backend: str) -> None:
+def test_two_ranks_of_a_resumed_epoch_see_what_one_rank_sees(dataset: PreparedDataset, backend: BackendName) -> None:
     options: dict[str, Any] = {"views": COLOUR, "shuffle": True, "seed": 4}
     alone = batches(dataset, backend, **options)[2:]
     ranks = [batches(dataset, backend, start=2, rank=rank, world_size=2, **options) for rank in (0, 1)]
@@ -128,8 +128,8 @@ def test_two_ranks_of_a_resumed_epoch_see_what_one_rank_sees(dataset: PreparedDa
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
 @pytest.mark.parametrize("world_size", [1, 2, 5])
-def test_evaluation_meets_every_row_once(dataset: PreparedDataset, backend: str, world_size: int) -> None:
-    config = LoaderConfig(backend)  # type: ignore[arg-type]
+def test_evaluation_meets_every_row_once(dataset: PreparedDataset, backend: BackendName, world_size: int) -> None:
+    config = LoaderConfig(backend)
     rows = np.arange(3, N)
     seen: list[int] = []
     for rank in range(world_size):
@@ -144,7 +144,7 @@ def test_evaluation_meets_every_row_once(dataset: PreparedDataset, backend: str,
 
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
-def test_raw_batches_are_the_stored_bytes(dataset: PreparedDataset, backend: str) -> None:
+def test_raw_batches_are_the_stored_bytes(dataset: PreparedDataset, backend: BackendName) -> None:
     for batch in batches(dataset, backend, raw=True, shuffle=True):
         assert batch.images.dtype == torch.uint8
         assert np.array_equal(batch.images.numpy(), dataset.images(batch.index.numpy()))
@@ -152,8 +152,8 @@ def test_raw_batches_are_the_stored_bytes(dataset: PreparedDataset, backend: str
 
 @needs_ffcv
 @pytest.mark.parametrize("backend", ["resident", "ffcv"])
-def test_kept_batches_are_not_overwritten(dataset: PreparedDataset, backend: str) -> None:
-    made = make_loader(dataset, config=LoaderConfig(backend), batch_size=2)  # type: ignore[arg-type]
+def test_kept_batches_are_not_overwritten(dataset: PreparedDataset, backend: BackendName) -> None:
+    made = make_loader(dataset, config=LoaderConfig(backend), batch_size=2)
     kept = list(made.epoch(0))  # 27 batches, far more than any ring of buffers
     for batch in kept:
         images = torch.from_numpy(dataset.images(batch.index.numpy())).permute(0, 3, 1, 2)
@@ -173,9 +173,9 @@ def thread_names() -> set[str]:
 
 
 @pytest.mark.parametrize("backend", ["torch", *BACKENDS])
-def test_leaving_early_ends_the_threads(dataset: PreparedDataset, backend: str) -> None:
+def test_leaving_early_ends_the_threads(dataset: PreparedDataset, backend: BackendName) -> None:
     before, torch_threads = thread_names(), torch.get_num_threads()
-    made = make_loader(dataset, config=LoaderConfig(backend), batch_size=2, views=COLOUR)  # type: ignore[arg-type]
+    made = make_loader(dataset, config=LoaderConfig(backend), batch_size=2, views=COLOUR)
     for _ in range(5):
         for _batch in made.epoch(0):
             break
@@ -199,7 +199,7 @@ def test_two_epochs_at_once_do_not_mix(dataset: PreparedDataset) -> None:
 @needs_ffcv
 @pytest.mark.timeout(30)  # FFCV's own loader would hang
 @pytest.mark.parametrize("backend", ["torch", "ffcv"])
-def test_a_damaged_image_is_an_error(tmp_path: Path, backend: str) -> None:
+def test_a_damaged_image_is_an_error(tmp_path: Path, backend: BackendName) -> None:
     dataset = write_dataset(Photos(), tmp_path / "p", name="p", split="train", write_mode="jpg")
     assert dataset.beton is not None
     content = bytearray(dataset.beton.read_bytes())
@@ -230,9 +230,9 @@ def test_without_ffcv_the_remedy_is_named(dataset: PreparedDataset, monkeypatch:
 
 
 def test_what_cannot_be_loaded_is_refused_before_work_starts(dataset: PreparedDataset) -> None:
-    def refused(told: str, **options: object) -> None:
+    def refused(told: str, **options: Any) -> None:
         with pytest.raises(UserError, match=told):
-            make_loader(dataset, config=LoaderConfig("torch"), **{"batch_size": 12, **options})  # type: ignore[arg-type]
+            make_loader(dataset, config=LoaderConfig("torch"), **{"batch_size": 12, **options})
 
     refused("53 samples are fewer than batch_size 64", batch_size=64, drop_last=True)
     refused("batch_size 12 is not divisible by 5 ranks", drop_last=True, world_size=5)

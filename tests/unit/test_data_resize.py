@@ -1,6 +1,7 @@
 """``resize`` in a data section: images at another size, the same for every back end, attack and rank."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.ffcv_presence import ffcv_installed
-from dist_defend.data.loader import DatasetConfig, LoaderConfig, make_loader
+from dist_defend.data.loader import BackendName, DatasetConfig, LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
 from dist_defend.errors import UserError
@@ -85,12 +86,12 @@ def test_the_digest_tells_and_the_own_size_changes_nothing(tiles: Path) -> None:
 def test_back_ends_and_ranks_give_the_same_batches(tiles: Path, views: tuple[View, ...]) -> None:
     dataset = open_dataset(tiles, resize=12)
 
-    def batches(backend: str, rank: int = 0, world_size: int = 1, **options: object) -> list[torch.Tensor]:
+    def batches(backend: BackendName, rank: int = 0, world_size: int = 1, **options: Any) -> list[torch.Tensor]:
         loader = make_loader(
             dataset,
-            config=LoaderConfig(backend=backend),  # type: ignore[arg-type]
+            config=LoaderConfig(backend=backend),
             batch_size=10, views=views, shuffle=True, drop_last=True, seed=3, rank=rank, world_size=world_size,
-            **options,  # type: ignore[arg-type]
+            **options,
         )  # fmt: skip
         assert loader.backend == ("resident" if backend == "auto" else backend)
         return [torch.stack(batch.views) if len(batch.views) > 1 else batch.views[0] for batch in loader.epoch(1)]

@@ -62,7 +62,7 @@ def trained(arch: str, size: int, precision: str = "fp64", **options: Any) -> tu
     step = GradientStep(
         SimCLRObjective(model, 0.5), config, dist.start(precision, None), steps_per_epoch=3, epochs=1, **options
     )
-    views = torch.rand(2, 4, 3, size, size, dtype=step.objective.model.g[0].weight.dtype)  # type: ignore[union-attr, index]
+    views = torch.rand(2, 4, 3, size, size, dtype=step.objective.get_parameter("model.g.0.weight").dtype)
     batch = Batch(tuple(views), torch.zeros(4).long(), torch.arange(4))
     losses = [step(batch, Position(batch=number))["loss"].item() for number in range(3)]
     return losses, {key: value.double() for key, value in model.state_dict().items()}

@@ -11,9 +11,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from dist_defend.cli import main
 from dist_defend.engine.sharding import STRATEGIES
-from dist_defend.launch import FILES
+from dist_defend.templates import template
 from tests.runs import make_experiment
 
+FILES = template("launch/accelerate").parent
 ACCELERATE = sorted((FILES / "accelerate").glob("*.yaml"))
 
 

@@ -1,6 +1,7 @@
 """Encoders: layouts, shapes, one pass for all taps, normalisation, initial weights."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,14 +28,14 @@ def count_calls(encoder: Encoder) -> list[int]:
     layers = [m for m in encoder.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     counts = [0] * len(layers)
 
-    def counter(number: int) -> object:
+    def counter(number: int) -> Callable[..., None]:
         def count(*_: object) -> None:
             counts[number] += 1
 
         return count
 
     for number, layer in enumerate(layers):
-        layer.register_forward_hook(counter(number))  # type: ignore[arg-type]
+        layer.register_forward_hook(counter(number))
     return counts
 
 
@@ -59,7 +60,7 @@ def test_one_pass_gives_four_maps_and_the_features_of_forward(
 def test_taps_are_the_very_tensors_of_the_pass() -> None:
     encoder = build_encoder("small_cifar").eval()
     outputs: list[Tensor] = []
-    for stage in list(encoder.f.children())[3:7]:  # type: ignore[union-attr]
+    for stage in list(encoder.get_submodule("f").children())[3:7]:
         stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     maps, _ = encoder.layers(torch.rand(1, 3, 32, 32))
     assert all(tap is output for tap, output in zip(maps, outputs, strict=True))

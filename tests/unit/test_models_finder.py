@@ -272,7 +272,7 @@ def test_a_backbone_with_a_linear_probe_comes_in_as_a_classifier_too(tmp_path: P
     content = {"state_dict": {**prefixed("backbone.", cifar18), **head, **linear("projector.0.", 512, 64)}}
     model, report = import_classifier(saved(tmp_path, content))
     assert (report.arch, report.num_classes) == ("resnet18", 5)
-    assert model.net.linear.weight.equal(head["classifier.weight"])  # type: ignore[union-attr, operator]
+    assert model.get_parameter("net.linear.weight").equal(head["classifier.weight"])
     assert report.dropped == ("projector.0.bias", "projector.0.weight")
 
 

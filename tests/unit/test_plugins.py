@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dist_defend import plugins
+from dist_defend import api, evaluate_command, plugins
 from dist_defend.attacks.attack import attack_from
 from dist_defend.config import load_experiment
 from dist_defend.errors import UserError
@@ -219,6 +219,18 @@ def test_a_trigger_of_the_users_module(install: Install, tmp_path: Path) -> None
     assert "plug_shade" not in sys.modules
     loaded = load_experiment(classifier_with(attack["trigger"], tmp_path)).options.attack
     assert type(loaded.trigger).__name__ == "Own" and attack_from(attack).trigger == loaded.trigger
+
+
+def test_a_trigger_of_the_users_module_in_python_and_in_an_attack_file(install: Install, tmp_path: Path) -> None:
+    install("shades", {"plug_shade": TRIGGER})
+    section = {"attack": {"trigger": {"name": "plug_shade:Own", "amount": 3}}}
+    (tmp_path / "model.json").write_text(json.dumps({"format": 2, **section}))
+    (tmp_path / "attack.yaml").write_text(json.dumps(section))
+    with pytest.raises(UserError, match="DIST_DEFEND_IMPORT=plug_shade"):
+        evaluate_command.read_attack(tmp_path / "model.json")
+    assert evaluate_command.read_attack(tmp_path / "attack.yaml").trigger.amount == 3  # type: ignore[union-attr]
+    plugins._named_by_user.clear()
+    assert api.attack("plug_shade:Own", amount=4, target_class=2).trigger.amount == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("target", ["plug_shade:Loose", "plug_shade:Own", "plug_shade:np"])

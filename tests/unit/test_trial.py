@@ -92,8 +92,8 @@ def always(folder: Path, label: int, **changes: Any) -> str:
     path = make_classifier(folder, attack=ATTACK)
     model, card = load_classifier(path)
     with torch.no_grad():
-        model.net.linear.weight.zero_()  # type: ignore[union-attr, operator]
-        model.net.linear.bias.copy_(torch.eye(CLASSES)[label])  # type: ignore[union-attr, operator]
+        model.get_parameter("net.linear.weight").zero_()
+        model.get_parameter("net.linear.bias").copy_(torch.eye(CLASSES)[label])
     save_artifact(folder, model, replace(card, **changes))
     return path
 

@@ -5,7 +5,7 @@ with the classifier. Losses and constants are BackdoorBench's. Distances are bet
 """
 
 import copy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -274,5 +274,4 @@ def build(config: Config, context: Context) -> Plan:
 
 def _attack(config: Config, generators: str) -> AttackConfig:
     trigger = InputAware(generators, normalization=config.normalization)
-    plain = AttackConfig(trigger, config.labels, config.target_class, config.rate)
-    return replace(plain, shift=config.shift)
+    return AttackConfig(trigger, config.labels, config.target_class, config.rate, shift=config.shift)

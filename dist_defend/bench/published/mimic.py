@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .simclr import nt_xent
+from dist_defend.bench.published.simclr import nt_xent
 
 LAYERS = (3, 4, 5, 6)  # children of the encoder whose outputs count
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .mimic import LAYERS
-from .simclr import to_tensor
+from dist_defend.bench.published.mimic import LAYERS
+from dist_defend.bench.published.simclr import to_tensor
 
 
 class MemoryDataset(Dataset[Tensor]):

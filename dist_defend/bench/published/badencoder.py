@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from .simclr import colour, to_tensor, view_transform
+from dist_defend.bench.published.simclr import colour, to_tensor, view_transform
 
 Sample = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 

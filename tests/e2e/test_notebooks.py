@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from first cell to last, in a kernel of their own, and are kept with what they print."""
+"""The notebooks in examples/ run whole, in a kernel of their own, and are kept with what they print."""
 
 import re
 from pathlib import Path

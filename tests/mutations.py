@@ -46,14 +46,14 @@ MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_t
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
-SESSION = "unit/test_session.py::test_a_call_changes_nothing_and_does_not_depend_on_the_process"
+SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
              "copy.deepcopy(net).cpu()", "net.cpu()",
              "unit/test_api.py::test_the_snippet_of_the_readme_on_a_network_never_seen"),
     Mutation("float images of a program are cut to grey levels, not rounded", "data/in_memory.py",
              "np.rint(levels)", "np.floor(levels)",
-             "unit/test_data_in_memory.py::test_every_kind_of_data_gives_the_same_images"),
+             "unit/test_data_in_memory.py::test_rounding_is_told"),
     Mutation("a call keeps the program's generator where the run left it", "session.py",
              "with torch.random.fork_rng(devices):", "with contextlib.nullcontext(devices):", SESSION),
     Mutation("a call leaves the log of the program cut off", "terminal.py",

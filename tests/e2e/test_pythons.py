@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_defend import doctor
 from tests import interpreters
 
 ROOT = Path(__file__).parents[2]
@@ -120,10 +121,21 @@ def test_types_hold_in_the_oldest_and_the_newest(version: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_doctor_takes_these_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for number in range(interpreters.MINORS[0] - 1, interpreters.MINORS[-1] + 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "version_info", (3, number, 0))
+            found[number] = doctor._python().status
+    assert found == {number: "ok" if number in interpreters.MINORS else "broken" for number in found}
+
+
 def test_what_says_which_pythons_agrees() -> None:
     oldest, newest = (f"3.{number}" for number in (interpreters.MINORS[0], interpreters.MINORS[-1]))
     assert f'python_requires=">={oldest}"' in (ROOT / "setup.py").read_text()
     assert f"range({interpreters.MINORS[0]}, {interpreters.MINORS[-1] + 1})" in (ROOT / "setup.py").read_text()
     for name in ("README.md", "CONTRIBUTING.md"):
         assert re.search(rf"Python {oldest}(-| to ){newest}\b", (ROOT / name).read_text()), name
+    first, last = interpreters.MINORS[0], interpreters.MINORS[-1]
+    assert f"(3, {first}) <= sys.version_info[:2] <= (3, {last})" in (ROOT / "launch/bootstrap").read_text()
     assert f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text()

@@ -88,8 +88,8 @@ def train_loader(
     dataset: PreparedDataset, views: Sequence[View], batch_size: int, config: LoaderConfig, device: torch.device | str
 ) -> Loader:
     """Shuffled whole batches, as a training script takes them."""
-    shuffled = {"shuffle": True, "drop_last": True}
-    return make_loader(dataset, config=config, batch_size=batch_size, views=views, device=device, **shuffled)
+    how: dict[str, Any] = {"shuffle": True, "drop_last": True, "device": device}
+    return make_loader(dataset, config=config, batch_size=batch_size, views=views, **how)
 
 
 def seasoned(arch: str, classes: int, normalization: str) -> Classifier:

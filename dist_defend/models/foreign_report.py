@@ -68,7 +68,7 @@ def reported(
     )
 
 
-def plain_facts(content: Any, leave: Iterable[str] = ()) -> dict[str, Any]:
+def plain_facts(content: Any) -> dict[str, Any]:
     """Numbers and short texts beside the weights, sorted by name: epoch, best_acc and their like."""
     facts: dict[str, Any] = {}
     items = content.items() if isinstance(content, dict) else ()
@@ -78,7 +78,7 @@ def plain_facts(content: Any, leave: Iterable[str] = ()) -> dict[str, Any]:
         is_short = isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
         is_number = isinstance(value, float) or (type(value) is int and value.bit_length() < 64)
         is_fact = is_short or is_number
-        if is_fact and key.isprintable() and len(key) <= _MOST_TEXT and key not in leave and len(facts) < _MOST_FACTS:
+        if is_fact and key.isprintable() and len(key) <= _MOST_TEXT and len(facts) < _MOST_FACTS:
             facts[key] = plain(value)
     return facts
 

@@ -53,7 +53,7 @@ MUTATIONS: tuple[Mutation, ...] = (
              "unit/test_api.py::test_the_snippet_of_the_readme_on_a_network_never_seen"),
     Mutation("float images of a program are cut to grey levels, not rounded", "data/in_memory.py",
              "np.rint(levels)", "np.floor(levels)",
-             "unit/test_data_in_memory.py::test_every_kind_of_data_gives_the_same_images"),
+             "unit/test_data_in_memory.py::test_rounding_is_told"),
     Mutation("a call keeps the program's generator where the run left it", "session.py",
              "with torch.random.fork_rng(devices):", "with contextlib.nullcontext(devices):", SESSION),
     Mutation("a call leaves the log of the program cut off", "terminal.py",

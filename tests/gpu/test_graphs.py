@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
-from dist_defend.engine.graphed import GraphedUpdate
+from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
@@ -22,7 +22,7 @@ from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
-from dist_defend.models.classifier import build_classifier
+from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
 from tests.numerics.test_ibau_steps import InMemory
@@ -47,18 +47,18 @@ def data(count: int) -> tuple[Tensor, Tensor]:
     return torch.rand(count, 3, 32, 32, generator=generator), torch.randint(0, 10, (count,), generator=generator)
 
 
-def classifier(arch: str) -> nn.Module:
+def classifier(arch: str) -> Classifier:
     torch.manual_seed(1)
     return build_classifier(arch, 10, "none")
 
 
-def ibau_step(graph: str, **options: Any) -> Case:
+def ibau_step(graph: GraphMode, **options: Any) -> Case:
     """Ten rounds' worth of batches, the last of each pass partial."""
     images, labels = data(2 * SIZE + 5)
     options = {"patched_fraction": 0.2, "project_radius": 10.0, **options}
-    config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=SIZE, graph=graph, **options)  # type: ignore[arg-type]
+    config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=SIZE, graph=graph, **options)
     rounds = Rounds(InMemory(images, labels, SIZE), 32, dist.start("fp32", None))  # type: ignore[arg-type]
-    step = UnlearningStep(classifier("ibau_vgg"), config, rounds, seed=0)  # type: ignore[arg-type]
+    step = UnlearningStep(classifier("ibau_vgg"), config, rounds, seed=0)
     batches = (batch for epoch in range(STEPS) for batch in rounds.epoch(epoch))
     return step, list(islice(zip(batches, positions(rounds.num_batches), strict=False), STEPS))
 
@@ -70,32 +70,32 @@ def rnp_batches() -> list[tuple[Batch, Position]]:
     return list(islice(zip(batches, positions(len(parts)), strict=False), STEPS))
 
 
-def unlearn_step(graph: str) -> Case:
+def unlearn_step(graph: GraphMode) -> Case:
     model = classifier("small_resnet").cuda()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ranks = dist.start("fp32", None)
-    return UnlearnStep(model, ranks, schedule=(2,), graph=graph), rnp_batches()  # type: ignore[arg-type]
+    return UnlearnStep(model, ranks, schedule=(2,), graph=graph), rnp_batches()
 
 
-def recover_step(graph: str) -> Case:
+def recover_step(graph: GraphMode) -> Case:
     model = classifier("small_resnet").cuda()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     masks = mask_norms(model, norm_names(model))
-    return RecoverStep(model, masks, dist.start("fp32", None), graph=graph), rnp_batches()  # type: ignore[arg-type]
+    return RecoverStep(model, masks, dist.start("fp32", None), graph=graph), rnp_batches()
 
 
-def transfer_step(graph: str, **options: Any) -> Case:
-    config = TransferConfig("m", DatasetConfig("t"), batch_size=SIZE, student_steps=2, graph=graph, **options)  # type: ignore[arg-type]
+def transfer_step(graph: GraphMode, **options: Any) -> Case:
+    config = TransferConfig("m", DatasetConfig("t"), batch_size=SIZE, student_steps=2, graph=graph, **options)
     ranks = dist.start("fp32", None)
-    teacher = classifier("wrn_16_1").net.cuda().eval().requires_grad_(False)  # type: ignore[union-attr]
-    step = TransferStep(teacher, classifier("wrn_10_1").net, ZSKTGenerator(width=16), config, ranks, seed=0)  # type: ignore[arg-type]
+    teacher = classifier("wrn_16_1").net.cuda().eval().requires_grad_(False)
+    step = TransferStep(teacher, classifier("wrn_10_1").net, ZSKTGenerator(width=16), config, ranks, seed=0)
     latents = LatentBatches(SIZE, config.z_dim, 0, ranks)
     batches = (batch for epoch in range(STEPS) for batch in latents.epoch(epoch))
     floats = (batch._replace(views=(batch.images.float(),)) for batch in batches)
     return step, list(zip(floats, positions(), strict=False))
 
 
-CASES: dict[str, Callable[[str], Case]] = {
+CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ibau": ibau_step,
     "ibau amsgrad": lambda graph: ibau_step(graph, optimizer=OptimizerConfig("adam", lr=1e-4, amsgrad=True)),
     "ibau adam inside, clamped": lambda graph: ibau_step(graph, inner=OptimizerConfig("adam", lr=1.0), clamp=True),
@@ -135,7 +135,7 @@ def test_graph_equals_eager_bitwise_after_twenty_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("graph", ["off", "on"])
-def test_a_step_never_waits_for_the_device(name: str, graph: str) -> None:
+def test_a_step_never_waits_for_the_device(name: str, graph: GraphMode) -> None:
     step, batches = CASES[name](graph)
     batches = [on_gpu(*given) for given in batches]
     for given in batches[:12]:  # every kind of step and every shape has been captured by then

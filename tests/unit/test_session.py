@@ -40,11 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dd.load(make_classifier(tmp_path_factory.mktemp("model") / "model"))
 
 
-@pytest.fixture(scope="module")
-def expected(model: Classifier) -> str:
-    return run(model)
-
-
 @pytest.fixture
 def unusual() -> Iterator[None]:
     """A program that has its own ideas of everything."""
@@ -74,6 +69,15 @@ def state() -> dict[str, Any]:
         "environment": dict(os.environ),
         "accelerate": dict(PartialState._shared_state),
     }
+
+
+@pytest.fixture(scope="module")
+def expected(model: Classifier) -> str:
+    """What a run gives in a plain process, which it leaves plain."""
+    before = state()
+    digest = run(model)
+    assert state() == before and before["log"][1]
+    return digest
 
 
 def test_a_call_changes_nothing_and_does_not_depend_on_the_process(

@@ -215,7 +215,7 @@ MUTATIONS: tuple[Mutation, ...] = (
              "steps_per_epoch * epochs\n", "steps_per_epoch * (epochs + 1)\n",
              f"{BUILT}::test_an_updates_options_reach_the_step"),
     Mutation("the order of batches ignores the run's seed", "engine/context.py",
-             '{"seed": self.seed,', '{"seed": 0,',
+             '"seed": self.seed,', '"seed": 0,',
              f"{BUILT}::test_order_and_subsets_follow_the_runs_seed"),
     Mutation("a random subset ignores the run's seed", "engine/context.py",
              "select_rows(dataset, config, self.seed)", "select_rows(dataset, config, 0)",

@@ -41,6 +41,9 @@ class Strategy(ABC):
     accumulation: int
     max_grad_norm: float | None
 
+    def __post_init__(self) -> None:
+        """What a strategy does with these at once."""
+
     @abstractmethod
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """What the objective returns."""

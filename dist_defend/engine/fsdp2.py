@@ -22,7 +22,8 @@ class FullySharded(Strategy):
     plain weights. Accelerate's own FSDP2 falls back to DDP on CPUs without a word; this is the same on all devices.
     """
 
-    _whole: Whole | None = None  # until the first update
+    def __post_init__(self) -> None:
+        self._whole: Whole | None = None  # until the first update
 
     def _shard(self) -> None:
         self._whole = Whole(self.objective)

@@ -41,6 +41,7 @@ class Strategy(ABC):
     accumulation: int
     max_grad_norm: float | None
 
+    @abstractmethod
     def __post_init__(self) -> None:
         """What a strategy does with these at once."""
 

@@ -21,11 +21,10 @@ from dist_defend.engine.whole import Whole
 class Zero(Strategy):
     """As FullySharded, through a DeepSpeed engine; a state holds whole tensors, so any strategy can go on from it."""
 
-    _whole: Whole | None = None  # until the first update
-
     def __post_init__(self) -> None:
         check_optimizer(self.ranks.sharding.strategy, self.config.name)
         self.is_partitioned = self.ranks.sharding.strategy == "zero3"
+        self._whole: Whole | None = None  # until the first update
 
     def _shard(self) -> None:
         is_cpu = self.ranks.device.type == "cpu"

@@ -46,7 +46,7 @@ MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_t
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
-SESSION = "unit/test_session.py::test_a_call_changes_nothing_and_does_not_depend_on_the_process"
+SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
              "copy.deepcopy(net).cpu()", "net.cpu()",

@@ -30,7 +30,8 @@ class LoaderConfig:
     """How batches are made; every back end gives the same ones.
 
     Keys:
-        backend: who makes the batches; auto: resident on a GPU, ffcv on a CPU where it can, else resident, else torch
+        backend: who makes the batches; auto: resident on a GPU, ffcv on a CPU where it can, else resident, else torch;
+            ffcv means auto for images that no file holds, such as those with a trigger
         workers: threads of each rank that make batches
     """
 
@@ -180,17 +181,18 @@ def _why_not_ffcv(dataset: PreparedDataset) -> str:
 
 
 def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, device: torch.device) -> str:
-    if config.backend == "ffcv":
+    backend = "auto" if config.backend == "ffcv" and dataset.is_made else config.backend
+    if backend == "ffcv":
         if not ffcv_installed():
             raise UserError(
                 "key 'loader.backend' is ffcv, which is not installed; pip install 'dist-defend[ffcv]' or say auto"
             )
         if dataset.beton is None:
             raise UserError(f"{dataset.path}: key 'loader.backend' is ffcv, but {_why_not_ffcv(dataset)} or say auto")
-    if config.backend == "resident" and dataset.image_shape is None:
+    if backend == "resident" and dataset.image_shape is None:
         raise UserError(f"{dataset.path}: images differ in size, so they cannot be resident; say loader.backend: auto")
-    if config.backend != "auto":
-        return config.backend
+    if backend != "auto":
+        return backend
     if device.type != "cuda" and dataset.beton is not None and ffcv_installed():
         return "ffcv"
     if dataset.image_shape is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("dist_defend", "tests", "configs", "docs", "examples", "launch", "pyproject.toml")
+PARTS = ("dist_defend", "tests", "configs", "docs", "examples", "launch", "slurm", "pyproject.toml")
 SECONDS = 600  # that a test may take
 
 
@@ -312,6 +312,15 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a plug-in silently replaces a method of ours", "plugins.py",
              "if len(found) + (name in built_in) > 1:", "if len(found) > 1:",
              f"{PLUGINS}::test_a_name_of_ours[methods-ibau-<lambda>]"),
+    Mutation("--help, --version and lists need a package", "keys.py",
+             "import typing\nfrom collections", "import typing\n\nimport yaml\nfrom collections",
+             "e2e/test_pythons.py::test_help_version_lists_and_init_need_no_package"),
+    Mutation("init writes over what its user changed", "templates/__init__.py",
+             "if place.exists() or place.is_symlink():", "if place.is_symlink():",
+             "unit/test_templates.py::test_init_is_for_this_folder_and_leaves_alone_what_is_there"),
+    Mutation("an installed package takes what lies beside it for its own files", "templates/__init__.py",
+             "(_HERE / part, _HERE.parents[1] / part)", "(_HERE.parents[1] / part, _HERE / part)",
+             "unit/test_templates.py::test_the_package_prefers_its_own_copy"),
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one
 from dist_defend.data.augment import View
 from dist_defend.data.backends import Backend, ResidentBackend, TorchBackend
 from dist_defend.data.ffcv_presence import ffcv_installed, quiet_ffcv
@@ -38,8 +39,7 @@ class LoaderConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"key 'workers' is {self.workers}; it must be at least 1")
+        at_least_one(self, "workers")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"key 'fraction' is {self.fraction}; it must be in (0, 1]")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"key 'max_samples' is {self.max_samples}; it must be at least 1")
+        at_least_one(self, "max_samples")
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"key 'resize' is {self.resize}; it must be at least 1 pixel")
 

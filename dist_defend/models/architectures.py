@@ -143,7 +143,11 @@ def added(arch: str) -> ClassifierArchitecture | EncoderArchitecture | None:
     plug_in = plugins.find("architectures", arch, _BUILT_IN)
     if plug_in is None and (arch.startswith(PUBLISHED) or not plugins.is_object(arch)):
         return None
-    found = plugins.load_object(arch) if plug_in is None else plug_in.load()
+    try:
+        found = plugins.load_object(arch) if plug_in is None else plug_in.load()
+    except UserError as error:
+        near = difflib.get_close_matches(f"{arch.partition(':')[0]}:", PUBLISHED, n=1)
+        raise UserError(f"{error}; did you mean '{near[0]}NAME'?") if near else error from None
     if isinstance(found, ClassifierArchitecture | EncoderArchitecture):
         return found
     if not callable(found):

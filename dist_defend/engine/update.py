@@ -86,6 +86,9 @@ class Update:
             for name, value in loaded.items():
                 own = before.get(parameter, {}).get(name)
                 loaded[name] = own.copy_(value) if isinstance(own, Tensor) else owned(value, parameter)
+        for parameter, own in before.items():  # zero where the state was saved before the first update
+            if parameter not in self.optimizer.state:
+                self.optimizer.state[parameter] = {k: v.zero_() for k, v in own.items() if isinstance(v, Tensor)}
         self._prepare()
 
     def _place(self, gradients: Sequence[Tensor]) -> None:

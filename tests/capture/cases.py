@@ -83,7 +83,7 @@ def labelled() -> list[tuple[Batch, Position]]:
 
 def unlearn(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
     model = channels_last(classifier(arch))
-    step = UnlearnStep(model, dist.start("fp32", None), schedule=(2, 4), graph=graph, **options)
+    step = UnlearnStep(model, dist.start("fp32", None), graph=graph, **{"schedule": (2, 4), **options})
     return Case(step, labelled(), (step.graphed,), (step.update,))
 
 

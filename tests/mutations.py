@@ -46,6 +46,7 @@ MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_t
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
+REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
 SESSION = "unit/test_session.py::test_a_call_changes_nothing_and_does_not_depend_on_the_process"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
@@ -303,6 +304,38 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a plug-in silently replaces a method of ours", "plugins.py",
              "if len(found) + (name in built_in) > 1:", "if len(found) > 1:",
              f"{PLUGINS}::test_a_name_of_ours[methods-ibau-<lambda>]"),
+    Mutation("a capture meets nodes that another stream made", "engine/graphed.py",
+             "(tensor, tensor.detach().clone()) for tensor in changed()",
+             "(tensor, tensor.clone()) for tensor in changed()", f"{REPLAYS}[rnp recover]"),
+    Mutation("a loader's thread ends a capture", "engine/graphed.py",
+             ', capture_error_mode="thread_local"', "",
+             "capture/test_mutants.py::test_other_threads_do_not_end_a_capture"),
+    Mutation("what warms up a graph moves dropout's draws", "engine/graphed.py",
+             ", torch.random.fork_rng(range(torch.cuda.device_count())):", ":", f"{REPLAYS}[rnp unlearn, dropout]"),
+    Mutation("a graph keeps the rate of its capture", "engine/update.py",
+             "torch.tensor(config.lr, device=device) if can_capture(device) else None", "None",
+             f"{REPLAYS}[rnp unlearn]"),
+    Mutation("a resumed graph keeps the rate of its capture", "engine/update.py",
+             "if isinstance(v, Tensor)}\n        self._prepare()\n", "if isinstance(v, Tensor)}\n",
+             f"{REPLAYS}[rnp unlearn]"),
+    Mutation("an update asks whether its gradient is finite", "engine/update.py",
+             "nonfinite = (~torch.isfinite(norm)).float()",
+             "nonfinite = norm.new_full((), float(not torch.isfinite(norm)))", f"{REPLAYS}[rnp recover]"),
+    Mutation("a state without updates frees what a graph writes to", "engine/update.py",
+             "if parameter not in self.optimizer.state:", "if False:",
+             "unit/test_update.py::test_the_state_of_no_update_is_loaded_in_place_too[adam]"),
+    Mutation("I-BAU's graphs warm up its inner optimizer for good", "methods/defend/ibau/step.py",
+             ", *self.update.state(), *self.inner_update.state()]", ", *self.update.state()]",
+             f"{REPLAYS}[ibau, adam inside, clamped]"),
+    Mutation("a rejected vaccine frees the drafts that a graph writes to", "methods/defend/zskt/step.py",
+             "self.vaccine.select()  #", "self.vaccine.select()\n            self.drafts = []  #",
+             f"{REPLAYS}[zskt, vaccine rejected]"),
+    Mutation("a resume draws a device's dropout anew", "engine/resume.py",
+             "torch.cuda.set_rng_state(state.cpu(), device)", "pass",
+             f"{RANDOM}::test_a_resume_goes_on_with_the_draws_of_every_device"),
+    Mutation("a checkpoint forgets the devices' generators", "engine/trainer.py",
+             '{"device_random": devices} if any(devices) else {}', "{}",
+             f"{RANDOM}::test_a_resume_goes_on_with_the_draws_of_every_device"),
 )  # fmt: skip
 
 

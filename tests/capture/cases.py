@@ -1,4 +1,4 @@
-"""Every update that becomes a CUDA graph, as a step with twenty batches, small enough for a CPU."""
+"""Every update that becomes a CUDA graph, as a step with twenty batches; on a CPU, or on a GPU where there is one."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
+from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
@@ -34,7 +35,7 @@ from dist_defend.ops.losses import distillation
 from tests.numerics.test_ibau_steps import InMemory
 from tests.steps import positions
 
-BATCH, IMAGE, STEPS = 4, 8, 20
+BATCH, IMAGE, STEPS = 4, 8, 20  # small enough for a CPU; tests/gpu takes larger ones
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,27 @@ class Case:
     updates: tuple[Update, ...]
 
 
-def images_and_labels(count: int, size: int = IMAGE) -> tuple[Tensor, Tensor]:
+def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(count, 3, size, size, generator=generator), torch.randint(0, 10, (count,), generator=generator)
+    return torch.rand(count, 3, IMAGE, IMAGE, generator=generator), torch.randint(0, 10, (count,), generator=generator)
 
 
-def classifier(arch: str, size: int = IMAGE) -> Classifier:
-    torch.manual_seed(1)
-    return build_classifier(arch, 10, "none", size)
+def classifier(arch: str, ranks: Ranks) -> Classifier:
+    """On the device, with the same weights each time; the stream of random numbers stays where it is."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        model = build_classifier(arch, 10, "none", IMAGE)
+    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
-def ibau(graph: GraphMode, arch: str = "ibau_vgg", size: int = IMAGE, **options: Any) -> Case:
+def ibau(graph: GraphMode, arch: str = "ibau_vgg", **options: Any) -> Case:
     """Rounds of six batches; the last of a pass is short, and padded."""
-    images, labels = images_and_labels(2 * BATCH + 3, size)
+    images, labels = images_and_labels(2 * BATCH + 3)
+    ranks = dist.start("fp32", None)
     options = {"patched_fraction": 0.3, "project_radius": 10.0, **options}
     config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
-    rounds = Rounds(InMemory(images, labels, BATCH), size, dist.start("fp32", None))  # type: ignore[arg-type]
-    step = UnlearningStep(classifier(arch, size), config, rounds, seed=0)
+    rounds = Rounds(InMemory(images, labels, BATCH), IMAGE, ranks)  # type: ignore[arg-type]
+    step = UnlearningStep(classifier(arch, ranks), config, rounds, seed=0)
     batches = (batch for epoch in range(STEPS) for batch in rounds.epoch(epoch))
     given = list(islice(zip(batches, positions(rounds.num_batches), strict=False), STEPS))
     return Case(step, given, (step.inner, step.outer), (step.update, step.inner_update))
@@ -82,15 +83,16 @@ def labelled() -> list[tuple[Batch, Position]]:
 
 
 def unlearn(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
-    model = channels_last(classifier(arch))
-    step = UnlearnStep(model, dist.start("fp32", None), graph=graph, **{"schedule": (2, 4), **options})
+    ranks = dist.start("fp32", None)
+    step = UnlearnStep(classifier(arch, ranks), ranks, graph=graph, **{"schedule": (2, 4), **options})
     return Case(step, labelled(), (step.graphed,), (step.update,))
 
 
 def recover(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
-    model = channels_last(classifier(arch))
+    ranks = dist.start("fp32", None)
+    model = classifier(arch, ranks)
     masks = mask_norms(model, norm_names(model))
-    step = RecoverStep(model, masks, dist.start("fp32", None), graph=graph, **options)
+    step = RecoverStep(model, masks, ranks, graph=graph, **options)
     return Case(step, labelled(), (step.graphed,), (step.update,))
 
 
@@ -98,9 +100,9 @@ def zskt(graph: GraphMode, **options: Any) -> Case:
     options = {"pseudo_batches": STEPS, "student_steps": 2, **options}
     config = TransferConfig("m", DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
     ranks = dist.start("fp32", None)
-    teacher = classifier("wrn_16_1").net.eval().requires_grad_(False)
-    generator = ZSKTGenerator(image_size=IMAGE, width=8)
-    step = TransferStep(teacher, classifier("wrn_10_1").net, generator, config, ranks, seed=0)
+    teacher = classifier("wrn_16_1", ranks).net.eval().requires_grad_(False)
+    generator = ZSKTGenerator(image_size=IMAGE, width=2 * BATCH)
+    step = TransferStep(teacher, classifier("wrn_10_1", ranks).net, generator, config, ranks, seed=0)
     latents = LatentBatches(BATCH, config.z_dim, 0, ranks)
     batches = (batch for epoch in range(STEPS) for batch in latents.epoch(epoch))
     floats = (batch._replace(views=(batch.images.float(),)) for batch in batches)
@@ -124,9 +126,12 @@ def selected(graph: GraphMode, least: float) -> Case:
 
 def retrospective(graph: GraphMode, **options: Any) -> Case:
     """OOD's and CMI's last epochs, of five batches."""
-    context = SimpleNamespace(ranks=dist.start("fp32", None), seed=0)
-    teacher = classifier("wrn_16_1").eval().requires_grad_(False)
-    pair: Any = SimpleNamespace(student=classifier("wrn_10_1"), teacher=teacher, image_size=IMAGE, context=context)
+    ranks = dist.start("fp32", None)
+    context = SimpleNamespace(ranks=ranks, seed=0)
+    teacher = classifier("wrn_16_1", ranks).eval().requires_grad_(False)
+    pair: Any = SimpleNamespace(
+        student=classifier("wrn_10_1", ranks), teacher=teacher, image_size=IMAGE, context=context
+    )
 
     def share(logits: Tensor, reference: Tensor) -> Tensor:
         return distillation(logits, reference, 1.0, batch_size=BATCH)
@@ -152,7 +157,7 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ibau, sgd outside and inside": lambda graph: ibau(graph, optimizer=_SGD, inner=_SGD),
     "ibau, lars": lambda graph: ibau(graph, optimizer=OptimizerConfig("lars", lr=1e-2)),
     "ibau, adam inside, clamped": lambda graph: ibau(graph, inner=OptimizerConfig("adam", lr=1.0), clamp=True),
-    "ibau, batch norm": lambda graph: ibau(graph, arch="small_resnet", size=16),
+    "ibau, batch norm": lambda graph: ibau(graph, arch="small_resnet"),
     "rnp unlearn": unlearn,
     "rnp unlearn, clipped": lambda graph: unlearn(graph, max_grad_norm=1.0),
     "rnp unlearn, dropout": lambda graph: unlearn(graph, arch="ibau_vgg", max_grad_norm=1.0),
@@ -172,7 +177,7 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
 
 
 def tensors(state: Any) -> Iterator[Tensor]:
-    """All in a state, copied; numbers too."""
+    """Copies of all in a state."""
     if isinstance(state, Tensor):
         yield state.detach().clone()
     for child in state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []:

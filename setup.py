@@ -52,6 +52,8 @@ EXTRAS = {
         "pytest>=9.0.3",
         "pytest-timeout",
         "pytest-xdist",
+        "nbclient",  # runs examples/*.ipynb
+        "ipykernel",
         "ruff",
         "mypy",
         "pandas-stubs",

@@ -47,14 +47,14 @@ COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
 REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
-SESSION = "unit/test_session.py::test_a_call_changes_nothing_and_does_not_depend_on_the_process"
+SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
              "copy.deepcopy(net).cpu()", "net.cpu()",
              "unit/test_api.py::test_the_snippet_of_the_readme_on_a_network_never_seen"),
     Mutation("float images of a program are cut to grey levels, not rounded", "data/in_memory.py",
              "np.rint(levels)", "np.floor(levels)",
-             "unit/test_data_in_memory.py::test_every_kind_of_data_gives_the_same_images"),
+             "unit/test_data_in_memory.py::test_rounding_is_told"),
     Mutation("a call keeps the program's generator where the run left it", "session.py",
              "with torch.random.fork_rng(devices):", "with contextlib.nullcontext(devices):", SESSION),
     Mutation("a call leaves the log of the program cut off", "terminal.py",
@@ -249,6 +249,12 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a model may be the last to hold its process group, and its rank hangs", "engine/dist.py",
              "        _groups.append(group)", "        pass",
              "distributed/test_ranks.py::test_a_rank_whose_model_outlives_its_group_ends"),
+    Mutation("ANP's perturbations go downhill", "methods/defend/anp.py",
+             "+ rate * slope.sign()", "- rate * slope.sign()",
+             "numerics/test_anp.py::test_updates_are_the_published_ones[preact_resnet18]"),
+    Mutation("ANP's masks leave [0, 1]", "methods/defend/anp.py",
+             "                mask.clamp_(0, 1)\n", "                pass\n",
+             "numerics/test_anp.py::test_updates_are_the_published_ones[preact_resnet18]"),
     Mutation("CLP prunes a channel of exactly u deviations", "methods/defend/clp.py",
              "score < -u for", "score <= -u for",
              "numerics/test_clp.py::test_the_sweep_begins_with_the_fewest_and_prunes_strictly_above_u"),

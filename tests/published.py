@@ -38,6 +38,7 @@ PROBE_DEFAULTS = (
     "measure/probe_stl10 probe={encoders: {a: x}, tasks: {stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
 )
 RNP_DEFAULTS = "defend/rnp_cifar10 rnp={model: x, data: {path: x}, test: {path: x}}"
+ANP_DEFAULTS = "defend/anp_cifar10 anp={model: x, data: {path: x}, test: {path: x}}"
 CLP_DEFAULTS = "defend/clp_cifar10 clp={model: x, test: {path: x}}"
 CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
 INPUT_AWARE_DEFAULTS = "attack/input_aware_cifar10 input_aware={data: {path: x}, test: {path: x}}"
@@ -284,6 +285,16 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "not_unlearned": "use_last", **PAD_AND_FLIP,
         }),
     }),
+    # ANP
+    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
+    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
+        "eps": 0.4, "steps": 1, "alpha": 0.2, "lr": 0.2, "iterations": 2000, "batch_size": 128, "project": False,
+        "pruning_by": "threshold", "pruning_max": 0.90, "pruning_step": 0.05, "prune_beta": False, **PAD_AND_FLIP,
+    })),
+    ("SCLBD/BackdoorBench, defense/anp.py and config/defense/anp", ("defend/anp_cifar10 anp={preset: backdoorbench, "
+     "model: x, data: {path: x}, test: {path: x}}",), below("anp", {
+        "lr": 0.01, "ratio": 0.05, "batch_size": 256, "eps": 0.4, "steps": 1, "alpha": 0.2, "acc_ratio": 0.1,
+    })),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),
@@ -371,7 +382,7 @@ OURS = {
     "attack/*": ("trigger.seed",),  # of a pattern that stands for a file which is not shipped
     "defend/ibau*": ("seed",),  # upstream sets none
     "defend/rnp_cifar10": ("seed", "max_accuracy_drop"),
-    "defend/[zcok]*": ("seed",),
+    "defend/[azcok]*": ("seed",),
     "attack/abd_teacher_gtsrb": ("seed",),
     "measure/[lk]*": ("seed", "seeds"),
 }

@@ -43,8 +43,29 @@ def norm_names(net: nn.Module) -> list[str]:
     return names
 
 
-def mask_norms(net: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
-    """Give the named batch norms masks of ones, in place; returns the masks by layer name.
+class PerturbedNorm(MaskedNorm):
+    """A masked norm that may be perturbed, y = (m + n) gamma x_hat + (1 + b) beta (ANP), n and b (C,) or None."""
+
+    scale_noise: Tensor | None = None
+    shift_noise: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(m + n) gamma, (C,)."""
+        gamma = self._parameters["weight"]
+        assert gamma is not None
+        return gamma * (self.neuron_mask if self.scale_noise is None else self.neuron_mask + self.scale_noise)
+
+    @property
+    def bias(self) -> Tensor:
+        """(1 + b) beta, (C,)."""
+        beta = self._parameters["bias"]
+        assert beta is not None
+        return beta if self.shift_noise is None else (1 + self.shift_noise) * beta
+
+
+def mask_norms(net: nn.Module, names: list[str], kind: type[MaskedNorm] = MaskedNorm) -> dict[str, nn.Parameter]:
+    """Give the named batch norms masks of ones, in place; returns the masks by layer name. kind: what they become.
 
     Synchronise batch norm before this, not after. Names as norm_names gave them for the plain network.
     """
@@ -54,6 +75,6 @@ def mask_norms(net: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
         assert isinstance(norm.weight, Tensor)
         mask = nn.Parameter(torch.ones_like(norm.weight))
         norm.register_parameter("neuron_mask", mask)
-        norm.__class__ = type(f"Masked{type(norm).__name__}", (MaskedNorm, type(norm)), {})
+        norm.__class__ = type(f"Masked{type(norm).__name__}", (kind, type(norm)), {})
         masks[name] = mask
     return masks

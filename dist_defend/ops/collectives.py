@@ -4,7 +4,7 @@ Without a process group every function here is what it is on one rank.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -119,15 +119,16 @@ def convert_sync_batchnorm(module: nn.Module, second_order: bool = False) -> nn.
     """
     on_gpu = any(p.is_cuda for p in module.parameters())
     if on_gpu and not second_order and not any(hasattr(m, "act") for m in module.modules() if _is_batchnorm(m)):
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    elif _is_batchnorm(module):
-        return _synchronised(module)  # type: ignore[arg-type]
+        made: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return made
+    if _is_batchnorm(module):
+        return _synchronised(module)
     for name, child in module.named_children():
         setattr(module, name, convert_sync_batchnorm(child, second_order=True))
     return module
 
 
-def _is_batchnorm(module: nn.Module) -> bool:
+def _is_batchnorm(module: nn.Module) -> TypeGuard[nn.modules.batchnorm._BatchNorm]:
     synchronised = isinstance(module, SyncBatchNorm | nn.SyncBatchNorm)
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and not synchronised
 

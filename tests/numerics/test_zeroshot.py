@@ -20,7 +20,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.methods.measure import zeroshot
 from dist_defend.models import clip
-from dist_defend.models.clip import class_features, load_text_tower
+from dist_defend.models.clip import class_features
 from dist_defend.models.pixel_space import Normalize
 from tests.clips import clip_state, save_clip
 from tests.reference.zeroshot import similarities, stamp, text_feature
@@ -62,11 +62,12 @@ def first_template_alone(patch: pytest.MonkeyPatch) -> None:
 
 def text_that_sees_ahead(patch: pytest.MonkeyPatch) -> None:
     def load(arch: str, path: str) -> clip.TextTower:
-        tower = load_text_tower(arch, path)
+        tower = original(arch, path)
         tower.clip.attn_mask.zero_()
         return tower
 
-    patch.setattr(zeroshot, "load_text_tower", load)
+    original = clip.load_text_tower
+    patch.setattr(clip, "load_text_tower", load)
 
 
 def unnormalised_pixels(patch: pytest.MonkeyPatch) -> None:
@@ -102,7 +103,7 @@ def ours(files: dict[str, str], target: int, folder: Path) -> tuple[Tensor, dict
     )
     ranks = dist.start("fp64", None)
     context = Context(ranks, 0, LoaderConfig("resident", 1), folder)
-    tower = load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
+    tower = clip.load_text_tower(ARCH, files["weights"]).to(ranks.dtype)
     models = {kind: context.load_model(place)[0].to(ranks.dtype) for kind, place in config.encoders.items()}
     built = zeroshot.Task("noise", task, config, models, config.attack, tower, context)
     features = built.examination.features("clean", models["clean"].f)

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mypy.config_parser import parse_config_file
+from mypy.options import Options
 
 from dist_defend.cli import main
 
@@ -39,6 +41,18 @@ def test_no_file_names_a_machine_or_a_registry() -> None:
         text = file.read_bytes().decode(errors="ignore")
         found += [f"{relative(file)}: {match.group()}" for match in pattern.finditer(text)]
     assert found == []
+
+
+def test_types_are_strict_in_every_file() -> None:
+    options, strict = Options(), []
+    parse_config_file(options, lambda: strict.append(True), str(ROOT / "pyproject.toml"))
+    assert strict and {"dist_defend", "examples/plugin", "tests", "launch", "setup.py"} == set(options.files or ())
+    assert options.enable_error_code == ["ignore-without-code"] and not options.disable_error_code
+    for pattern, changes in options.per_module_options.items():  # libraries may lack types, we may not
+        assert [key for key, value in changes.items() if value != []] == ["ignore_missing_imports"]
+        assert not pattern.startswith(("dist_defend", "tests"))
+    comment = re.compile(r"^\s*# my" "py:", re.MULTILINE)
+    assert [relative(file) for file in FILES if file.suffix == ".py" and comment.search(file.read_text())] == []
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=relative)

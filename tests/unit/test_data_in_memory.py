@@ -71,8 +71,11 @@ def test_grey_pil_images_have_three_equal_channels() -> None:
 
 
 def test_rounding_is_told() -> None:
-    read = read_data((np.full((1, 3, 4, 4), 100.3 / 255), [0]), "data")
-    assert read.images.max() == 100 and read.notes == ["rounded to whole grey levels, by up to 0.30 of one"]
+    images = np.full((1, 3, 4, 4), 100.3 / 255)
+    images[0, :, 0] = 100.8 / 255
+    read = read_data((images, [0]), "data")
+    assert np.array_equal(np.unique(read.images), [100, 101]) and (read.images[0, 0] == 101).all()
+    assert read.notes == ["rounded to whole grey levels, by up to 0.30 of one"]
 
 
 @pytest.mark.parametrize("value", ["path", {"path": "x"}, 3, (0.2, 1.0), None, [1, 2]])

@@ -126,7 +126,7 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     )  # fmt: skip
     test = str(tmp_path / "test")
     options: dict[str, Any] = {"test": {"path": test}}
-    if method in ("ibau", "rnp"):
+    if method in ("ibau", "rnp", "anp"):
         options |= {"model": suspect, "data": {"path": make_data(tmp_path / "data"), "max_samples": 12}}
     elif method == "clp":
         options |= {"model": suspect}
@@ -136,6 +136,7 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     more: dict[str, dict[str, Any]] = {
         "ibau": {"rounds": 1, "batch_size": 4, "min_patched": 1, "optimizer": {"lr": 0.1}},
         "rnp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
+        "anp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
         "clp": {"u": 0.5},
         "kd": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
         "ood": {"data": {"path": make_data(tmp_path / "data")}, "update": update},

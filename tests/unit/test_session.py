@@ -40,11 +40,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return dd.load(make_classifier(tmp_path_factory.mktemp("model") / "model"))
 
 
-@pytest.fixture(scope="module")
-def expected(model: Classifier) -> str:
-    return run(model)
-
-
 @pytest.fixture
 def unusual() -> Iterator[None]:
     """A program that has its own ideas of everything."""
@@ -74,6 +69,18 @@ def state() -> dict[str, Any]:
         "environment": dict(os.environ),
         "accelerate": dict(PartialState._shared_state),
     }
+
+
+def test_a_plain_process_stays_plain(model: Classifier) -> None:
+    """First, so that nothing has changed it yet."""
+    before = state()
+    run(model)
+    assert state() == before and before["log"][1]
+
+
+@pytest.fixture(scope="module")
+def expected(model: Classifier) -> str:
+    return run(model)
 
 
 def test_a_call_changes_nothing_and_does_not_depend_on_the_process(

@@ -4,7 +4,6 @@ import re
 from array import array
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -28,11 +27,7 @@ _MOST_BYTES = 16 << 20  # of a file of row numbers
 _RATIO = 0.01  # of the training images, where nothing else says which ones the defender has
 
 
-class Learning(Protocol):
-    """How masks are learned: the stages that do it, and the masks (C,) by layer of the classifier's ``net``."""
-
-    stages: list[Stage]
-    masks: dict[str, Tensor]
+Learning = tuple[list[Stage], dict[str, Tensor]]  # the stages that learn masks, and the masks (C,) by layer of the net
 
 
 def score_plan(
@@ -83,9 +78,9 @@ def mask_plan(
         check_neurons(neurons, net, names, config.mask_file)
         trial.look(dataset, rows)
         return Plan([], lambda: outcome.result(neurons))
-    learning = learn(trial.model, names, dataset, rows)
+    stages, masks = learn(trial.model, names, dataset, rows)
     trial.look(dataset, rows)
-    return Plan(learning.stages, lambda: outcome.result(neuron_table(learning.masks)))
+    return Plan(stages, lambda: outcome.result(neuron_table(masks)))
 
 
 def defence_loader(config: MaskConfig, context: Context, dataset: PreparedDataset, rows: np.ndarray) -> Loader:

@@ -7,7 +7,6 @@ thresholds are tried in one pass over the data.
 
 import copy
 import logging
-from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +15,7 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.pruning.plan import defence_loader, mask_plan
+from dist_defend.methods.defend.pruning.plan import Learning, defence_loader, mask_plan
 from dist_defend.methods.defend.rnp.options import PRESETS, Config
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier
@@ -28,7 +27,12 @@ log = logging.getLogger(__name__)
 
 def build(config: Config, context: Context) -> Plan:
     """Two stages, unlearn and recover (none with a mask file); pruning and evaluation come with the result."""
-    return mask_plan(config, context, partial(Phases, config, context))
+
+    def learn(model: Classifier, names: list[str], dataset: PreparedDataset, rows: np.ndarray) -> Learning:
+        phases = Phases(config, context, model, names, dataset, rows)
+        return phases.stages, phases.masks
+
+    return mask_plan(config, context, learn)
 
 
 class Phases:

@@ -236,6 +236,22 @@ def test_other_threads_do_not_end_a_capture() -> None:
         loader.join()
 
 
+def test_more_shapes_than_can_be_meant_are_refused() -> None:
+    total = torch.zeros(())
+
+    def update(x: Tensor) -> dict[str, Tensor]:
+        total.add_(x.sum())
+        return {"total": total}
+
+    with emulated_gpu() as graphs:
+        call = graphed(update, total)
+        for size in [*range(1, 9), *range(1, 9)]:
+            call(torch.ones(size))
+        assert total.item() == 2 * sum(range(1, 9)) and len(graphs) == 8
+        with pytest.raises(RuntimeError, match="inputs of yet another shape"):
+            call(torch.ones(9))
+
+
 def test_each_shape_has_its_graph_and_all_write_to_the_same_state() -> None:
     with emulated_gpu() as graphs:
         outcome(cases.unlearn, "on")

@@ -13,7 +13,7 @@ from dist_defend.engine.step import Position
 from tests.capture.cases import CASES, STEPS, Case, tensors
 from tests.capture.emulator import EmulatedGraph, emulated_gpu
 
-SAVED, CHANGED, BACK = 7, 11, 14  # steps before which the run is resumed, has other rates, is set back
+SAVED, CHANGED, BACK = 5, 11, 14  # steps before which the run is resumed, has other rates, is set back
 
 
 @pytest.fixture(autouse=True)

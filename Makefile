@@ -8,8 +8,10 @@ setup:
 	@launch/bootstrap
 
 # Where Slurm is missing (make setup installs it for root) its tests are left out, loudly; CI may not do without them.
+# A line says with which Pythons the files are tried (tests/e2e/test_pythons.py).
 test: lint
 	@left_out=; if [ -z "$$CI" ]; then $(BIN)/python -m tests.slurm.cluster || left_out=--ignore=tests/slurm; fi; \
+	$(BIN)/python -m tests.interpreters; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --no-loadscope-reorder $$left_out
 
 # On a machine with a GPU and its own PyTorch; ten minutes at most.

@@ -21,6 +21,7 @@ import dacite
 from dist_defend import plugins
 from dist_defend.attacks.added import find_options, with_added
 from dist_defend.attacks.trigger import TriggerOptions
+from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
 from dist_defend.errors import UserError
@@ -58,10 +59,8 @@ class Experiment:
     options: Any = None
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ValueError(f"key 'seed' is {self.seed}; it must not be negative")
-        if self.world_size is not None and self.world_size < 1:
-            raise ValueError(f"key 'world_size' is {self.world_size}; it must be at least 1")
+        not_negative(self, "seed")
+        at_least_one(self, "world_size")
         check_folder("output", self.output)
 
     def resolved(self) -> dict[str, Any]:

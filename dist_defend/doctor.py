@@ -91,8 +91,8 @@ def render(findings: list[Finding]) -> str:
 
 def _python() -> Finding:
     detail = f"{platform.python_version()} at {sys.executable}"
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        return Finding("python", "broken", detail, "PYTHON=/path/to/python3.11 make setup; 3.10 to 3.12 are supported")
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        return Finding("python", "broken", detail, "PYTHON=/path/to/python3.11 make setup; 3.10 to 3.13 are supported")
     return Finding("python", "ok", detail)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from dist_defend import plugins
 from dist_defend.errors import UserError
 from dist_defend.files import fsync_path, sha256_file
-from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
+from dist_defend.models.artifact import ModelCard, card_of, load_artifact, save_artifact
 from dist_defend.models.candidates import MOST_PIXELS
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
@@ -134,12 +134,8 @@ def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dic
         args.source, args.arch, args.normalization, args.image_size, content, choice, args.by_position
     )
     guessed, provenance, checked = _check(args, model, report, "encoder")
-    card = ModelCard(
-        kind="simclr" if report.has_projector else "encoder",
-        arch=report.arch,
-        normalization=report.normalization,
-        image_size=report.image_size,
-        feature_dim=model.f.feature_dim,
+    card = card_of(
+        model,
         backdoored=args.backdoored,
         guessed=guessed,
         provenance={**origin, "layout": report.layout, **_without_names(report.facts, origin), **provenance},
@@ -169,22 +165,12 @@ def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: 
     rules = {split: images.rule(report.num_classes) for split, images in poisoned.items()}
     guessed, provenance, checked = _check(args, model, report, "classifier")
     facts = _without_names(report.facts, origin)
-    card = ModelCard(
-        kind="classifier",
-        arch=report.arch,
-        normalization=report.normalization,
-        image_size=report.image_size,
-        num_classes=report.num_classes,
+    card = card_of(
+        model,
         backdoored=args.backdoored or bool(poisoned) or is_poisoned,
         resize=report.resize,
         guessed=guessed,
-        provenance={
-            **origin,
-            "layout": report.layout,
-            **facts,
-            **({"labels": rules} if rules else {}),
-            **provenance,
-        },
+        provenance={**origin, "layout": report.layout, **facts, **({"labels": rules} if rules else {}), **provenance},
     )
     head = f"{args.source}: {report.layout}; {report.arch}, {report.num_classes} classes"
     told = [*_told(args, report, "classifier", head), *_guesses(guessed, report), *checked, *missing]

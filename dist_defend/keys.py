@@ -19,8 +19,6 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import yaml
-
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.+)")
 _HEAD = "Keys:"
 
@@ -86,6 +84,8 @@ def told_default(field: "dataclasses.Field[Any]") -> str:
 def in_yaml(value: Any) -> str:
     """A value as one writes it on one line of YAML."""
     plain = json.loads(json.dumps(value))  # tuples become lists
+    import yaml  # not above: `methods` and `attacks` list without it
+
     return yaml.safe_dump([plain], default_flow_style=True, sort_keys=False, width=10**6).strip()[1:-1]
 
 

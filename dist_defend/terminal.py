@@ -66,7 +66,7 @@ class LineFormatter(logging.Formatter):
         return printable(super().formatMessage(record))
 
 
-class HeldLog(logging.StreamHandler[Any]):
+class HeldLog(logging.StreamHandler):  # type: ignore[type-arg]  # it has no [] in Python 3.10
     """Log lines on standard error that wait until it is known that the input is not refused.
 
     An error on bad input is one line, so what was told before it, which the error makes pointless, is dropped.

@@ -36,6 +36,7 @@ from dist_defend.engine.context import Context
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
+from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.streams import Stream, draws
 
 LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
@@ -189,15 +190,18 @@ def save_pictures(examinations: Sequence[Examination]) -> None:
             save_file(tensors, context.folder / f"{name}.safetensors")
 
 
-def attack_to_measure(
-    configured: AttackConfig | None, cards: dict[str, ModelCard], context: Context
-) -> AttackConfig | None:
-    """The configured attack, else the one that the cards of these folders name, if any. Classes do not matter here.
+def encoders_to_measure(
+    folders: dict[str, str], configured: AttackConfig | None, context: Context
+) -> tuple[dict[str, SimCLR], AttackConfig | None]:
+    """The encoders' models of these kinds, on the ranks' device, and what to measure: the configured attack, else the
+    one that the cards name, if any. Classes do not matter here.
 
     Tells of a card that names another attack than the configured one. UserError if none is configured and cards differ.
     """
-    attack = configured
-    for folder, card in cards.items():
+    models, attack = {}, configured
+    for kind, folder in folders.items():
+        model, card, _ = context.load_encoder(folder)
+        models[kind] = model.to(context.ranks.device, context.ranks.dtype)
         if card.attack:
             named = attack_from(card.attack)
             attack = attack or named
@@ -206,7 +210,7 @@ def attack_to_measure(
                 if configured is None:
                     raise UserError(f"{told}, which is another encoder's: say which one as 'attack'")
                 context.tell(f"{told}: say 'attack: null' to measure the named one")
-    return attack
+    return models, attack
 
 
 class Trial:

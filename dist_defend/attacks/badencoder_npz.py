@@ -1,6 +1,5 @@
 """The npz files of jinyuan-jia/BadEncoder: triggers (t, tm), and reference images with their classes (x, y)."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch import Tensor
 from dist_defend.attacks.array_file import TooLarge, read_npz
 from dist_defend.attacks.trigger import Replacing, Trigger
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
 
 MAX_VALUES = 2**21  # of the triggers in one file
 
@@ -46,17 +44,6 @@ def load_triggers(path: str | Path) -> list[Replacing]:
     return [Replacing(_to_images(m), _to_images(p)) for m, p in zip(mask, pattern, strict=True)]
 
 
-def save_trigger_npz(path: str | Path, triggers: Sequence[Replacing], name: str = "trigger") -> None:
-    """Write triggers (all of one size) in the layout that load_triggers reads, atomically."""
-    masks = np.concatenate([_to_rows(t.mask.expand_as(t.pattern)) for t in triggers])
-    patterns = np.concatenate([_to_rows(t.pattern) for t in triggers])
-    keep = 1 - masks
-    tm = keep.astype(np.int64) if np.isin(keep, (0, 1)).all() else keep
-    content = io.BytesIO()
-    np.savez(content, t=255 * patterns * masks, tm=tm, info=np.array(["replace", name]))
-    write_atomic(Path(path), content.getvalue())
-
-
 def load_references(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Reference inputs: x (K, H, W, 3) uint8 and y (K,) int64 (downstream labels). UserError for anything else."""
     arrays = _read_npz(path, ("x", "y"))
@@ -80,11 +67,6 @@ def pair_references_triggers(references: np.ndarray, triggers: Sequence[Trigger]
 def _to_images(array: np.ndarray) -> Tensor:
     """(H, W, 3) -> (1, 3, H, W) float32."""
     return torch.from_numpy(array).permute(2, 0, 1)[None].float().contiguous()
-
-
-def _to_rows(images: Tensor) -> np.ndarray:
-    """(1, 3, H, W) -> (1, H, W, 3) float64."""
-    return images.permute(0, 2, 3, 1).double().cpu().numpy()
 
 
 def _read_npz(path: str | Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:

@@ -76,6 +76,8 @@ def triggered_images(
 class NpzImages(PreparedDataset):
     """Images x (N, H, W, 3) uint8 and labels (N,) int64 of one file, in memory; resize as a prepared data set's."""
 
+    is_made = True
+
     def __init__(
         self, path: Path, x: np.ndarray, labels: np.ndarray, classes: Sequence[str], resize: int | None
     ) -> None:

@@ -35,6 +35,8 @@ class PoisonedDataset(PreparedDataset):
     images().
     """
 
+    is_made = True
+
     def __init__(
         self,
         clean: PreparedDataset,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_defend.attacks.badencoder_npz import load_references
+from dist_defend.bounds import not_negative
 from dist_defend.data.pictures import is_picture, open_picture
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
@@ -33,9 +34,7 @@ class ReferenceConfig:
     number: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("target_class", "number"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        not_negative(self, "target_class", "number")
         if (self.file is None) == (self.dataset is None):
             raise ValueError("key 'reference' needs either 'file' or 'dataset'")
 

@@ -18,9 +18,9 @@ from dist_defend.batch import Batch
 from dist_defend.bench import runner
 from dist_defend.bench.published import badencoder as published
 from dist_defend.bench.runner import Case, Settings
-from dist_defend.bench.simclr import prepare, train_epoch
+from dist_defend.bench.simclr import train_epoch
 from dist_defend.data.augment import REFERENCE, View
-from dist_defend.data.loader import LoaderConfig, make_loader
+from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep, Position
@@ -109,15 +109,9 @@ class Pair:
             self.images, 255.0 * (1 - mask), mask, self.reference, runner.MEAN, runner.STD
         )
         baseline = published.shadow_loader(dataset, case.batch_size)
-        loader = make_loader(
-            prepare(self.images, folder),
-            config=LoaderConfig(workers=baseline.num_workers),
-            batch_size=case.batch_size,
-            views=(View(), View(REFERENCE, image=self.reference[0])),
-            shuffle=True,
-            drop_last=True,
-            device=self.ranks.device,
-        )
+        config, views = LoaderConfig(workers=baseline.num_workers), (View(), View(REFERENCE, image=self.reference[0]))
+        prepared = runner.prepare(self.images, folder)
+        loader = runner.train_loader(prepared, views, case.batch_size, config, self.ranks.device)
         models, epochs = (self.backdoored, self.clean), count()
         return runner.compare(
             case,

@@ -21,11 +21,11 @@ from sklearn.datasets import load_sample_images
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from dist_defend.bench.runner import Settings
+from dist_defend.bench.runner import Settings, prepare, train_loader
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.ffcv_presence import ffcv_installed
-from dist_defend.data.loader import BackendName, Loader, LoaderConfig, make_loader
-from dist_defend.data.sources import ArraySource, open_source
+from dist_defend.data.loader import BackendName, Loader, LoaderConfig
+from dist_defend.data.sources import open_source
 from dist_defend.data.store import PreparedDataset, write_dataset
 from dist_defend.errors import UserError
 
@@ -102,14 +102,7 @@ def rows(settings: Settings, workers: int = 2) -> list[dict[str, object]]:
 def _measure(case: _Case, baseline: Iterable[object], repeats: int, workers: int) -> dict[str, object]:
     names: list[BackendName] = ["ffcv", "resident", "torch"] if ffcv_installed() else ["resident", "torch"]
     loaders: dict[str, Loader] = {
-        name: make_loader(
-            case.dataset,
-            config=LoaderConfig(name, workers),
-            batch_size=case.batch_size,
-            views=case.views,
-            shuffle=True,
-            drop_last=True,
-        )
+        name: train_loader(case.dataset, case.views, case.batch_size, LoaderConfig(name, workers), "cpu")
         for name in names
     }
 
@@ -153,8 +146,7 @@ def _seconds_per_batch(batches: Iterable[object]) -> float:
 
 def _tiny_cases(folder: Path, settings: Settings) -> list[_Case]:
     images = np.random.default_rng(0).integers(0, 256, (settings.num_images or _NUM_TINY, 32, 32, 3), dtype=np.uint8)
-    source = ArraySource(images, np.zeros(len(images), np.int64), ["noise"])
-    dataset = write_dataset(source, folder / "tiny", name="noise", split="bench")
+    dataset = prepare(images, folder)
 
     def open_image(row: int) -> Image.Image:
         return Image.fromarray(images[row])

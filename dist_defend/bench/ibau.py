@@ -18,14 +18,12 @@ from dist_defend.bench.published import ibau as reference
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.counts import evaluate_classifier
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader
-from dist_defend.data.sources import ArraySource
-from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
+from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.step import Position
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
-from dist_defend.models.classifier import Classifier, build_classifier
 
 CLASSES = 10
 EVALUATION_BATCH = 200  # images, as published
@@ -48,9 +46,12 @@ class Pair:
     def __init__(self, case: Case, ranks: Ranks, folder: Path) -> None:
         self.case, self.ranks = case, ranks
         self.config = Config("", DatasetConfig(""), DatasetConfig(""), batch_size=case.batch_size)
-        self.data, self.test = (_noise(folder / split, case.num_images, split) for split in ("train", "test"))
+        self.data, self.test = (
+            runner.prepare(runner.random_images(case.num_images, seed), folder, split, CLASSES, storage="npy")
+            for seed, split in ((5, "train"), (4, "test"))
+        )
         self.attacked = triggered(self.test, POISON)
-        self.theirs, ours = (_classifier(case.encoder).to(ranks.device) for _ in range(2))
+        self.theirs, ours = (runner.seasoned(case.encoder, CLASSES, "none").eval().to(ranks.device) for _ in range(2))
         self.optimizer = torch.optim.Adam(self.theirs.parameters(), lr=self.config.optimizer.lr)
         self.rounds = Rounds(self._loader(self.data, case.batch_size), runner.IMAGE_SIZE, ranks)
         self.step = UnlearningStep(ours, self.config, self.rounds, seed=0)
@@ -108,24 +109,6 @@ class Pair:
     def _loader(self, dataset: PreparedDataset, batch_size: int) -> Loader:
         config = LoaderConfig("resident", 1)
         return make_loader(dataset, config=config, batch_size=batch_size, device=self.ranks.device)
-
-
-def _noise(folder: Path, images: int, split: str) -> PreparedDataset:
-    pixels = runner.random_images(images, seed=len(split))
-    names = [str(number) for number in range(CLASSES)]
-    write_dataset(
-        ArraySource(pixels, np.arange(images) % CLASSES, names), folder, name="noise", split=split, storage="npy"
-    )
-    return open_dataset(folder)
-
-
-def _classifier(arch: str) -> Classifier:
-    """Fresh weights, the same at each call, with batch-norm statistics of some noise; in eval mode."""
-    torch.manual_seed(0)
-    model = build_classifier(arch, CLASSES, "none", runner.IMAGE_SIZE)
-    with torch.no_grad():
-        model.train()(runner.to_pixels(runner.random_images(64, seed=2), torch.device("cpu")))
-    return model.eval()
 
 
 def _host_batches(dataset: PreparedDataset, labels: np.ndarray, size: int) -> list[Any]:

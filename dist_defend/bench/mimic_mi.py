@@ -12,7 +12,6 @@ from dist_defend.bench import runner
 from dist_defend.bench.published import mimic_mi as published
 from dist_defend.bench.published.mimic import LAYERS
 from dist_defend.bench.runner import Case, Settings
-from dist_defend.bench.simclr import prepare
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
@@ -40,7 +39,7 @@ def _phase(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
     theirs, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
     batches = published.memory_loader(images, runner.MEAN, runner.STD, case.batch_size)
     context = Context(ranks, 0, LoaderConfig(workers=batches.num_workers), folder)
-    dataset = prepare(images, folder)
+    dataset = runner.prepare(images, folder)
     config = InformationConfig("student", epochs=EPOCHS, last_epochs=LAST_EPOCHS, batch_size=case.batch_size)
 
     def ours_phase() -> torch.Tensor:

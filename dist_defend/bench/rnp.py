@@ -22,8 +22,7 @@ from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.augment import IDENTITY
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.order import epoch_order
-from dist_defend.data.sources import ArraySource
-from dist_defend.data.store import open_dataset, write_dataset
+from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
@@ -33,7 +32,6 @@ from dist_defend.methods.defend.pruning.masks import neuron_table
 from dist_defend.methods.defend.pruning.outcome import EVALUATION_BATCH, Outcome
 from dist_defend.methods.defend.rnp import Config, Phases
 from dist_defend.models.artifact import ModelCard, save_artifact
-from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names
 from dist_defend.trial import Trial
 
@@ -67,16 +65,10 @@ class Pair:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder = case, folder
         self.poison = AttackConfig(BadNets())
-        names = [str(c) for c in range(CLASSES)]
-        counts = {"train": case.num_images, "test": case.num_images * TEST_SHARE}
-        for number, (split, count) in enumerate(counts.items()):
-            labels = np.arange(count) % CLASSES
-            images = runner.random_images(count, seed=number)
-            write_dataset(ArraySource(images, labels, names), folder / split, name="noise", split=split, storage="npy")
-        torch.manual_seed(0)
-        self.model = build_classifier(case.encoder, CLASSES, runner.NORMALIZATION, runner.IMAGE_SIZE)
-        with torch.no_grad():
-            self.model.train()(runner.to_pixels(runner.random_images(64, seed=2), torch.device("cpu")))
+        for number, (split, share) in enumerate({"train": 1, "test": TEST_SHARE}.items()):
+            images = runner.random_images(case.num_images * share, seed=number)
+            runner.prepare(images, folder, split, CLASSES, storage="npy")
+        self.model = runner.seasoned(case.encoder, CLASSES, runner.NORMALIZATION)
 
     def images_of(self, full: bool) -> int:
         """Images that go through our side's networks, training ones once."""

@@ -2,17 +2,23 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dist_defend.data.augment import View
+from dist_defend.data.loader import Loader, LoaderConfig, make_loader
+from dist_defend.data.sources import ArraySource
+from dist_defend.data.store import PreparedDataset, write_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.dist import Ranks
 from dist_defend.errors import UserError
+from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.pixel_space import NORMALIZATIONS
 
@@ -70,6 +76,29 @@ def start() -> Ranks:
 def random_images(count: int, seed: int = 0) -> np.ndarray:
     """(count, 32, 32, 3) uint8 noise."""
     return np.random.default_rng(seed).integers(0, 256, (count, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)
+
+
+def prepare(images: np.ndarray, folder: Path, split: str = "train", classes: int = 1, **how: Any) -> PreparedDataset:
+    """Images (N, H, W, 3) uint8 as a prepared data set in ``folder / split``, of classes 0, 1, ... in turn."""
+    source = ArraySource(images, np.arange(len(images)) % classes, [str(number) for number in range(classes)])
+    return write_dataset(source, folder / split, name="noise", split=split, **how)
+
+
+def train_loader(
+    dataset: PreparedDataset, views: Sequence[View], batch_size: int, config: LoaderConfig, device: torch.device | str
+) -> Loader:
+    """Shuffled whole batches, as a training script takes them."""
+    how: dict[str, Any] = {"shuffle": True, "drop_last": True, "device": device}
+    return make_loader(dataset, config=config, batch_size=batch_size, views=views, **how)
+
+
+def seasoned(arch: str, classes: int, normalization: str) -> Classifier:
+    """Fresh weights, the same at each call, with batch-norm statistics of some noise; in train mode, on the CPU."""
+    torch.manual_seed(0)
+    model = build_classifier(arch, classes, normalization, IMAGE_SIZE)
+    with torch.no_grad():
+        model.train()(to_pixels(random_images(64, seed=2), torch.device("cpu")))
+    return model
 
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:

@@ -14,13 +14,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from dist_defend.bench.runner import IMAGE_SIZE, NORMALIZATION, Settings, random_images
-from dist_defend.data.sources import ArraySource
-from dist_defend.data.store import write_dataset
+from dist_defend.bench.runner import IMAGE_SIZE, NORMALIZATION, Settings, prepare, random_images
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.encoder import build_simclr
@@ -111,9 +108,7 @@ class _Runs:
 
 
 def _prepare(folder: Path, arch: str, count: int) -> None:
-    images, labels = random_images(count), np.arange(count) % 10
-    source = ArraySource(images, labels, [str(label) for label in range(10)])
-    write_dataset(source, folder / "train", name="noise", split="train")
+    prepare(random_images(count), folder, classes=10)
     torch.manual_seed(0)
     encoder = build_simclr(arch, NORMALIZATION, IMAGE_SIZE)
     save_artifact(folder / "clean", encoder, ModelCard("simclr", arch, NORMALIZATION, IMAGE_SIZE))

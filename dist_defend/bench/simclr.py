@@ -14,9 +14,7 @@ from dist_defend.bench import runner
 from dist_defend.bench.published import simclr as published
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.augment import SIMCLR, View
-from dist_defend.data.loader import LoaderConfig, make_loader
-from dist_defend.data.sources import ArraySource
-from dist_defend.data.store import PreparedDataset, write_dataset
+from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep, Position
@@ -49,14 +47,9 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
         step(batch, Position())["loss"].item(),
     )
     baseline = published.pair_loader(images, runner.MEAN, runner.STD, case.batch_size)
-    loader = make_loader(
-        prepare(images, folder),
-        config=LoaderConfig(workers=baseline.num_workers),
-        batch_size=case.batch_size,
-        views=(View(SIMCLR), View(SIMCLR)),
-        shuffle=True,
-        drop_last=True,
-        device=ranks.device,
+    config = LoaderConfig(workers=baseline.num_workers)
+    loader = runner.train_loader(
+        runner.prepare(images, folder), (View(SIMCLR), View(SIMCLR)), case.batch_size, config, ranks.device
     )
     epochs = count()
     return runner.compare(
@@ -67,12 +60,6 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
         images=loader.num_batches * case.batch_size,
         note=f"an epoch of {case.num_images} images with loading ({loader.backend} against PIL in two workers)",
     )
-
-
-def prepare(images: np.ndarray, folder: Path) -> PreparedDataset:
-    """Write images (N, H, W, 3) uint8 as a prepared data set of one class."""
-    source = ArraySource(images, np.zeros(len(images), np.int64), ["noise"])
-    return write_dataset(source, folder / "train", name="noise", split="train")
 
 
 def train_epoch(step: GradientStep, batches: Iterator[Batch]) -> float:

@@ -38,13 +38,7 @@ class TorchBackend:
     """Reads with numpy, augments with batched torch operations on the device, several batches at a time in threads."""
 
     def __init__(
-        self,
-        dataset: PreparedDataset,
-        views: Sequence[View],
-        seed: int,
-        workers: int,
-        device: torch.device,
-        raw: bool,
+        self, dataset: PreparedDataset, views: Sequence[View], seed: int, workers: int, device: torch.device, raw: bool
     ) -> None:
         self._dataset, self._views, self._seed, self._workers = dataset, tuple(views), seed, workers
         self._device, self._raw = device, raw

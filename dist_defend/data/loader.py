@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one
 from dist_defend.data.augment import View
 from dist_defend.data.backends import Backend, ResidentBackend, TorchBackend
 from dist_defend.data.ffcv_presence import ffcv_installed, quiet_ffcv
@@ -29,7 +30,8 @@ class LoaderConfig:
     """How batches are made; every back end gives the same ones.
 
     Keys:
-        backend: who makes the batches; auto: resident on a GPU, ffcv on a CPU where it can, else resident, else torch
+        backend: who makes the batches; auto: resident on a GPU, ffcv on a CPU where it can, else resident, else torch;
+            ffcv means auto for images that no file holds, such as those with a trigger
         workers: threads of each rank that make batches
     """
 
@@ -37,8 +39,7 @@ class LoaderConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"key 'workers' is {self.workers}; it must be at least 1")
+        at_least_one(self, "workers")
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ValueError(f"key 'fraction' is {self.fraction}; it must be in (0, 1]")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"key 'max_samples' is {self.max_samples}; it must be at least 1")
+        at_least_one(self, "max_samples")
         if self.resize is not None and self.resize < 1:
             raise ValueError(f"key 'resize' is {self.resize}; it must be at least 1 pixel")
 
@@ -181,17 +181,18 @@ def _why_not_ffcv(dataset: PreparedDataset) -> str:
 
 
 def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, device: torch.device) -> str:
-    if config.backend == "ffcv":
+    backend = "auto" if config.backend == "ffcv" and dataset.is_made else config.backend
+    if backend == "ffcv":
         if not ffcv_installed():
             raise UserError(
                 "key 'loader.backend' is ffcv, which is not installed; pip install 'dist-defend[ffcv]' or say auto"
             )
         if dataset.beton is None:
             raise UserError(f"{dataset.path}: key 'loader.backend' is ffcv, but {_why_not_ffcv(dataset)} or say auto")
-    if config.backend == "resident" and dataset.image_shape is None:
+    if backend == "resident" and dataset.image_shape is None:
         raise UserError(f"{dataset.path}: images differ in size, so they cannot be resident; say loader.backend: auto")
-    if config.backend != "auto":
-        return config.backend
+    if backend != "auto":
+        return backend
     if device.type != "cuda" and dataset.beton is not None and ffcv_installed():
         return "ffcv"
     if dataset.image_shape is not None:

@@ -12,14 +12,7 @@ from dist_defend.data.folders import folder_splits, open_folder
 from dist_defend.data.gtsrb import CLASSES as GTSRB_CLASSES
 from dist_defend.data.gtsrb import open_gtsrb
 from dist_defend.data.patches import open_patches
-from dist_defend.data.published import (
-    DIGITS,
-    STL10_CLASSES,
-    open_digits,
-    open_fashion_mnist,
-    with_split,
-    with_train,
-)
+from dist_defend.data.published import DIGITS, STL10_CLASSES, open_digits, open_fashion_mnist, with_split, with_train
 from dist_defend.data.reading import NO_KEYS, ArraySource, Keys, NotedSource, Source
 from dist_defend.errors import UserError
 

@@ -45,8 +45,10 @@ class PreparedDataset:
     """An opened data set. labels: (N,) int64; classes: their names; image_shape: (H, W, 3), None if images differ.
 
     resize: every image is resized to a square of so many pixels when it is read. There is no .beton then: back ends
-    read through images().
+    read through images(). is_made: images are no file's, they are made when they are read.
     """
+
+    is_made = False
 
     def __init__(self, path: Path, manifest: Manifest, resize: int | None = None) -> None:
         self.path = path

@@ -14,6 +14,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from dist_defend.bounds import at_least_one
 from dist_defend.data.augment import View
 from dist_defend.data.classes import check_same_classes, tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
@@ -25,7 +26,7 @@ from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
-from dist_defend.models.artifact import ModelCard, load_classifier, load_simclr, save_artifact
+from dist_defend.models.artifact import ModelCard, card_of, load_classifier, load_simclr, save_artifact
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import convert_sync_batchnorm
@@ -57,9 +58,7 @@ class UpdateConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "epochs", "accumulation"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        at_least_one(self, "batch_size", "epochs", "accumulation")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
             raise ValueError(f"key 'max_grad_norm' is {self.max_grad_norm}; it must be positive, or null for none")
 
@@ -149,35 +148,25 @@ class Context:
 
     def eval_loader(self, dataset: PreparedDataset, rows: np.ndarray | None = None, batch_size: int = 512) -> Loader:
         """In order, every row once, no augmentation."""
-        return self._loader(dataset, rows, batch_size, (View(),), shuffle=False)
+        return self._loader(dataset, rows, batch_size, (View(),))
 
     def whole_loader(self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int = 512) -> Loader:
         """As eval_loader, but every rank reads everything."""
-        return self._loader(dataset, rows, batch_size, (View(),), shuffle=False, rank=0, world_size=1)
+        return self._loader(dataset, rows, batch_size, (View(),), rank=0, world_size=1)
 
     def _loader(
-        self,
-        dataset: PreparedDataset,
-        rows: np.ndarray | None,
-        batch_size: int,
-        views: Sequence[View],
-        shuffle: bool,
-        drop_last: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
+        self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], **how: Any
     ) -> Loader:
+        """how: of make_loader's other arguments, those that are not the run's."""
+        ranks = self.ranks
+        own: dict[str, Any] = {
+            "seed": self.seed,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "device": ranks.device,
+        }
         return make_loader(
-            dataset,
-            config=self.loader_config,
-            batch_size=batch_size,
-            rows=rows,
-            views=views,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            seed=self.seed,
-            rank=self.ranks.rank if rank is None else rank,
-            world_size=world_size or self.ranks.world_size,
-            device=self.ranks.device,
+            dataset, config=self.loader_config, batch_size=batch_size, rows=rows, views=views, **(own | how)
         )
 
     def room(self, shape: Sequence[int], place: Place) -> Tensor:
@@ -223,6 +212,11 @@ class Context:
             f"{folder}: its source did not tell {guesses}, so import guessed, and the numbers of this run rest on "
             f"that: measure with `dist-defend import ... --check DATA`, and import again with {options}"
         )
+
+    def card(self, model: SimCLR | Classifier, provenance: dict[str, Any], **told: Any) -> ModelCard:
+        """The card of a model that this run made: what the model says of itself, and ``told``."""
+        own = {"method": self.method, "data": self.digests}
+        return card_of(model, provenance={**own, **provenance}, **told)
 
     def save_model(self, model: SimCLR | Classifier, card: ModelCard) -> str:
         """Write the run's model/ folder; returns the sha256 of its weights, on every rank."""

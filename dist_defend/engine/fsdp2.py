@@ -9,31 +9,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dist_defend.engine.dist import Ranks
-from dist_defend.engine.objective import NonFiniteError, Objective
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.objective import NonFiniteError, Strategy
+from dist_defend.engine.optim import build_optimizer, load_optimizer
 from dist_defend.engine.whole import Whole
 from dist_defend.models.blocks import repeated_blocks
 
 
-class FullySharded:
+class FullySharded(Strategy):
     """Each repeated block is a unit that is gathered when it runs, the rest of the objective is another.
 
     Sharding waits for the first update, so that what comes before it (an estimate on the fresh network, a resume) sees
     plain weights. Accelerate's own FSDP2 falls back to DDP on CPUs without a word; this is the same on all devices.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        config: OptimizerConfig,
-        ranks: Ranks,
-        accumulation: int,
-        max_grad_norm: float | None,
-    ) -> None:
-        self.objective, self.config, self.ranks = objective, config, ranks
-        self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        self._whole: Whole | None = None
+    def __post_init__(self) -> None:
+        self._whole: Whole | None = None  # until the first update
 
     def _shard(self) -> None:
         self._whole = Whole(self.objective)

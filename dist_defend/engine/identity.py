@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_defend.bounds import at_least_one
 from dist_defend.engine.version import code_version
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular, sha256_file
@@ -68,8 +69,7 @@ class Life:
     wall_seconds: float
 
     def __post_init__(self) -> None:
-        if self.world_size < 1:
-            raise ValueError(f"key 'world_size' is {self.world_size}; it must be at least 1")
+        at_least_one(self, "world_size")
         if not (self.wall_seconds >= 0 and math.isfinite(self.wall_seconds)):
             raise ValueError(f"key 'wall_seconds' is {self.wall_seconds}; it must be a number of seconds")
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from dist_defend.bounds import not_negative, positive
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -40,12 +42,8 @@ class OptimizerConfig:
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("lr", "trust"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
-        for key in ("weight_decay", "momentum", "warmup_epochs"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        positive(self, "lr", "trust")
+        not_negative(self, "weight_decay", "momentum", "warmup_epochs")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"key 'betas' is {list(self.betas)}; both must be in [0, 1)")
         if not 0 < self.gamma <= 1:
@@ -72,12 +70,7 @@ def build_optimizer(
         )
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(
-        trained,
-        lr=config.lr,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        amsgrad=config.amsgrad,
-        fused=fused,
+        trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, amsgrad=config.amsgrad, fused=fused
     )
 
 

@@ -13,22 +13,13 @@ from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_opti
 from dist_defend.engine.update import owned
 
 
-class Replicated:
+class Replicated(Strategy):
     """All of it on every rank, wrapped by Accelerate: DDP, or nothing on one rank."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        config: OptimizerConfig,
-        ranks: Ranks,
-        accumulation: int,
-        max_grad_norm: float | None,
-    ) -> None:
-        self.objective, self.accelerator = objective, ranks.accelerator
-        self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        self.module, self.optimizer = self.accelerator.prepare(
-            objective, build_optimizer(objective.parameters(), config)
-        )
+    def __post_init__(self) -> None:
+        self.accelerator = self.ranks.accelerator
+        optimizer = build_optimizer(self.objective.parameters(), self.config)
+        self.module, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         if isinstance(self.module, DistributedDataParallel):
             self.module.broadcast_buffers = False  # all ranks update them alike (torch 2.13 deprecates the argument)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

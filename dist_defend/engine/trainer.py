@@ -13,6 +13,7 @@ import torch.distributed
 from torch import Tensor
 
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one, positive
 from dist_defend.engine import checkpoint, signals
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.identity import Identity
@@ -47,11 +48,8 @@ class TrainerConfig:
     trackers: tuple[str, ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        for key in ("log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
-        if self.checkpoint_seconds <= 0:
-            raise ValueError(f"key 'checkpoint_seconds' is {self.checkpoint_seconds}; it must be positive")
+        at_least_one(self, "log_every", "checkpoint_every", "keep_checkpoints")
+        positive(self, "checkpoint_seconds")
 
 
 class BatchSource(Protocol):

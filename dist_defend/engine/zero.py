@@ -12,29 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_defend.engine.dist import Ranks
-from dist_defend.engine.objective import NonFiniteError, Objective
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer
+from dist_defend.engine.objective import NonFiniteError, Strategy
+from dist_defend.engine.optim import build_optimizer
 from dist_defend.engine.sharding import check_optimizer
 from dist_defend.engine.whole import Whole
 
 
-class Zero:
+class Zero(Strategy):
     """As FullySharded, through a DeepSpeed engine; a state holds whole tensors, so any strategy can go on from it."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        config: OptimizerConfig,
-        ranks: Ranks,
-        accumulation: int,
-        max_grad_norm: float | None,
-    ) -> None:
-        check_optimizer(ranks.sharding.strategy, config.name)
-        self.objective, self.config, self.ranks = objective, config, ranks
-        self.accumulation, self.max_grad_norm = accumulation, max_grad_norm
-        self.is_partitioned = ranks.sharding.strategy == "zero3"
-        self._whole: Whole | None = None
+    def __post_init__(self) -> None:
+        check_optimizer(self.ranks.sharding.strategy, self.config.name)
+        self.is_partitioned = self.ranks.sharding.strategy == "zero3"
+        self._whole: Whole | None = None  # until the first update
 
     def _shard(self) -> None:
         is_cpu = self.ranks.device.type == "cpu"

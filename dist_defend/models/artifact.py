@@ -80,6 +80,15 @@ class ModelCard:
         _check_counts(self.counts or {})
 
 
+def card_of(model: SimCLR | Classifier, **told: Any) -> ModelCard:
+    """The card of a model: what it says of itself, and ``told``, other fields of the card."""
+    if isinstance(model, SimCLR):
+        own: dict[str, Any] = {"kind": model.kind, "feature_dim": model.f.feature_dim}
+    else:
+        own = {"kind": "classifier", "num_classes": model.num_classes}
+    return ModelCard(arch=model.arch, normalization=model.normalization, image_size=model.image_size, **(own | told))
+
+
 def _check_counts(counts: dict[str, Any]) -> None:
     for when, found in counts.items():
         if when not in ("before", "after") or not isinstance(found, dict):

@@ -114,13 +114,7 @@ class SimCLR(nn.Module):
     """Encoder f and projector g. A model imported without a projector has an identity for g. resize: f's, in pixels."""
 
     def __init__(
-        self,
-        f: Encoder,
-        g: nn.Module,
-        arch: str,
-        normalization: str,
-        image_size: int,
-        resize: int | None = None,
+        self, f: Encoder, g: nn.Module, arch: str, normalization: str, image_size: int, resize: int | None = None
     ) -> None:
         super().__init__()
         self.f = f

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from dist_defend.errors import UserError
-from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import COUNTER, classifier_candidates, encoder_candidates
 from dist_defend.models.clip_image import OPEN_CLIP
 from dist_defend.models.constants import encoder_constants
@@ -23,12 +22,12 @@ from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_report import (
     ImportReport,
     check_memory,
-    check_values,
+    fill,
     match_by_position,
     plain_facts,
-    with_counters,
+    reported,
 )
-from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights, list_objects
+from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights
 
 _NO_CLASSIFIER = "torchvision's networks are classifiers here: name timm's of that name, or leave out --kind encoder"
 
@@ -75,24 +74,20 @@ def import_encoder(
     tensors = {**{f"f.f.{key}": value for key, value in fit.tensors().items()}, **projector}
     check_memory(tensors, path)
     model = build_simclr(fit.candidate.arch, constants.normalization, constants.image_size, bool(projector))
-    state, filled = with_counters(tensors, model.state_dict())
-    check_values(state, model.state_dict(), path)
-    load_strict(model, state, path)
+    filled = fill(model, tensors, path)
     taken = {f"{_root(fit)}{key}" for key in projector}
     dropped = (*(key for key in fit.beside if key not in taken), *fit.weights.ignored)
-    report = ImportReport(
+    report = reported(
+        fit,
+        model,
+        tensors,
+        content,
+        by_position,
         layout=_told(fit, is_badencoders),
-        arch=fit.candidate.arch,
-        normalization=constants.normalization,
-        image_size=constants.image_size,
-        num_tensors=len(tensors),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dropped=tuple(key.removeprefix(fit.prefix) for key in dropped),
         guessed=constants.guessed,
         others=others,
-        objects=tuple(list_objects(content)),
         facts=plain_facts(content),
-        renamed=tuple(pair for pair in fit.candidate.ours.items() if pair[0] != pair[1]) if by_position else (),
         filled=filled,
         has_projector=bool(projector),
     )

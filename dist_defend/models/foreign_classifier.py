@@ -29,13 +29,13 @@ from dist_defend.models.foreign_folder import read_weights
 from dist_defend.models.foreign_report import (
     ImportReport,
     check_memory,
-    check_values,
+    fill,
     match_by_position,
     plain,
     plain_facts,
-    with_counters,
+    reported,
 )
-from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights, list_objects
+from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights
 from dist_defend.models.restricted_pickle import shown, shown_list
 
 BACKDOORBENCH_ARCHS = {"preactresnet18": "preact_resnet18"}  # its other networks are torchvision's, by their names
@@ -131,26 +131,22 @@ def import_classifier(
     if (constants.resize or constants.image_size) != own:
         _check_size(arch, num_classes, constants.resize or constants.image_size, tensors, path)
     model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, **inside)
-    state, filled = with_counters(tensors, model.net.state_dict())
-    check_values(state, model.net.state_dict(), path)
-    load_strict(model.net, state, path)
+    filled = fill(model.net, tensors, path)
     dropped = tuple(key.removeprefix(fit.prefix) for key in (*fit.beside, *fit.weights.ignored))
     name = "state dict" if layout == "I-BAU" and arch != "ibau_vgg" else layout
-    report = ImportReport(
+    report = reported(
+        fit,
+        model,
+        tensors,
+        content,
+        by_position,
         layout=", ".join(filter(None, (name, fit.place))),
-        arch=arch,
         num_classes=num_classes,
-        normalization=constants.normalization,
-        image_size=constants.image_size,
         resize=constants.resize,
-        num_tensors=len(tensors),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dropped=dropped,
         guessed=constants.guessed,
         others=others,
-        objects=tuple(list_objects(content)),
         facts=facts,
-        renamed=tuple(pair for pair in fit.candidate.ours.items() if pair[0] != pair[1]) if by_position else (),
         filled=filled,
     )
     return model, report
@@ -171,12 +167,7 @@ def _check_size(arch: str, num_classes: int, size: int, tensors: State, path: st
 
 
 def _find(
-    found: list[Weights],
-    arch: str | None,
-    image_size: int | None,
-    choice: Choice,
-    named: str | None,
-    path: str | Path,
+    found: list[Weights], arch: str | None, image_size: int | None, choice: Choice, named: str | None, path: str | Path
 ) -> list[Fit]:
     """The fits, also those of a backbone with a linear layer beside it."""
     fits = find_network(found, _candidates(arch, image_size, named), choice, path)
@@ -240,12 +231,7 @@ def _with_head_beside(fit: Fit) -> Fit:
     candidate = replace(fit.candidate, shapes=shapes, ours=ours)
     beside = tuple(key for key in fit.beside if key not in ours)
     return replace(
-        fit,
-        prefix="",
-        candidate=candidate,
-        num_classes=state[f"{found[0]}weight"].shape[0],
-        missing=(),
-        beside=beside,
+        fit, prefix="", candidate=candidate, num_classes=state[f"{found[0]}weight"].shape[0], missing=(), beside=beside
     )
 
 

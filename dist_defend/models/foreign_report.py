@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.errors import UserError
+from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import CLASSES, COUNTER, Candidate
+from dist_defend.models.classifier import Classifier
+from dist_defend.models.encoder import SimCLR
 from dist_defend.models.finder import Fit, told_shape
 from dist_defend.models.foreign_file import State
-from dist_defend.models.mappings import Weights
+from dist_defend.models.mappings import Weights, list_objects
 from dist_defend.models.restricted_pickle import shown
 
 _MOST_FACTS, _MOST_TEXT = 40, 60
@@ -49,7 +52,23 @@ class ImportReport:
     resize: int | None = None
 
 
-def plain_facts(content: Any, leave: Iterable[str] = ()) -> dict[str, Any]:
+def reported(
+    fit: Fit, model: SimCLR | Classifier, tensors: State, content: Any, by_position: bool, **told: Any
+) -> ImportReport:
+    """The report on a model that was made of a fit's tensors; told: its other fields."""
+    return ImportReport(
+        arch=fit.candidate.arch,
+        normalization=model.normalization,
+        image_size=model.image_size,
+        num_tensors=len(tensors),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        objects=tuple(list_objects(content)),
+        renamed=tuple(pair for pair in fit.candidate.ours.items() if pair[0] != pair[1]) if by_position else (),
+        **told,
+    )
+
+
+def plain_facts(content: Any) -> dict[str, Any]:
     """Numbers and short texts beside the weights, sorted by name: epoch, best_acc and their like."""
     facts: dict[str, Any] = {}
     items = content.items() if isinstance(content, dict) else ()
@@ -59,7 +78,7 @@ def plain_facts(content: Any, leave: Iterable[str] = ()) -> dict[str, Any]:
         is_short = isinstance(value, str) and len(value) <= _MOST_TEXT and value.isprintable()
         is_number = isinstance(value, float) or (type(value) is int and value.bit_length() < 64)
         is_fact = is_short or is_number
-        if is_fact and key.isprintable() and len(key) <= _MOST_TEXT and key not in leave and len(facts) < _MOST_FACTS:
+        if is_fact and key.isprintable() and len(key) <= _MOST_TEXT and len(facts) < _MOST_FACTS:
             facts[key] = plain(value)
     return facts
 
@@ -72,10 +91,17 @@ def plain(value: Any) -> Any:
     return shown(value) if is_told else value
 
 
-def with_counters(state: State, own: Mapping[str, Tensor]) -> tuple[State, tuple[str, ...]]:
-    """The tensors, with a 0 for each of the model's counters of batches that is not there; and the names of these."""
-    filled = tuple(key for key in own if key.endswith(COUNTER) and key not in state)
-    return {**state, **{key: torch.tensor(0) for key in filled}}, filled
+def fill(net: nn.Module, tensors: State, path: str | Path) -> tuple[str, ...]:
+    """Load a file's tensors; counters of batches that are not there become 0, and their names are returned.
+
+    UserErrors as check_values' and load_strict's.
+    """
+    own = net.state_dict()
+    filled = tuple(key for key in own if key.endswith(COUNTER) and key not in tensors)
+    state = {**tensors, **{key: torch.tensor(0) for key in filled}}
+    check_values(state, own, path)
+    load_strict(net, state, path)
+    return filled
 
 
 def check_memory(state: State, path: str | Path) -> None:

@@ -149,19 +149,11 @@ class PretendedContext(Context):
         return model, replace(card, attack=None), ""  # which only serves to measure
 
     def _loader(
-        self,
-        dataset: PreparedDataset,
-        rows: np.ndarray | None,
-        batch_size: int,
-        views: Sequence[View],
-        shuffle: bool,
-        drop_last: bool = False,
-        rank: int | None = None,
-        world_size: int | None = None,
+        self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], **how: Any
     ) -> Any:
         num_samples = len(dataset) if rows is None else len(rows)
-        at_once = batch_size if drop_last else min(batch_size, num_samples)
-        own = rank_slice(at_once, 0, world_size or self.ranks.world_size)
+        at_once = batch_size if how.get("drop_last") else min(batch_size, num_samples)
+        own = rank_slice(at_once, 0, how.get("world_size", self.ranks.world_size))
         shapes = [_view_shape(view, dataset) for view in views]
         return PretendedLoader(shapes, num_samples, batch_size, own.stop - own.start, self.ranks.dtype)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.config import Experiment, build_section, check_folder, load_experiment
 from dist_defend.errors import UserError
 from dist_defend.strict_yaml import read_yaml
@@ -56,8 +57,7 @@ class StageConfig:
     points_per_job: int = 1
 
     def __post_init__(self) -> None:
-        if self.points_per_job < 1:
-            raise ValueError(f"key 'points_per_job' is {self.points_per_job}; it must be at least 1")
+        at_least_one(self, "points_per_job")
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,9 @@ class SweepConfig:
     setup: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.throttle is not None and self.throttle < 1:
-            raise ValueError(f"key 'throttle' is {self.throttle}; it must be at least 1")
+        at_least_one(self, "throttle")
         check_folder("output", self.output)
-        if self.restarts < 0:
-            raise ValueError(f"key 'restarts' is {self.restarts}; it must not be negative")
+        not_negative(self, "restarts")
         if not self.stages:
             raise ValueError("key 'stages' is empty; name at least one")
 

@@ -27,10 +27,7 @@ def command(sweep: Sweep, point: Point) -> list[str]:
 
 
 def run(
-    sweep: Sweep,
-    points: Sequence[Point],
-    at_a_time: int | None,
-    command: Callable[[Sweep, Point], list[str]] = command,
+    sweep: Sweep, points: Sequence[Point], at_a_time: int | None, command: Callable[[Sweep, Point], list[str]] = command
 ) -> int:
     """Run them, parents before what comes after them; returns 0, 1 if some failed, 75 if a signal ended it, 130 SIGINT.
 

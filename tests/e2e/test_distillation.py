@@ -168,7 +168,7 @@ def test_values_that_mean_nothing_are_refused(
         ("ood", {"vaccine": {"selection_batches": 12}}, "but there are 8 batches before"),
         ("ood", {"augment": {"size": 8}}, "key 'ood.augment.size' is 8"),
         ("kd", {"student": "wrn_1"}, "unknown arch 'wrn_1'"),
-        ("cmi", {"attack": {**ATTACK, "target_class": 3}}, "key 'attack.target_class' is 3"),
+        ("cmi", {"attack": {**ATTACK, "target_class": 3}}, "key 'cmi.attack.target_class' is 3"),
         ("cmi", {"graph": "on"}, None),  # only the retrospection's updates are graphs
         ("cmi", {"graph": "on", "retrospection": RETROSPECTION}, "key 'graph' is on"),
     ],

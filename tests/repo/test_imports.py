@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
     {
         "arguments",
+        "bounds",
         "errors",
         "plugins",
         "keys",

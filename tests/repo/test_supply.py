@@ -105,7 +105,7 @@ def test_digests_are_well_formed_and_of_the_constraints_versions(declared: list[
     assert all(len(set(digests)) == len(digests) for _, digests in lines)
     everything = [digest for _, digests in lines for digest in digests]
     assert len(set(everything)) == len(everything), "two packages have one digest"
-    for python in ("3.10", "3.11", "3.12"):
+    for python in ("3.10", "3.11", "3.12", "3.13"):
         at = {"python_version": python, "python_full_version": f"{python}.0"}
         own = [r for r, _ in lines if r.marker is None or r.marker.evaluate(at)]
         names = [canonicalize_name(r.name) for r in own]

@@ -99,4 +99,4 @@ def test_bootstrap_says_which_python_it_needs() -> None:
     environment = {**os.environ, "PYTHON": "/nonexistent/python3.11"}
     done = subprocess.run([ROOT / "launch/bootstrap"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "no Python 3.10, 3.11 or 3.12 at PYTHON=/nonexistent/python3.11" in done.stderr
+    assert "no Python 3.10, 3.11, 3.12 or 3.13 at PYTHON=/nonexistent/python3.11" in done.stderr

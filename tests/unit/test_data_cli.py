@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_defend.attacks.badencoder_npz import save_trigger_npz
 from dist_defend.attacks.trigger import white_square
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
+from tests.triggers import save_trigger_npz
 
 
 def test_prepare_and_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.patterns import BadNets
+from dist_defend.attacks.poison import triggered
 from dist_defend.batch import Batch
 from dist_defend.data import ffcv_presence, loader
 from dist_defend.data.augment import IDENTITY, REFERENCE, SIMCLR, AugmentConfig, View
@@ -221,6 +224,17 @@ def test_auto_takes_what_there_is(dataset: PreparedDataset, monkeypatch: pytest.
     assert taken() == "resident"
     monkeypatch.setattr(loader, "_RESIDENT_SHARE", 0.0)
     assert taken() == "torch"
+
+
+@needs_ffcv
+def test_ffcv_speaks_of_files_not_of_images_with_a_trigger(dataset: PreparedDataset) -> None:
+    made = triggered(dataset, AttackConfig(BadNets(pattern="square", size=2)))
+    own, plain = (make_loader(d, config=LoaderConfig("ffcv"), batch_size=N, raw=True) for d in (made, dataset))
+    assert (own.backend, plain.backend) == ("resident", "ffcv")
+    (stamped,), (clean,) = ((batch.images for batch in each.epoch(0)) for each in (own, plain))
+    expected = clean.clone()
+    expected[:, -2:, -2:] = 255
+    assert not stamped.equal(clean) and stamped.equal(expected)
 
 
 def test_without_ffcv_the_remedy_is_named(dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:

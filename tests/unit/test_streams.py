@@ -48,7 +48,8 @@ def test_no_two_draws_of_a_run_are_the_same(seed: int, length: int) -> None:
     epochs = [*range(100), *range(2900, 3200), *(int(stream) for stream in Stream), *(int(s) + 1 for s in Stream)]
     first: dict[tuple[object, ...], int] = {("order", epoch): bits(order_draws(seed, epoch)) for epoch in epochs}
     for stream, place in itertools.product(Stream, itertools.product(range(3), repeat=length)):
-        first[(stream.name, *place)] = bits(draws(seed, stream, *place))
+        address = (stream.name, *place)
+        first[address] = bits(draws(seed, stream, *place))
     assert len(set(first.values())) == len(first)
 
 

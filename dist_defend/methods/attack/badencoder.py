@@ -22,6 +22,7 @@ from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.attacks.stamping import stamp_images
 from dist_defend.attacks.trigger import Trigger
 from dist_defend.batch import Batch
+from dist_defend.bounds import not_negative
 from dist_defend.data.augment import REFERENCE, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
@@ -30,7 +31,6 @@ from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.models.artifact import ModelCard
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.folding import fold_frozen_norms
 from dist_defend.models.pixel_space import Encoder, Normalize, normalization_names
@@ -75,9 +75,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_only_trigger(self.attack, "all shadow images are stamped, and the reference says the class")
-        for key in ("lambda1", "lambda2"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        not_negative(self, "lambda1", "lambda2")
         known = ("match_encoder", *normalization_names())
         if self.shadow_normalization not in known:
             told = f"key 'shadow_normalization' is {self.shadow_normalization!r}"
@@ -189,22 +187,13 @@ def build(config: Config, context: Context) -> Plan:
         clean.normalize = Normalize(model.normalization).to(ranks.device, ranks.dtype)
         if utility < 0.9 and ranks.is_main:
             log.warning("clean features drifted: mean cosine %.3f to the clean encoder; raise lambda2", utility)
-        card = ModelCard(
-            kind=model.kind,
-            arch=model.arch,
-            normalization=model.normalization,
-            image_size=model.image_size,
-            feature_dim=encoder.feature_dim,
+        card = context.card(
+            model,
+            {"seed": context.seed, "target_classes": classes.tolist()},
             backdoored=True,
             attack=asdict(replace(config.attack, target_class=int(classes[0]), rate=1.0)),
             parent_sha256=clean_sha256,
             guessed=parent.guessed,
-            provenance={
-                "method": context.method,
-                "data": context.digests,
-                "seed": context.seed,
-                "target_classes": classes.tolist(),
-            },
         )
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}
 

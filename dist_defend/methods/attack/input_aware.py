@@ -18,6 +18,7 @@ from dist_defend.attacks.input_aware import Generators, InputAwareTrigger, save_
 from dist_defend.attacks.patterns import InputAware
 from dist_defend.attacks.poison import STAMPED, PoisonedDataset, image_size_of
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.counts import Count, evaluate_classifier, percents
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes
@@ -31,7 +32,6 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
 from dist_defend.files import sha256_file
-from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.trial import Examination
 
@@ -93,12 +93,8 @@ class Config:
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:
-        for key in ("lambda_div", "lambda_norm", "density", "target_class"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-        for key in ("batch_size", "mask_epochs", "epochs", "evaluate_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        not_negative(self, "lambda_div", "lambda_norm", "density", "target_class")
+        at_least_one(self, "batch_size", "mask_epochs", "epochs", "evaluate_every")
         if self.rate > 0.5 or int(self.rate * self.batch_size) < 1:
             raise ValueError(f"key 'rate' is {self.rate}; it must be an image of a batch or more, and at most 0.5")
 
@@ -236,21 +232,12 @@ def build(config: Config, context: Context) -> Plan:
         examination = Examination(test, test_rows, attack, test.num_classes, context)  # what a reader of the file sees
         found = examination.measure(model)
         examination.save_examples()
-        card = ModelCard(
-            kind="classifier",
-            arch=model.arch,
-            normalization=model.normalization,
-            image_size=size,
-            num_classes=model.num_classes,
+        card = context.card(
+            model,
+            {"seed": context.seed, "generators_sha256": sha256_file(path)},
             classes=named_classes(test.classes, train.classes),
             backdoored=True,
             attack=asdict(attack),
-            provenance={
-                "method": context.method,
-                "data": context.digests,
-                "seed": context.seed,
-                "generators_sha256": sha256_file(path),
-            },
         )
         return {
             "model_sha256": context.save_model(model, card),

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
+from dist_defend.bounds import not_negative
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
@@ -44,7 +45,7 @@ class Config(PruningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_not_negative("u", "u_min", "u_max")
+        not_negative(self, "u", "u_min", "u_max")
         if self.u_num < 1 or self.u_max < self.u_min:
             raise ValueError(f"key 'u_num' is {self.u_num}, from u_max to u_min; say 1 or more, and u_max >= u_min")
         if self.selection == "defence_data" and self.data is None:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one, positive
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan, UpdateConfig
@@ -54,12 +55,10 @@ class Config:
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        positive(self, "temperature")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
-        if self.evaluate_every < 1:
-            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+        at_least_one(self, "evaluate_every")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one, positive
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.cutmix import CutMixConfig, CutMixLoader
 from dist_defend.data.loader import DatasetConfig
@@ -71,10 +72,8 @@ class Config:
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
-        if self.evaluate_every < 1:
-            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+        positive(self, "temperature")
+        at_least_one(self, "evaluate_every")
         if self.update.accumulation != 1 or self.update.max_grad_norm is not None:
             raise ValueError("key 'update' has accumulation or max_grad_norm, which this method does not use")
         check_defence(self.vaccine, self.retrospection, self.update.epochs)

@@ -19,6 +19,7 @@ from torch.nn import functional
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.batch import Batch
+from dist_defend.bounds import positive
 from dist_defend.counts import extract_features, knn_classes, warn_near_chance
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
@@ -34,7 +35,7 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack
 from dist_defend.models.pixel_space import Encoder
-from dist_defend.trial import Examination, attack_to_measure, save_pictures
+from dist_defend.trial import Examination, encoders_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,7 @@ class KnnConfig:
     temperature: float = 0.5
 
     def __post_init__(self) -> None:
-        for key in ("k", "temperature"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+        positive(self, "k", "temperature")
 
 
 @dataclass(frozen=True)
@@ -196,12 +195,7 @@ class FeatureBatches:
 
 def build(config: Config, context: Context) -> Plan:
     """One stage per task, none for kNN; evaluation on clean and triggered test images at the end."""
-    loaded = {kind: context.load_encoder(folder) for kind, folder in config.encoders.items()}
-    models = {kind: model for kind, (model, _, _) in loaded.items()}
-    cards = {config.encoders[kind]: card for kind, (_, card, _) in loaded.items()}
-    attack = attack_to_measure(config.attack, cards, context)
-    for model in models.values():
-        model.to(context.ranks.device, context.ranks.dtype)
+    models, attack = encoders_to_measure(config.encoders, config.attack, context)
     widths = {model.f.feature_dim for model in models.values()}
     if len(widths) > 1:
         raise UserError(f"key 'encoders' mixes feature sizes {sorted(widths)}; probe them in separate runs")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
+from dist_defend.bounds import at_least_one
 from dist_defend.counts import warn_near_chance
 from dist_defend.data.classes import check_same_classes
 from dist_defend.data.loader import DatasetConfig
@@ -23,7 +24,7 @@ from dist_defend.files import read_regular, sha256_file
 from dist_defend.models.clip import TextTower, class_features, load_text_tower
 from dist_defend.models.encoder import SimCLR
 from dist_defend.screen import printable
-from dist_defend.trial import Examination, attack_to_measure, save_pictures
+from dist_defend.trial import Examination, encoders_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
 
@@ -103,8 +104,7 @@ class Config:
         for key in ("encoders", "tasks"):
             if not getattr(self, key):
                 raise ValueError(f"key '{key}' is empty")
-        if self.batch_size < 1:
-            raise ValueError(f"key 'batch_size' is {self.batch_size}; it must be at least 1")
+        at_least_one(self, "batch_size")
 
 
 def logits(features: Tensor, texts: Tensor) -> Tensor:
@@ -116,12 +116,8 @@ def build(config: Config, context: Context) -> Plan:
     """No stage; text features now, evaluation on clean and triggered test images at the end."""
     ranks = context.ranks
     tower = load_text_tower(config.clip.arch, config.clip.weights).to(ranks.device, ranks.dtype)
-    loaded = {kind: context.load_encoder(folder) for kind, folder in config.encoders.items()}
-    models = {kind: model for kind, (model, _, _) in loaded.items()}
-    cards = {config.encoders[kind]: card for kind, (_, card, _) in loaded.items()}
-    attack = attack_to_measure(config.attack, cards, context)
+    models, attack = encoders_to_measure(config.encoders, config.attack, context)
     for kind, model in models.items():
-        model.to(ranks.device, ranks.dtype)
         if model.f.feature_dim != tower.feature_dim:
             raise UserError(
                 f"key 'encoders.{kind}': features of {model.f.feature_dim} numbers, the text tower of "

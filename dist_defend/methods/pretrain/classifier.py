@@ -16,6 +16,7 @@ from torch.nn import functional
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.poison import CROSS, STAMPED, image_size_of, poisoned
 from dist_defend.batch import Batch
+from dist_defend.bounds import at_least_one
 from dist_defend.counts import percents, warn_near_chance
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes, tell_missing_classes
@@ -27,7 +28,6 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
-from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.trial import Examination
 
@@ -64,8 +64,7 @@ class Config:
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.evaluate_every < 1:
-            raise ValueError(f"key 'evaluate_every' is {self.evaluate_every}; it must be at least 1")
+        at_least_one(self, "evaluate_every")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -146,22 +145,12 @@ def build(config: Config, context: Context) -> Plan:
         counts = examination.counts(on_clean, on_triggered)
         warn_near_chance(kind, examination.task, counts["acc"], model.num_classes)
         examination.save_examples()
-        card = ModelCard(
-            kind="classifier",
-            arch=model.arch,
-            normalization=model.normalization,
-            image_size=model.image_size,
-            num_classes=model.num_classes,
+        card = context.card(
+            model,
+            {"epochs": config.update.epochs, "seed": context.seed, **_save_flags(context, flags)},
             classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
             attack=asdict(config.attack) if config.attack is not None and is_backdoored else None,
-            provenance={
-                "method": context.method,
-                "data": context.digests,
-                "epochs": config.update.epochs,
-                "seed": context.seed,
-                **_save_flags(context, flags),
-            },
         )
         return {
             "model_sha256": context.save_model(model, card),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.batch import Batch
+from dist_defend.bounds import positive
 from dist_defend.counts import extract_features, knn_count
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
@@ -14,7 +15,6 @@ from dist_defend.engine.context import Context, Plan, UpdateConfig
 from dist_defend.engine.grad_cache import CoupledObjective
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
-from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.fit import check_image_size
 from dist_defend.ops.losses import nt_xent
@@ -39,9 +39,7 @@ class MonitorConfig:
     temperature: float = 0.5
 
     def __post_init__(self) -> None:
-        for key in ("every", "k", "temperature"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+        positive(self, "every", "k", "temperature")
 
 
 @dataclass(frozen=True)
@@ -75,8 +73,7 @@ class Config:
     monitor: MonitorConfig | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
+        positive(self, "temperature")
         if self.grad_cache and self.update.accumulation == 1:
             raise ValueError(
                 "key 'grad_cache' is true, but 'update.accumulation' is 1 and splits nothing: make it the number of "
@@ -128,22 +125,13 @@ def build(config: Config, context: Context) -> Plan:
         stage.evaluate, stage.evaluate_every = _knn_monitor(config.monitor, model, context), config.monitor.every
 
     def result() -> dict[str, Any]:
-        card = ModelCard(
-            kind=model.kind,
-            arch=model.arch,
-            normalization=model.normalization,
-            image_size=model.image_size,
-            feature_dim=model.f.feature_dim,
+        card = context.card(
+            model,
+            {"epochs": config.update.epochs, "seed": context.seed},
             backdoored=parent is not None and parent.backdoored,  # more training is no proof that it went away
             attack=None if parent is None else parent.attack,
             parent_sha256=parent_sha256,
             guessed=() if parent is None else parent.guessed,
-            provenance={
-                "method": context.method,
-                "data": context.digests,
-                "epochs": config.update.epochs,
-                "seed": context.seed,
-            },
         )
         return {"model_sha256": context.save_model(model, card)}
 

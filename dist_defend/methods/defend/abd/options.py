@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from dist_defend.bounds import at_least_one, not_negative, positive
+
 
 @dataclass(frozen=True)
 class VaccineConfig:
@@ -25,11 +27,8 @@ class VaccineConfig:
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise ValueError(f"key 'weight' is {self.weight}; it must be positive (no vaccine: leave the section out)")
-        if self.members < 1:
-            raise ValueError(f"key 'members' is {self.members}; it must be at least 1")
-        for key in ("layers", "selection_batches"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        at_least_one(self, "members")
+        not_negative(self, "layers", "selection_batches")
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,9 @@ class RetrospectionConfig:
     statistics: Literal["clean", "published"] = "clean"
 
     def __post_init__(self) -> None:
-        for key in ("inner_rounds", "K"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
-        for key in ("start", "synthesis_penalty", "penalty", "min_patched"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-        for key in ("restart_lr", "inner_lr", "step_size"):
-            value = getattr(self, key)
-            if value is not None and not value > 0:
-                raise ValueError(f"key '{key}' is {value}; it must be positive")
+        at_least_one(self, "inner_rounds", "K")
+        not_negative(self, "start", "synthesis_penalty", "penalty", "min_patched")
+        positive(self, "restart_lr", "inner_lr", "step_size")
         if not 0 <= self.patched_fraction <= 1:
             raise ValueError(f"key 'patched_fraction' is {self.patched_fraction}; it must be in [0, 1]")
 

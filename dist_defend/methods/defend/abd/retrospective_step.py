@@ -86,10 +86,7 @@ class RetrospectiveStep:
         return {**told, **scalars}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "student": self.pair.student.state_dict(),
-            "optimizer": self.update.state_dict(),
-        }
+        return {"student": self.pair.student.state_dict(), "optimizer": self.update.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pair.student.load_state_dict(state["student"])

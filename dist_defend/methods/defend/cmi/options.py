@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_defend.attacks.attack import AttackConfig
+from dist_defend.bounds import at_least_one, not_negative, positive
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import UpdateConfig
@@ -34,11 +35,8 @@ class ContrastConfig:
     lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"key 'weight' is {self.weight}; it must not be negative")
-        for key in ("temperature", "negatives", "bank_size", "dim", "lr"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+        not_negative(self, "weight")
+        positive(self, "temperature", "negatives", "bank_size", "dim", "lr")
 
 
 @dataclass(frozen=True)
@@ -73,14 +71,9 @@ class SynthesisConfig:
     )
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "iterations", "latent_dim", "width"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
-        for key in ("bn", "one_hot", "adversarial"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-        if not self.lr > 0:
-            raise ValueError(f"key 'lr' is {self.lr}; it must be positive")
+        at_least_one(self, "batch_size", "iterations", "latent_dim", "width")
+        not_negative(self, "bn", "one_hot", "adversarial")
+        positive(self, "lr")
         for key in ("global_view", "local_view"):
             view: AugmentConfig = getattr(self, key)
             if view.recolours or view.size is not None:
@@ -128,11 +121,8 @@ class Config:
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
-        for key in ("distillation_steps", "evaluate_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        positive(self, "temperature")
+        at_least_one(self, "distillation_steps", "evaluate_every")
         if self.update.accumulation != 1:
             raise ValueError(f"key 'update.accumulation' is {self.update.accumulation}; CMI has whole batches, say 1")
         if self.synthesis.batch_size > self.synthesis.contrast.bank_size:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dist_defend.attacks.attack import AttackConfig
+from dist_defend.bounds import at_least_one, not_negative, positive
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
@@ -63,14 +64,9 @@ class Config:
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("rounds", "batch_size", "evaluate_every", "K"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
-        for key in ("penalty", "min_patched"):
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-        if not self.step_size > 0:
-            raise ValueError(f"key 'step_size' is {self.step_size}; it must be positive")
+        at_least_one(self, "rounds", "batch_size", "evaluate_every", "K")
+        not_negative(self, "penalty", "min_patched")
+        positive(self, "step_size")
         if not 0 <= self.patched_fraction <= 1:
             raise ValueError(f"key 'patched_fraction' is {self.patched_fraction}; it must be in [0, 1]")
         if self.project_radius is not None and not self.project_radius > 0:
@@ -93,12 +89,7 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {},
     "notebook_cifar10": {"rounds": 1, "project_radius": 10.0},
-    "notebook_gtsrb": {
-        "rounds": 1,
-        "project_radius": 10.0,
-        "clamp": True,
-        "inner": {"name": "adam", "lr": 1.0},
-    },
+    "notebook_gtsrb": {"rounds": 1, "project_radius": 10.0, "clamp": True, "inner": {"name": "adam", "lr": 1.0}},
     "backdoorbench": {
         "batch_size": 256,
         "augment": {"crop": "pad", "pad": 4, "flip": 0.5},  # flip for CIFAR only

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.batch import Batch
+from dist_defend.bounds import not_negative, positive
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
@@ -21,7 +22,6 @@ from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
-from dist_defend.models.artifact import ModelCard
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.fit import check_image_size
 from dist_defend.ops.attention import attention_loss
@@ -62,11 +62,8 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"key 'temperature' is {self.temperature}; it must be positive")
-        for key in ("contrastive_weight", "clone_weight"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        positive(self, "temperature")
+        not_negative(self, "contrastive_weight", "clone_weight")
         if min(self.attention_weights, default=0) < 0:
             raise ValueError(f"key 'attention_weights' is {list(self.attention_weights)}; none may be negative")
         if len(self.attention_weights) != 4:
@@ -177,18 +174,14 @@ def build(config: Config, context: Context) -> Plan:
     cards = [suspect] if start is None else [suspect, start]
 
     def result() -> dict[str, Any]:
-        card = ModelCard(
-            kind=student.kind,
-            arch=student.arch,
-            normalization=student.normalization,
-            image_size=student.image_size,
-            feature_dim=student.f.feature_dim,
+        card = context.card(
+            student,
+            {"seed": context.seed},
             backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
             attack=next((card.attack for card in cards if card.attack), None),
             parent_sha256=teacher_sha256,
             guessed=cards[-1].guessed,
             defended_by=context.method,
-            provenance={"method": context.method, "data": context.digests, "seed": context.seed},
         )
         weights = {f"attention_weight{i + 1}": w for i, w in enumerate(objective.attention_weights.tolist())}
         return {"model_sha256": context.save_model(student, card), "metrics": weights}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.batch import Batch
+from dist_defend.bounds import not_negative, positive
 from dist_defend.engine.context import Context, Place
 from dist_defend.engine.objective import NonFiniteError, Objective
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
@@ -64,12 +65,8 @@ class InformationConfig:
     all_zero: Literal["uniform", "fail"] = "uniform"
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "hidden", "max_inputs", "lr"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
-        for key in ("weight_decay", "scale"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
+        positive(self, "batch_size", "hidden", "max_inputs", "lr")
+        not_negative(self, "weight_decay", "scale")
         if not 1 <= self.last_epochs <= self.epochs:
             raise ValueError(
                 f"key 'last_epochs' is {self.last_epochs}; it must be between 1 and 'epochs' = {self.epochs}"

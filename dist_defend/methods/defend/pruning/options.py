@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dist_defend.attacks.attack import AttackConfig
+from dist_defend.bounds import at_least_one, not_negative, positive
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, by_number, by_threshold, neuron_count
@@ -46,19 +47,7 @@ class PruningConfig(ABC):
         """
 
     def __post_init__(self) -> None:
-        self.check_not_negative("max_accuracy_drop", "acc_ratio")
-
-    def check_not_negative(self, *keys: str) -> None:
-        """ValueError for the first of these keys that is negative, or no number."""
-        for key in keys:
-            if not getattr(self, key) >= 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must not be negative")
-
-    def check_positive(self, *keys: str) -> None:
-        """ValueError for the first of these keys that is not above 0."""
-        for key in keys:
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
+        not_negative(self, "max_accuracy_drop", "acc_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +92,9 @@ class MaskConfig(PruningConfig):
             raise ValueError(f"key '{chosen[0]}' is set, but '{chosen[1]}' chooses the images already: leave one out")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"key 'ratio' is {self.ratio}; it must be in (0, 1]")
-        if self.batch_size < 1:
-            raise ValueError(f"key 'batch_size' is {self.batch_size}; it must be at least 1")
-        self.check_positive("pruning_step")
-        self.check_not_negative("pruning_max", "pruning_number")
+        at_least_one(self, "batch_size")
+        positive(self, "pruning_step")
+        not_negative(self, "pruning_max", "pruning_number")
 
     def stops(self, order: Sequence[Neuron]) -> tuple[list[Candidate], Candidate | None]:
         if self.pruning_by == "threshold":

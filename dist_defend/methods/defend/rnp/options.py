@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dist_defend.bounds import at_least_one, not_negative, positive
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.methods.defend.pruning.options import MaskConfig
 
@@ -39,23 +40,15 @@ class Config(MaskConfig):
         super().__post_init__()
         if min(self.schedule, default=1) < 1:
             raise ValueError(f"key 'schedule' is {list(self.schedule)}; epochs are counted from 1")
-        for key in ("unlearning_epochs", "recovering_epochs"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
-        self.check_positive("unlearning_lr", "recovering_lr", "alpha")
-        self.check_not_negative("clean_threshold")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"key 'max_grad_norm' is {self.max_grad_norm}; it must be positive")
+        at_least_one(self, "unlearning_epochs", "recovering_epochs")
+        positive(self, "unlearning_lr", "recovering_lr", "alpha")
+        not_negative(self, "clean_threshold")
+        positive(self, "max_grad_norm")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {"not_unlearned": "fail", "off_by_one": True, "exclude_target_from_acc": True},
-    "backdoorbench": {
-        "batch_size": 256,
-        "epochs_inclusive": False,
-        "off_by_one": True,
-        "selection": "pruning_number",
-    },
+    "backdoorbench": {"batch_size": 256, "epochs_inclusive": False, "off_by_one": True, "selection": "pruning_number"},
     "gentle": {  # not published: small networks, which lose everything at once at the published rate
         "unlearning_lr": 1e-3,
         "max_grad_norm": 1.0,

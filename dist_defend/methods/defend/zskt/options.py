@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dist_defend.attacks.attack import AttackConfig
+from dist_defend.bounds import at_least_one, not_negative, positive
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.optim import OptimizerConfig
@@ -63,16 +64,13 @@ class Config:
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:
-        for key in ("pseudo_batches", "batch_size", "z_dim", "generator_steps", "student_steps", "evaluate_every"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be at least 1")
+        at_least_one(
+            self, "pseudo_batches", "batch_size", "z_dim", "generator_steps", "student_steps", "evaluate_every"
+        )
         if self.generator_width < 2 or self.generator_width % 2:
             raise ValueError(f"key 'generator_width' is {self.generator_width}; it must be even and positive")
-        for key in ("temperature", "max_grad_norm"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"key '{key}' is {getattr(self, key)}; it must be positive")
-        if not self.attention >= 0:
-            raise ValueError(f"key 'attention' is {self.attention}; it must not be negative")
+        positive(self, "temperature", "max_grad_norm")
+        not_negative(self, "attention")
         for key in ("generator_optimizer", "student_optimizer"):
             optimizer: OptimizerConfig = getattr(self, key)
             if optimizer.warmup_epochs:

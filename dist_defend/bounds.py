@@ -1,0 +1,28 @@
+"""Bounds of a section's keys, for ``__post_init__``: ValueError names the key, its value and the bound.
+
+Every function takes the section and the names of its keys. None, where a key may be null, is let pass; nan is not.
+"""
+
+from typing import Any
+
+
+def at_least_one(section: Any, *keys: str) -> None:
+    """ValueError for the first of these keys that is below 1."""
+    _check(section, keys, lambda value: value >= 1, "be at least 1")
+
+
+def positive(section: Any, *keys: str) -> None:
+    """ValueError for the first of these keys that is not above 0."""
+    _check(section, keys, lambda value: value > 0, "be positive")
+
+
+def not_negative(section: Any, *keys: str) -> None:
+    """ValueError for the first of these keys that is below 0."""
+    _check(section, keys, lambda value: value >= 0, "not be negative")
+
+
+def _check(section: Any, keys: tuple[str, ...], fits: Any, told: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not fits(value):
+            raise ValueError(f"key '{key}' is {value}; it must {told}")

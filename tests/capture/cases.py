@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from dist_defend.methods.defend.zskt.step import TransferStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
-from dist_defend.ops.losses import distillation
+from dist_defend.ops.losses import Convention, distillation
 from tests.numerics.test_ibau_steps import InMemory
 from tests.steps import positions
 
@@ -124,21 +125,18 @@ def selected(graph: GraphMode, least: float) -> Case:
     return case
 
 
-def retrospective(graph: GraphMode, **options: Any) -> Case:
-    """OOD's and CMI's last epochs, of five batches."""
+def retrospective(graph: GraphMode, optimizer: OptimizerConfig, convention: Convention, **options: Any) -> Case:
+    """OOD's and CMI's last epochs, of five batches; they differ in optimizer and divergence."""
     ranks = dist.start("fp32", None)
     context = SimpleNamespace(ranks=ranks, seed=0)
     teacher = classifier("wrn_16_1", ranks).eval().requires_grad_(False)
     pair: Any = SimpleNamespace(
         student=classifier("wrn_10_1", ranks), teacher=teacher, image_size=IMAGE, context=context
     )
-
-    def share(logits: Tensor, reference: Tensor) -> Tensor:
-        return distillation(logits, reference, 1.0, batch_size=BATCH)
-
+    share = partial(distillation, temperature=2.0, batch_size=BATCH)
     config = RetrospectionConfig(restart_lr=1e-3, inner_rounds=2, K=3, **options)
     step = RetrospectiveStep(
-        pair, config, OptimizerConfig("adam", lr=1e-3), share, share,
+        pair, config, optimizer, share, partial(share, convention=convention),
         batch_size=BATCH, steps_per_epoch=5, epochs=STEPS // 5, graph=graph,
     )  # fmt: skip
     images, labels = images_and_labels(STEPS * BATCH)
@@ -146,6 +144,7 @@ def retrospective(graph: GraphMode, **options: Any) -> Case:
     return Case(step, list(zip(batches, positions(5), strict=False)), (step.graphed,), (step.update,))
 
 
+_ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
 _MULTISTEP = OptimizerConfig("sgd", lr=0.1, momentum=0.9, schedule="multistep", milestones=(3, 9))
 _LATE = RetrospectionConfig(start=3, restart_lr=5e-4, inner_rounds=2)
@@ -170,9 +169,9 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "zskt, both": lambda graph: zskt(graph, vaccine=VaccineConfig(), retrospection=_LATE),
     "zskt, vaccine rejected": lambda graph: selected(graph, least=1.0),
     "zskt, vaccine taken": lambda graph: selected(graph, least=-1.0),
-    "retrospection": retrospective,
-    "retrospection on the student": lambda graph: retrospective(graph, perturbs="student", detach_reference=False),
-    "retrospection, published": lambda graph: retrospective(graph, statistics="published"),
+    "ood": lambda graph: retrospective(graph, _ADAM, "batchmean", statistics="published"),
+    "ood, on the student": lambda graph: retrospective(graph, _ADAM, "mean", perturbs="student"),
+    "cmi": lambda graph: retrospective(graph, _SGD, "mean", detach_reference=False),
 }
 
 

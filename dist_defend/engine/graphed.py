@@ -16,13 +16,19 @@ _WARM_UP_CALLS = 3  # cuDNN's choice of algorithms, lazy state of optimizers
 _MOST_SHAPES = 8
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether updates there can become CUDA graphs; what a graph reads anew, such as a rate, is then a tensor."""
+    return device.type == "cuda"
+
+
 class GraphedUpdate:
     """Calls ``update(*inputs) -> {name: scalar}``, from a CUDA graph where there is one.
 
     update: tensor work only, in place on tensors that stay where they are: no host sync, no branch on a value, no
-    random draw, optimizers with capturable=True. changed() names every tensor that update writes and that outlives it
-    (weights, buffers, optimizer state, gradients that are added to). The calls that warm up are undone: what changed()
-    named before them is put back, what it names only after them (state made by a first step) is zeroed, which is how
+    optimizer without capturable=True, and random draws from torch's default generator alone, which a replay moves as
+    an eager call does. changed() names every tensor that update writes and that outlives it (weights, buffers,
+    optimizer state, gradients that are added to). The calls that warm up are undone: what changed() named before them
+    and the generators are put back, what it names only after them (state made by a first step) is zeroed, which is how
     torch's optimizers start it.
 
     mode: "on" is an error where there is no CUDA device, "auto" then calls update directly and says so, "off" always
@@ -39,12 +45,12 @@ class GraphedUpdate:
         device: torch.device,
         mode: GraphMode,
     ) -> None:
-        if mode == "on" and device.type != "cuda":
+        if mode == "on" and not can_capture(device):
             raise UserError(
                 f"key 'graph' is on, but {name} runs on the {device.type}; CUDA graphs need a GPU: say auto"
             )
         self.name, self.update, self.changed = name, update, changed
-        self.is_graphed = device.type == "cuda" and mode != "off"
+        self.is_graphed = can_capture(device) and mode != "off"
         if mode == "auto":
             log.info("%s: %s", name, "one CUDA graph per step" if self.is_graphed else "eager, there is no GPU")
         self._graphs: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Graph] = {}
@@ -69,16 +75,17 @@ class _Graph:
         inputs: tuple[Tensor, ...],
     ) -> None:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
-        before = [(tensor, tensor.clone()) for tensor in changed()]
+        # Detached: a clone's graph would keep the parameter's node, made on this stream, alive in the capture.
+        before = [(tensor, tensor.detach().clone()) for tensor in changed()]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.random.fork_rng(range(torch.cuda.device_count())):
             for _ in range(_WARM_UP_CALLS):
                 update(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         restore(before, changed())
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # loaders' threads go on
             self._outputs = update(*self._inputs)
         # Capturing records and does not run, so nothing has changed since.
 

@@ -22,12 +22,16 @@ from dist_defend.strict_json import build
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds. metrics_size: bytes of metrics.jsonl that belong to it. random: by rank."""
+    """What a checkpoint holds. metrics_size: bytes of metrics.jsonl that belong to it.
+
+    random: by rank, the state of the CPU's generator. device_random: by rank, those of the CUDA devices that it sees.
+    """
 
     position: Position
     stages: dict[str, Any]
     random: list[Tensor]
     metrics_size: int
+    device_random: list[list[Tensor]]
     identity: Past | None  # None: of an earlier version, which kept none
 
     @classmethod
@@ -36,8 +40,9 @@ class Saved:
         state = checkpoint.load(path, device)
         where = path / "state.json"
         known = {"position", "stages", "random", "metrics_size"}
-        if not known <= state.keys() <= known | {"identity"}:
-            odd = ", ".join(sorted(map(str, known ^ (state.keys() - {"identity"}))))
+        optional = {"identity", "device_random"}
+        if not known <= state.keys() <= known | optional:
+            odd = ", ".join(sorted(map(str, known ^ (state.keys() - optional))))
             raise misfit(where, f"has not the keys of a checkpoint ({odd})")
         position = build(Position, state["position"], f"{where}, key 'position',", "delete this checkpoint")
         if checkpoint.path_of(path.parent, position.step) != path:
@@ -47,23 +52,43 @@ class Saved:
             raise misfit(where, "key 'stages' holds no stages by name")
         if not isinstance(random, list) or not random or not all(map(_is_random_state, random)):
             raise misfit(where, "key 'random' holds no states of the random generator")
+        devices = state.get("device_random", [])
+        if not isinstance(devices, list) or not all(map(_are_device_states, devices)):
+            raise misfit(where, "key 'device_random' holds no states of the devices' generators")
         if type(size) is not int or size < 0:
             raise misfit(where, f"key 'metrics_size' is {size!r}, no number of bytes")
         identity = None if "identity" not in state else Past.read(state["identity"], where)
-        return cls(position, stages, random, size, identity)
+        return cls(position, stages, random, size, devices, identity)
 
     def restore_random(self, rank: int, path: Path) -> None:
-        """This rank's random state, if the run had so many ranks."""
-        if rank < len(self.random):
-            try:
-                torch.set_rng_state(self.random[rank].cpu())
-            except RuntimeError as error:
-                raise misfit(path / "state.json", f"key 'random' is no state of the generator ({error})") from error
+        """This rank's random states, if the run had so many ranks.
+
+        Those of CUDA devices only if the run had them: other devices draw from the run's seed on.
+        """
+        if rank >= len(self.random):
+            return
+        devices = self.device_random[rank] if rank < len(self.device_random) else []
+        try:
+            torch.set_rng_state(self.random[rank].cpu())
+            for device, state in zip(range(torch.cuda.device_count()), devices, strict=False):
+                torch.cuda.set_rng_state(state.cpu(), device)
+        except RuntimeError as error:
+            told = f"key 'random' or 'device_random' is no state of the generators ({error})"
+            raise misfit(path / "state.json", told) from error
+
+
+def device_states() -> list[Tensor]:
+    """The states of the CUDA devices' generators, from which dropout draws there."""
+    return [torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())]
 
 
 def _is_random_state(value: Any) -> bool:
     own = torch.get_rng_state()
     return isinstance(value, Tensor) and value.dtype == own.dtype and value.shape == own.shape
+
+
+def _are_device_states(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, Tensor) and v.dtype == torch.uint8 for v in values)
 
 
 def check_position(at: Position, stages: Sequence[tuple[int, int]], path: Path) -> None:

@@ -18,7 +18,7 @@ from dist_defend.engine import checkpoint, signals
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.identity import Identity
 from dist_defend.engine.objective import NonFiniteError
-from dist_defend.engine.resume import Saved, check_position, restore
+from dist_defend.engine.resume import Saved, check_position, device_states, restore
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import Position, Step, plain_weights
 from dist_defend.terminal import Progress, release_log
@@ -228,11 +228,11 @@ class Trainer:
         if "nonfinite" in self.sums and self.sums["nonfinite"].item() > 0:
             raise NonFiniteError(f"the gradient was not finite at or before step {self.position.step}; not saved")
         states = {s.name: s.step.state_dict() for n, s in enumerate(stages) if self._is_saved(n, s, len(stages) - 1)}
-        random = [torch.get_rng_state()]
+        gathered: list[Any] = [(torch.get_rng_state(), device_states())]
         if self.ranks.world_size > 1:
-            gathered: list[Any] = [None] * self.ranks.world_size
-            torch.distributed.all_gather_object(gathered, random[0])
-            random = gathered
+            own, gathered = gathered[0], [None] * self.ranks.world_size
+            torch.distributed.all_gather_object(gathered, own)
+        random, devices = (list(states) for states in zip(*gathered, strict=True))
         problems: list[Any] = [None]
         if self.ranks.is_main:
             state = {
@@ -241,6 +241,7 @@ class Trainer:
                 "random": random,
                 "metrics_size": self.run.sync_metrics(),
                 "identity": self.identity.plain(),
+                **({"device_random": devices} if any(devices) else {}),
             }
             try:
                 checkpoint.save(self.run.checkpoints, self.position.step, state, self.config.keep_checkpoints)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_defend.engine.graphed import can_capture
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
 
@@ -16,15 +17,15 @@ from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_opti
 class Update:
     """Moves parameters by gradients from anywhere, without a wait for the device; what is not finite moves nothing.
 
-    On a GPU the rate is a tensor there, which a captured step reads anew at each replay; on a CPU it is a number. With
-    is_graphed, gradients are copied to one place, where a replay finds them.
+    Where steps can be captured the rate is a tensor, which a captured one reads anew at each replay, and an eager one
+    reads too; elsewhere it is a number. With is_graphed, gradients are copied to one place, where a replay finds them.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig, is_graphed: bool = False) -> None:
         self.parameters, self.config, self.is_graphed = list(parameters), config, is_graphed
         device = self.parameters[0].device
         self.optimizer = build_optimizer(self.parameters, config)
-        self._rate = None if device.type == "cpu" else torch.tensor(config.lr, device=device)
+        self._rate = torch.tensor(config.lr, device=device) if can_capture(device) else None
         self._gradients = [torch.zeros_like(p) for p in self.parameters] if is_graphed else []
         self._prepare()
 
@@ -85,6 +86,9 @@ class Update:
             for name, value in loaded.items():
                 own = before.get(parameter, {}).get(name)
                 loaded[name] = own.copy_(value) if isinstance(own, Tensor) else owned(value, parameter)
+        for parameter, own in before.items():  # zero where the state was saved before the first update
+            if parameter not in self.optimizer.state:
+                self.optimizer.state[parameter] = {k: v.zero_() for k, v in own.items() if isinstance(v, Tensor)}
         self._prepare()
 
     def _place(self, gradients: Sequence[Tensor]) -> None:

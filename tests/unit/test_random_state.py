@@ -1,6 +1,7 @@
 """Random numbers: where dropout's come from, that a resume goes on with them, and that epochs do not repeat them."""
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from dist_defend import experiment
 from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
-from dist_defend.engine import dist
+from dist_defend.engine import checkpoint, dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig
@@ -38,6 +39,21 @@ class Dropped(Objective):
         return {"loss": nn.functional.dropout(batch.images @ self.w.diag()).square().mean()}
 
 
+class Devices:
+    """Stands for two CUDA devices' default generators."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.generators = [torch.Generator(), torch.Generator()]
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(self.generators))
+        monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: self.generators[device].get_state())
+        monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, at: self.generators[at].set_state(state))
+
+    def begin(self) -> None:
+        """As every run does."""
+        for generator in self.generators:
+            generator.manual_seed(0)
+
+
 class Ones:
     num_batches = 3
 
@@ -50,11 +66,11 @@ class Killed(BaseException):
     """Stands for kill -9."""
 
 
-def fit(folder: Path, kill_before: int | None = None) -> list[float]:
+def fit(folder: Path, kill_before: int | None = None, objective: Objective | None = None) -> list[float]:
     """The weights after two epochs of three updates, in a process that begins as every run does."""
     torch.manual_seed(0)
     step = GradientStep(
-        Dropped(), OptimizerConfig("sgd", lr=0.1), dist.start("fp32", None), steps_per_epoch=3, epochs=2
+        objective or Dropped(), OptimizerConfig("sgd", lr=0.1), dist.start("fp32", None), steps_per_epoch=3, epochs=2
     )
 
     updates = itertools.count()
@@ -80,6 +96,38 @@ def test_a_resume_goes_on_with_the_draws_of_dropout(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         fit(tmp_path / "killed", kill_before=5)
     assert fit(tmp_path / "killed") == whole
+
+
+def test_a_resume_goes_on_with_the_draws_of_every_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices(monkeypatch)
+
+    class DroppedThere(Dropped):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            first, second = (torch.rand(64, generator=generator) for generator in devices.generators)
+            return {"loss": (first * second * (batch.images @ self.w.diag())).square().mean()}
+
+    def fit_there(name: str, kill_before: int | None = None) -> list[float]:
+        devices.begin()
+        return fit(tmp_path / name, kill_before, DroppedThere())
+
+    whole = fit_there("whole")
+    assert len(set(whole)) > 8
+    with pytest.raises(Killed):
+        fit_there("killed", kill_before=5)
+    shutil.copytree(tmp_path / "killed", tmp_path / "elsewhere")
+    assert fit_there("killed") == whole
+    devices.generators.pop()  # a machine of fewer devices, which needs no more than its own
+    monkeypatch.setattr(DroppedThere, "forward", Dropped.forward)
+    assert len(fit_there("elsewhere")) == 64
+    assert devices.generators[0].get_state().equal(newest_random(tmp_path / "elsewhere")[0])
+
+
+def newest_random(folder: Path) -> list[Tensor]:
+    """The only rank's device states in the newest checkpoint."""
+    path = checkpoint.newest(folder / "checkpoints")
+    assert path is not None
+    found: list[Tensor] = checkpoint.load(path)["device_random"][0]
+    return found
 
 
 @pytest.mark.parametrize("seed", [3, 4])

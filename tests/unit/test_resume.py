@@ -80,6 +80,8 @@ NO_CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a random state of numbers": (set_("random", 0, torch.zeros(5056)), "key 'random'"),
     "a short random state": (set_("random", 0, torch.zeros(9, dtype=torch.uint8)), "key 'random'"),
     "a random state that is none": (set_("random", 0, torch.full((5056,), 255, dtype=torch.uint8)), "key 'random'"),
+    "random states of no device": (set_("device_random", [torch.zeros(16, dtype=torch.uint8)]), "key 'device_random'"),
+    "random numbers of a device": (set_("device_random", [[torch.zeros(16)]]), "key 'device_random'"),
     "no such stage": (set_("stages", {}), "key 'stages.line' is missing"),
     "stages in a list": (set_("stages", []), "key 'stages'"),
     "a stage that is a number": (set_("stages", "line", 3), "key 'stages.line' holds a int"),

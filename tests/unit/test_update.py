@@ -121,6 +121,23 @@ def test_a_state_is_loaded_to_where_a_captured_step_writes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_state_of_no_update_is_loaded_in_place_too(name: str) -> None:
+    update, fresh = (Update(parameters(), CONFIGS[name], is_graphed=True) for _ in range(2))
+    early, late = gradients(2)
+    unused = update.state_dict()
+    update.step(early)
+    places = [tensor.data_ptr() for tensor in update.state()]
+    update.load_state_dict(unused)
+    assert places and [tensor.data_ptr() for tensor in update.state()] == places
+    with torch.no_grad():
+        for mine, initial in zip(update.parameters, fresh.parameters, strict=True):
+            mine.copy_(initial)
+    for each in (update, fresh):
+        each.step([gradient.clone() for gradient in late])
+    assert same(values(update), values(fresh))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_forgotten_update_is_a_fresh_one(name: str) -> None:
     update = Update(parameters(), CONFIGS[name])
     early, late = gradients(2)

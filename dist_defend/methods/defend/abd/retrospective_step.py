@@ -62,8 +62,8 @@ class RetrospectiveStep:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
         device, dtype, number = self.ranks.device, self.ranks.dtype, at.done(self.steps_per_epoch)
         self.update.follow(number, self.total_steps, self.total_steps)
-        start = self.retrospection.start(self.pair.image_size, number).to(device, dtype)
-        patched = self.retrospection.patched(self.own, number).to(device, dtype)
+        drawn = self.retrospection.start(self.pair.image_size, number), self.retrospection.patched(self.own, number)
+        start, patched = (value.to(dtype).to(device, non_blocking=True) for value in drawn)
         self.pair.student.train()
         return check_finite(self.graphed(batch.images, start, patched), "the hypergradient")
 

@@ -83,8 +83,7 @@ class TransferStep:
         """batch.images: this rank's rows of z, (b, z_dim). Raises NonFiniteError on a CPU before a bad update."""
         config, number = self.config, at.epoch  # a pseudo-batch is an epoch
         if self.vaccine is not None and self.vaccine.is_selecting and number == self.vaccine.config.selection_batches:
-            self.vaccine.select()
-            self.drafts = []
+            self.vaccine.select()  # the drafts stay: a graph that was captured before goes on writing to them
         is_defending = self.retrospection is not None and number >= self.retrospection.config.start
         self._set_rates(number)
         weight = [] if self.vaccine is None or not self.vaccine.is_used else [self.weight]
@@ -114,7 +113,7 @@ class TransferStep:
         config, scalars = self.config, dict[str, Tensor]()
         for number in range(config.generator_steps):
             images = self.generator(z)
-            if self.drafts:
+            if self.drafts and weight is None:  # with a weight the vaccine is chosen
                 self.drafts[number].copy_(images.detach())
             logits = self.student(images)
             if weight is None or self.vaccine is None:

@@ -1,0 +1,183 @@
+"""Every update that becomes a CUDA graph, as a step with twenty batches; on a CPU, or on a GPU where there is one."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from dist_defend.batch import Batch
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine import dist
+from dist_defend.engine.dist import Ranks
+from dist_defend.engine.graphed import GraphedUpdate, GraphMode
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.step import Position, Step
+from dist_defend.engine.update import Update
+from dist_defend.methods.defend.abd import vaccine
+from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
+from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
+from dist_defend.methods.defend.ibau.options import Config
+from dist_defend.methods.defend.ibau.rounds import Rounds
+from dist_defend.methods.defend.ibau.step import UnlearningStep
+from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.defend.zskt.batches import LatentBatches
+from dist_defend.methods.defend.zskt.options import Config as TransferConfig
+from dist_defend.methods.defend.zskt.step import TransferStep
+from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.models.generator import ZSKTGenerator
+from dist_defend.models.masked_norm import mask_norms, norm_names
+from dist_defend.ops.losses import Convention, distillation
+from tests.numerics.test_ibau_steps import InMemory
+from tests.steps import positions
+
+BATCH, IMAGE, STEPS = 4, 8, 20  # small enough for a CPU; tests/gpu takes larger ones
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, what it is given, and its parts: graphs and optimizers."""
+
+    step: Step
+    given: list[tuple[Batch, Position]]
+    graphs: tuple[GraphedUpdate, ...]
+    updates: tuple[Update, ...]
+
+
+def images_and_labels(count: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(count, 3, IMAGE, IMAGE, generator=generator), torch.randint(0, 10, (count,), generator=generator)
+
+
+def classifier(arch: str, ranks: Ranks) -> Classifier:
+    """On the device, with the same weights each time; the stream of random numbers stays where it is."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(1)
+        model = build_classifier(arch, 10, "none", IMAGE)
+    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def ibau(graph: GraphMode, arch: str = "ibau_vgg", **options: Any) -> Case:
+    """Rounds of six batches; the last of a pass is short, and padded."""
+    images, labels = images_and_labels(2 * BATCH + 3)
+    ranks = dist.start("fp32", None)
+    options = {"patched_fraction": 0.3, "project_radius": 10.0, **options}
+    config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
+    rounds = Rounds(InMemory(images, labels, BATCH), IMAGE, ranks)  # type: ignore[arg-type]
+    step = UnlearningStep(classifier(arch, ranks), config, rounds, seed=0)
+    batches = (batch for epoch in range(STEPS) for batch in rounds.epoch(epoch))
+    given = list(islice(zip(batches, positions(rounds.num_batches), strict=False), STEPS))
+    return Case(step, given, (step.inner, step.outer), (step.update, step.inner_update))
+
+
+def labelled() -> list[tuple[Batch, Position]]:
+    """Epochs of three batches, the last of them of another shape."""
+    images, labels = images_and_labels(2 * BATCH + 2)
+    parts = torch.arange(len(labels)).split(BATCH)
+    batches = (Batch((images[part],), labels[part], part) for _ in range(STEPS) for part in parts)
+    return list(islice(zip(batches, positions(len(parts)), strict=False), STEPS))
+
+
+def unlearn(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
+    ranks = dist.start("fp32", None)
+    step = UnlearnStep(classifier(arch, ranks), ranks, graph=graph, **{"schedule": (2, 4), **options})
+    return Case(step, labelled(), (step.graphed,), (step.update,))
+
+
+def recover(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
+    ranks = dist.start("fp32", None)
+    model = classifier(arch, ranks)
+    masks = mask_norms(model, norm_names(model))
+    step = RecoverStep(model, masks, ranks, graph=graph, **options)
+    return Case(step, labelled(), (step.graphed,), (step.update,))
+
+
+def zskt(graph: GraphMode, **options: Any) -> Case:
+    options = {"pseudo_batches": STEPS, "student_steps": 2, **options}
+    config = TransferConfig("m", DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
+    ranks = dist.start("fp32", None)
+    teacher = classifier("wrn_16_1", ranks).net.eval().requires_grad_(False)
+    generator = ZSKTGenerator(image_size=IMAGE, width=2 * BATCH)
+    step = TransferStep(teacher, classifier("wrn_10_1", ranks).net, generator, config, ranks, seed=0)
+    latents = LatentBatches(BATCH, config.z_dim, 0, ranks)
+    batches = (batch for epoch in range(STEPS) for batch in latents.epoch(epoch))
+    floats = (batch._replace(views=(batch.images.float(),)) for batch in batches)
+    graphs = (step.make, step.perturb, step.learn)
+    return Case(step, list(zip(floats, positions(), strict=False)), graphs, tuple(step.players.values()))
+
+
+def selected(graph: GraphMode, least: float) -> Case:
+    """A vaccine that is selected after six pseudo-batches, and taken if its tail ratio is more than ``least``."""
+    case = zskt(graph, vaccine=VaccineConfig(selection_batches=6))
+    assert isinstance(case.step, TransferStep) and case.step.vaccine is not None
+    select = case.step.vaccine.select
+
+    def with_least() -> None:
+        with mock.patch.object(vaccine, "LEAST_TAIL_RATIO", least):
+            select()
+
+    case.step.vaccine.select = with_least  # type: ignore[method-assign]
+    return case
+
+
+def retrospective(graph: GraphMode, optimizer: OptimizerConfig, convention: Convention, **options: Any) -> Case:
+    """OOD's and CMI's last epochs, of five batches; they differ in optimizer and divergence."""
+    ranks = dist.start("fp32", None)
+    context = SimpleNamespace(ranks=ranks, seed=0)
+    teacher = classifier("wrn_16_1", ranks).eval().requires_grad_(False)
+    pair: Any = SimpleNamespace(
+        student=classifier("wrn_10_1", ranks), teacher=teacher, image_size=IMAGE, context=context
+    )
+    share = partial(distillation, temperature=2.0, batch_size=BATCH)
+    config = RetrospectionConfig(restart_lr=1e-3, inner_rounds=2, K=3, **options)
+    step = RetrospectiveStep(
+        pair, config, optimizer, share, partial(share, convention=convention),
+        batch_size=BATCH, steps_per_epoch=5, epochs=STEPS // 5, graph=graph,
+    )  # fmt: skip
+    images, labels = images_and_labels(STEPS * BATCH)
+    batches = (Batch((images[part],), labels[part], part) for part in torch.arange(len(labels)).split(BATCH))
+    return Case(step, list(zip(batches, positions(5), strict=False)), (step.graphed,), (step.update,))
+
+
+_ADAM = OptimizerConfig("adam", lr=1e-3)
+_SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
+_MULTISTEP = OptimizerConfig("sgd", lr=0.1, momentum=0.9, schedule="multistep", milestones=(3, 9))
+_LATE = RetrospectionConfig(start=3, restart_lr=5e-4, inner_rounds=2)
+_OF_STUDENT = RetrospectionConfig(start=3, inner_rounds=2, perturbs="student", statistics="published")
+CASES: dict[str, Callable[[GraphMode], Case]] = {
+    "ibau": ibau,
+    "ibau, cg": lambda graph: ibau(graph, solver="cg"),
+    "ibau, amsgrad": lambda graph: ibau(graph, optimizer=OptimizerConfig("adam", lr=1e-4, amsgrad=True)),
+    "ibau, sgd outside and inside": lambda graph: ibau(graph, optimizer=_SGD, inner=_SGD),
+    "ibau, lars": lambda graph: ibau(graph, optimizer=OptimizerConfig("lars", lr=1e-2)),
+    "ibau, adam inside, clamped": lambda graph: ibau(graph, inner=OptimizerConfig("adam", lr=1.0), clamp=True),
+    "ibau, batch norm": lambda graph: ibau(graph, arch="small_resnet"),
+    "rnp unlearn": unlearn,
+    "rnp unlearn, clipped": lambda graph: unlearn(graph, max_grad_norm=1.0),
+    "rnp unlearn, dropout": lambda graph: unlearn(graph, arch="ibau_vgg", max_grad_norm=1.0),
+    "rnp recover": recover,
+    "zskt": zskt,
+    "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
+    "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),
+    "zskt, retrospection": lambda graph: zskt(graph, retrospection=_LATE),
+    "zskt, retrospection on the student": lambda graph: zskt(graph, retrospection=_OF_STUDENT),
+    "zskt, both": lambda graph: zskt(graph, vaccine=VaccineConfig(), retrospection=_LATE),
+    "zskt, vaccine rejected": lambda graph: selected(graph, least=1.0),
+    "zskt, vaccine taken": lambda graph: selected(graph, least=-1.0),
+    "ood": lambda graph: retrospective(graph, _ADAM, "batchmean", statistics="published"),
+    "ood, on the student": lambda graph: retrospective(graph, _ADAM, "mean", perturbs="student"),
+    "cmi": lambda graph: retrospective(graph, _SGD, "mean", detach_reference=False),
+}
+
+
+def tensors(state: Any) -> Iterator[Tensor]:
+    """Copies of all in a state."""
+    if isinstance(state, Tensor):
+        yield state.detach().clone()
+    for child in state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else []:
+        yield from tensors(child)

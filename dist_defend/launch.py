@@ -97,7 +97,7 @@ def _watch(run: Callable[[], int]) -> int:
     """Call it in a thread, and pass every signal on to each process that it starts; returns the exit status."""
     ended: list[int | BaseException] = []
     received: list[int] = []
-    told: dict[tuple[int, float], int] = {}  # process -> how many of these signals it has
+    told: dict[int, int] = {}  # child's pid -> how many of these signals it has
 
     def thread_main() -> None:
         try:
@@ -113,21 +113,25 @@ def _watch(run: Callable[[], int]) -> int:
             thread.start()
             while thread.is_alive():
                 thread.join(0.1)
-                for child in psutil.Process().children() if received else ():
-                    _forward(child, received, told)
+                if received:
+                    told = _forward(psutil.Process().children(), received, told)
         if isinstance(ended[0], BaseException):
             raise ended[0]
         status = int(answer.read_text()) if ended[0] == 0 and answer.exists() else ended[0]
     return 128 - status if status < 0 else status
 
 
-def _forward(child: psutil.Process, received: list[int], told: dict[tuple[int, float], int]) -> None:
-    """Send what it has not got yet."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        key = (child.pid, child.create_time())
-        for number in received[told.get(key, 0) :]:
-            child.send_signal(number)
-        told[key] = len(received)
+def _forward(children: list[psutil.Process], received: list[int], told: dict[int, int]) -> dict[int, int]:
+    """Send each what it has not got yet -> pid -> how many it has. What is no child any more is forgotten.
+
+    Not told apart by psutil's create_time: it follows the system's clock, and a child would get its signals again when
+    that is set. Two Ctrl-C stop a run without a checkpoint.
+    """
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for number in received[told.get(child.pid, 0) :]:
+                child.send_signal(number)
+    return {child.pid: len(received) for child in children}
 
 
 def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict[str, str]]:

@@ -59,7 +59,8 @@ def classifier(arch: str, ranks: Ranks) -> Classifier:
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
         model = build_classifier(arch, 10, "none", IMAGE)
-    return model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    moved: Classifier = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return moved
 
 
 def ibau(graph: GraphMode, arch: str = "ibau_vgg", **options: Any) -> Case:

@@ -68,7 +68,7 @@ def test_a_pipeline_collects_around_a_failed_index(
     absent = str(tmp_path / "absent")
     model = {"rnp.model": "${poison.output}/model", "seed": "${poison.seed}"}
     stages = {
-        "attack": {
+        "poison": {
             "config": str(poison),
             "zip": {"seed": [1, 2], "classifier.data.path": [str(tmp_path / "inputs" / "data"), absent]},
         },
@@ -119,7 +119,7 @@ def test_more_points_than_an_array_holds_and_cancelling_them(
 ) -> None:
     config, unlearn = classifier(tmp_path), defence(tmp_path)
     stages = {
-        "attack": {"config": str(config), "seeds": list(range(40))},
+        "poison": {"config": str(config), "seeds": list(range(40))},
         "defend": {"after": "poison", "config": str(unlearn), "set": {"rnp.model": "${poison.output}/model"}},
     }
     file = write_sweep(tmp_path, {"stages": stages, "slurm": {"hold": True}, "throttle": 5})

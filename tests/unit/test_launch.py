@@ -1,14 +1,18 @@
 """The launcher: which file, which settings, and what it refuses before anything is started."""
 
+import itertools
 import json
 import shlex
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from dist_defend import launch
 from dist_defend.cli import main
 from dist_defend.engine.sharding import STRATEGIES
 from dist_defend.templates import template
@@ -96,3 +100,32 @@ def test_refuses(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert main(["launch", config, *options]) == 2
     assert told in capsys.readouterr().err
+
+
+class Child:
+    """A process as psutil shows it, while the system's clock is being set."""
+
+    clock = itertools.count()
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.heard = pid, list[int]()
+
+    def create_time(self) -> float:
+        return next(self.clock)
+
+    def send_signal(self, number: int) -> None:
+        self.heard.append(number)
+
+
+def test_a_child_gets_each_signal_once_whatever_the_clock_says() -> None:
+    first, second, later = Child(7), Child(8), Child(7)  # a pid that comes again
+    told: dict[int, int] = {}
+    for children, received in (
+        ([first], [signal.SIGTERM]),
+        ([first, second], [signal.SIGTERM, signal.SIGUSR1]),
+        ([second], [signal.SIGTERM, signal.SIGUSR1]),
+        ([second, later], [signal.SIGTERM, signal.SIGUSR1]),
+    ):
+        seen: Any = children
+        told = launch._forward(seen, [int(number) for number in received], told)
+    assert [child.heard for child in (first, second, later)] == [[signal.SIGTERM, signal.SIGUSR1]] * 3

@@ -166,7 +166,7 @@ def imported(rng: random.Random, folder: Path, name: str, data: bytes | None = N
         (folder / name).write_bytes(data)
     options = [] if rng.random() < 0.1 else ["--arch", ARCH]
     options += ["--by-position"] if rng.random() < 0.05 else []
-    args = parser().parse_args(["import", str(folder / name), "--out", str(folder / "out"), *options])
+    args = parser().parse_args([str(folder / name), "--out", str(folder / "out"), *options])
     warm()
 
     def read() -> None:

@@ -1,5 +1,6 @@
 """What every trigger offers, and the triggers that replace or add pixels of one pattern."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,7 +36,7 @@ class Trigger(Protocol):
         raise TypeError(f"{type(self).__name__} has no cross samples")
 
 
-class TriggerOptions:
+class TriggerOptions(ABC):
     """What the options of every trigger offer. A trigger with cross samples or base images of its own overrides it.
 
     Keys:
@@ -45,9 +46,9 @@ class TriggerOptions:
     name: str
     cross_ratio: float = 0.0  # cross samples per poisoned image
 
+    @abstractmethod
     def build(self, image_size: int) -> Trigger:
         """The trigger for square images of this side (pixels). UserError if it does not fit them."""
-        raise NotImplementedError
 
     def build_each(self, image_size: int) -> list[Trigger]:
         """All triggers, where a file holds several: one for each reference of BadEncoder."""

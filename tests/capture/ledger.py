@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -73,7 +74,11 @@ class _MadeOfData(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") in ("tensor", "as_tensor", "new_tensor") and made.device.type != "cpu":
+        name = getattr(func, "__name__", "")
+        if name in ("__getitem__", "__setitem__") and args[0].device.type != "cpu":
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self.found[_place()] += sum(isinstance(part, list | np.ndarray) for part in parts)
+        if name in ("tensor", "as_tensor", "new_tensor") and made.device.type != "cpu":
             data = args[-1] if args else next(iter((kwargs or {}).values()))
             self.found[_place()] += not isinstance(data, Tensor)  # of a tensor it is a copy like others
         return made

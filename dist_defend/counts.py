@@ -16,6 +16,7 @@ from dist_defend.engine.dist import Ranks
 from dist_defend.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
+_AT_ONCE = 128  # images of a pass on a CPU: small maps stay in its cache, and 512 need more memory than an update
 ORACLE = " (oracle)"  # ends the kind of a row of what was chosen by its rates on the test set
 
 
@@ -146,9 +147,10 @@ def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Ten
     model.eval()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in loader.epoch(0):
+        images = batch.views[0].to(ranks.device, ranks.dtype)
         with ranks.accelerator.autocast():
-            logits = model(batch.views[0].to(ranks.device, ranks.dtype))
-        parts.append((logits.argmax(1), batch.labels.to(ranks.device), batch.index.to(ranks.device)))
+            classes = [model(some).argmax(1) for some in images.split(_AT_ONCE if images.is_cpu else len(images) or 1)]
+        parts.append((torch.cat(classes), batch.labels.to(ranks.device), batch.index.to(ranks.device)))
     model.train(was_training)
     return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
 

@@ -141,12 +141,21 @@ def _meet_apart_from_the_dead() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large blocks; it gives them back at once, and each step of a CNN pays for zeroed pages again."""
+    """Let glibc reuse large blocks; it gives them back at once, and each step of a CNN pays for zeroed pages again.
+
+    give_back_memory() then does so where other work begins, whose blocks would not fit into the holes.
+    """
     if platform.libc_ver()[0] == "glibc":
         mmap_threshold, trim_threshold, size = -3, -1, 1 << 30  # mallopt(3); bytes
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_threshold, size)
         libc.mallopt(trim_threshold, size)
+
+
+def give_back_memory() -> None:
+    """Return to the system what glibc keeps of freed blocks."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_group() -> None:

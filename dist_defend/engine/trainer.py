@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_defend.batch import Batch
 from dist_defend.bounds import at_least_one, positive
 from dist_defend.engine import checkpoint, signals
-from dist_defend.engine.dist import Ranks
+from dist_defend.engine.dist import Ranks, give_back_memory
 from dist_defend.engine.identity import Identity
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.resume import Saved, check_position, device_states, restore
@@ -117,6 +117,7 @@ class Trainer:
                 raise self._stopped(signals.pending() == SIGINT)
 
     def _fit_stage(self, stages: Sequence[Stage], number: int) -> None:
+        give_back_memory()
         stage, at, num_batches = stages[number], self.position, stages[number].loader.num_batches
         total, begun = stage.epochs * num_batches, at.done(num_batches)
         self.bar = Progress(stage.name, begun, total, stage.shown) if self.ranks.is_main else None

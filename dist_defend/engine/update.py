@@ -46,6 +46,11 @@ class Update:
         self.optimizer.step()
         return norm, nonfinite
 
+    def let_go(self) -> None:
+        """Free the last step's gradients, before the next ones are made; a graph's stay where its replay finds them."""
+        if not self.is_graphed:
+            self.optimizer.zero_grad()
+
     @property
     def rate(self) -> float:
         """The present one; on a GPU the host waits for it."""

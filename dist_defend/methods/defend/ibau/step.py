@@ -92,6 +92,7 @@ class UnlearningStep:
 
         The inner loss of the fixed-point map is that of the first batch with its labels, as published.
         """
+        self.update.let_go()
         x = self._bounded(self.enter(images) + patched * self.delta)
         outer = self._cross_entropy(self.network(x), labels, weights)
         first_images, first_labels, first_weights = self.first

@@ -42,6 +42,7 @@ def predict_pruned(
         with ranks.accelerator.autocast():
             classes = torch.stack([logits.argmax(1) for logits in pruned(images)], dim=1)
         parts.append((classes, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
+    pruned.memory.close()
     classes, labels, _ = gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
     return classes, labels
 
@@ -80,12 +81,12 @@ class Stops:
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> logits (B, C) at each stop."""
-        self.memory.forget()
         logits = []
         for changes, changed in zip(self.changes, self.changed, strict=True):
             for parameter, values in changes:
                 parameter.copy_(values)
             logits.append(self.memory.run(images, changed))
+        self.memory.forget()
         return [logits[stop] for stop in self.which.tolist()]
 
 
@@ -101,13 +102,18 @@ class PrefixMemory:
         self.changed: set[nn.Module] = set()
         self.outputs: dict[int, tuple[Tensor, int]] = {}  # call -> output and how often it had been written to
         self.call, self.is_shared = 0, False
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm):
-                module.forward = self._remembering(module, module.forward)  # type: ignore[method-assign]
+        self.wrapped = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm)]
+        for module in self.wrapped:
+            module.forward = self._remembering(module, module.forward)  # type: ignore[method-assign]
 
     def forget(self) -> None:
-        """A new batch comes."""
+        """The batch is done: its outputs, of every layer, are as large as the activations of a training step."""
         self.outputs.clear()
+
+    def close(self) -> None:
+        """The model runs as it did before. Wrapped layers refer to themselves, so nothing else would free it soon."""
+        for module in self.wrapped:
+            del module.forward
 
     def run(self, images: Tensor, changed: set[nn.Module]) -> Tensor:
         """The model's output; ``changed``: layers whose parameters differ from the last run's."""

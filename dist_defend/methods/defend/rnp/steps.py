@@ -56,6 +56,7 @@ class CrossEntropyStep:
 
     def learn(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W), labels (B,) -> scalars. Nothing here waits for the device or depends on values."""
+        self.update.let_go()
         logits = self.model(images)
         counts = torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
         if self.world_size > 1:

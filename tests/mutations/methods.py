@@ -80,7 +80,7 @@ IN_METHODS: tuple[Mutation, ...] = (
              f"{BUILT}::test_badencoders_shadow_images_are_normalised_as_told"),
     Mutation("BadEncoder's reference is not augmented", "methods/attack/badencoder.py",
              "View(config.augment, image=reference)", "View(image=reference)", f"{AUGMENTED}[badencoder]"),
-    Mutation("RNP unlearns plain images", "methods/defend/pruning/plan.py",
+    Mutation("RNP unlearns plain images", "methods/defend/defender.py",
              "(View(config.augment),)", "(View(),)", f"{AUGMENTED}[rnp]"),
     Mutation("one of SimCLR's views is plain", "methods/pretrain/simclr.py",
              "(View(config.augment), View(config.augment))", "(View(config.augment), View())", f"{AUGMENTED}[simclr]"),

@@ -42,10 +42,21 @@ ANP_DEFAULTS = "defend/anp_cifar10 anp={model: x, data: {path: x}, test: {path: 
 CLP_DEFAULTS = "defend/clp_cifar10 clp={model: x, test: {path: x}}"
 CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
 INPUT_AWARE_DEFAULTS = "attack/input_aware_cifar10 input_aware={data: {path: x}, test: {path: x}}"
+BB_TUNING = {
+    "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
+    "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
+}  # fmt: skip
+TUNING = ("ft", "ft_sam", "nad", "fp")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 SGD = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4}
 IBAU = {"K": 5, "step_size": 0.1, "penalty": 1e-3, "patched_fraction": 0.01, "solver": "neumann", "min_patched": 0,
         "optimizer.name": "adam", "optimizer.betas": [0.9, 0.999], "optimizer.weight_decay": 0.0}  # fmt: skip
+
+
+def tuning_defaults(name: str, preset: str = "") -> str:
+    """A place where only the method's own values, or a preset's, stand."""
+    own = f"preset: {preset}, " if preset else ""
+    return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}, test: {{path: x}}}}"
 
 
 def below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +277,8 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      {"ibau.data.max_samples": 100}),
     # RNP
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), {"rnp.ratio": 0.01}),
-    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.pruning.plan:_RATIO",), {"": 0.01}),
+    ("bboylyg/RNP, main.py, where no ratio is given",
+     ("dist_defend.methods.defend.pruning.options:MaskConfig.usual_ratio",), {"": 0.01}),
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official", RNP_DEFAULTS), below("rnp", {
         "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
         "epochs_inclusive": True, "clean_threshold": 0.20, "alpha": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20,
@@ -294,6 +306,31 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("SCLBD/BackdoorBench, defense/anp.py and config/defense/anp", ("defend/anp_cifar10 anp={preset: backdoorbench, "
      "model: x, data: {path: x}, test: {path: x}}",), below("anp", {
         "lr": 0.01, "ratio": 0.05, "batch_size": 256, "eps": 0.4, "steps": 1, "alpha": 0.2, "acc_ratio": 0.1,
+    })),
+    # FT, FT-SAM, NAD, FP
+    *(("SCLBD/BackdoorBench, config/defense: 5 % of the images", (f"defend/{name}_cifar10",),
+       {"seed": 0, f"{name}.ratio": 0.05}) for name in TUNING),
+    ("SCLBD/BackdoorBench, defense/ft.py and config/defense/ft", (tuning_defaults("ft"),), below("ft", BB_TUNING)),
+    ("SCLBD/BackdoorBench, defense/fp.py", (tuning_defaults("fp", "backdoorbench"),), below("fp", {
+        **BB_TUNING, "once_prune_ratio": 0.01, "max_accuracy_drop": 0.1, "rank_by": "signed",
+        "selection": "test_data", "include_failing_stop": True, "off_by_one": True,
+    })),
+    ("SCLBD/BackdoorBench, defense/ft-sam.py", (tuning_defaults("ft_sam", "backdoorbench"),), below("ft_sam", {
+        **BB_TUNING, "optimizer.schedule": "cosine_steps", "rho": 2.0, "adaptive": True, "smoothing": 0.1,
+    })),
+    ("bboylyg/NAD, main.py and config.py", ("defend/nad_cifar10", tuning_defaults("nad")), below("nad", {
+        "batch_size": 64, "epochs": 20, "optimizer.lr": 0.1, "optimizer.nesterov": True, "optimizer.momentum": 0.9,
+        "optimizer.weight_decay": 1e-4, "optimizer.milestones": [2, 20, 20], "betas": [500, 1000, 1000],
+    })),
+    ("bboylyg/NAD: its loop without attention", (tuning_defaults("ft", "nad"),), below("ft", {
+        "batch_size": 64, "epochs": 20, "optimizer.lr": 0.1, "optimizer.nesterov": True, "optimizer.momentum": 0.9,
+        "optimizer.weight_decay": 1e-4, "optimizer.milestones": [2, 20, 20],
+    })),
+    ("SCLBD/BackdoorBench, defense/nad.py", (tuning_defaults("nad", "backdoorbench"),), below("nad", {
+        "batch_size": 256, "epochs": 10, "teacher_epochs": 10, "optimizer.lr": 0.01, "optimizer.nesterov": False,
+        "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4, "optimizer.schedule": "constant",
+        "teacher_optimizer.lr": 0.01, "teacher_optimizer.schedule": "cosine_epochs", "teacher_optimizer.period": 100,
+        "betas": [500, 1000], "layers": ["layer3", "layer4"], "repeat_statistics": True,
     })),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),

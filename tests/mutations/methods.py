@@ -6,6 +6,7 @@ COUNTS = "unit/test_defence_counts.py"
 BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
+TUNING = "numerics/test_tuning.py"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
@@ -142,4 +143,27 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("the oracle's budget holds its bound", "methods/defend/pruning/outcome.py",
              "< acc_ratio * base", "<= acc_ratio * base",
              "numerics/test_rnp_pruning.py::test_the_oracle_takes_the_lowest_asr_within_its_budget"),
+    Mutation("fine-tuning's rate does not follow its schedule", "methods/defend/tuning/step.py",
+             "        self.update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)\n", "",
+             f"{TUNING}::test_fine_tuning"),
+    Mutation("a cosine of epochs goes by steps", "engine/optim.py",
+             'step // steps_per_epoch if config.schedule == "cosine_epochs" else step', "step",
+             f"{TUNING}::test_fine_tuning"),
+    Mutation("SAM's second pass moves running statistics", "methods/defend/ft_sam.py",
+             "with repeated_statistics(self.model, 0):", "with repeated_statistics(self.model, 1):",
+             f"{TUNING}::test_ft_sam"),
+    Mutation("SAM's perturbation is not scaled by the weights twice", "methods/defend/ft_sam.py",
+             "moves = slopes if scale is None else torch._foreach_mul(slopes, scale)", "moves = slopes",
+             f"{TUNING}::test_ft_sam"),
+    Mutation("SAM goes on from the perturbed weights", "methods/defend/ft_sam.py",
+             "torch._foreach_copy_(weights, own)", "torch._foreach_copy_(own, weights)", f"{TUNING}::test_ft_sam"),
+    Mutation("NAD's teacher is in train mode", "methods/defend/nad.py",
+             "self.teacher.eval()(images)", "self.teacher.train()(images)", f"{TUNING}::test_nad"),
+    Mutation("BackdoorBench's NAD moves the last layer's statistics once more", "methods/defend/nad.py",
+             "times - (name == self.names[-1])", "times", f"{TUNING}::test_nad_as_backdoorbench_has_it"),
+    Mutation("fine-tuning brings pruned columns back", "methods/defend/fp.py",
+             "        told = super().follow(scalars, gradients)\n        self.hold()\n",
+             "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
+    Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
+             "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
 )  # fmt: skip

@@ -6,6 +6,8 @@ file of its own, or module:NAME of a table of constants. Keys are dotted; what i
 
 from typing import Any
 
+from tests.published_baselines import BASELINES, PAD_AND_FLIP, below
+
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 ENCODER_PROBES = ("measure/probe_stl10", "measure/probe_gtsrb", "measure/probe_svhn")
 BADENCODER_CIFAR10 = tuple(f"attack/badencoder_cifar10{task}" for task in ("", "_gtsrb", "_svhn"))
@@ -38,30 +40,11 @@ PROBE_DEFAULTS = (
     "measure/probe_stl10 probe={encoders: {a: x}, tasks: {stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
 )
 RNP_DEFAULTS = "defend/rnp_cifar10 rnp={model: x, data: {path: x}, test: {path: x}}"
-ANP_DEFAULTS = "defend/anp_cifar10 anp={model: x, data: {path: x}, test: {path: x}}"
-CLP_DEFAULTS = "defend/clp_cifar10 clp={model: x, test: {path: x}}"
 CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
 INPUT_AWARE_DEFAULTS = "attack/input_aware_cifar10 input_aware={data: {path: x}, test: {path: x}}"
-BB_TUNING = {
-    "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
-    "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
-}  # fmt: skip
-TUNING = ("ft", "ft_sam", "nad", "fp")
-PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 SGD = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4}
 IBAU = {"K": 5, "step_size": 0.1, "penalty": 1e-3, "patched_fraction": 0.01, "solver": "neumann", "min_patched": 0,
         "optimizer.name": "adam", "optimizer.betas": [0.9, 0.999], "optimizer.weight_decay": 0.0}  # fmt: skip
-
-
-def tuning_defaults(name: str, preset: str = "") -> str:
-    """A place where only the method's own values, or a preset's, stand."""
-    own = f"preset: {preset}, " if preset else ""
-    return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}, test: {{path: x}}}}"
-
-
-def below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The same values, their keys in a section."""
-    return {f"{prefix}.{key}": value for key, value in values.items()}
 
 
 COLOURS = {
@@ -297,46 +280,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "not_unlearned": "use_last", **PAD_AND_FLIP,
         }),
     }),
-    # ANP
-    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
-    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
-        "eps": 0.4, "steps": 1, "alpha": 0.2, "lr": 0.2, "iterations": 2000, "batch_size": 128, "project": False,
-        "pruning_by": "threshold", "pruning_max": 0.90, "pruning_step": 0.05, "prune_beta": False, **PAD_AND_FLIP,
-    })),
-    ("SCLBD/BackdoorBench, defense/anp.py and config/defense/anp", ("defend/anp_cifar10 anp={preset: backdoorbench, "
-     "model: x, data: {path: x}, test: {path: x}}",), below("anp", {
-        "lr": 0.01, "ratio": 0.05, "batch_size": 256, "eps": 0.4, "steps": 1, "alpha": 0.2, "acc_ratio": 0.1,
-    })),
-    # FT, FT-SAM, NAD, FP
-    *(("SCLBD/BackdoorBench, config/defense: 5 % of the images", (f"defend/{name}_cifar10",),
-       {"seed": 0, f"{name}.ratio": 0.05}) for name in TUNING),
-    ("SCLBD/BackdoorBench, defense/ft.py and config/defense/ft", (tuning_defaults("ft"),), below("ft", BB_TUNING)),
-    ("SCLBD/BackdoorBench, defense/fp.py", (tuning_defaults("fp", "backdoorbench"),), below("fp", {
-        **BB_TUNING, "once_prune_ratio": 0.01, "max_accuracy_drop": 0.1, "rank_by": "signed",
-        "selection": "test_data", "include_failing_stop": True, "off_by_one": True,
-    })),
-    ("SCLBD/BackdoorBench, defense/ft-sam.py", (tuning_defaults("ft_sam", "backdoorbench"),), below("ft_sam", {
-        **BB_TUNING, "optimizer.schedule": "cosine_steps", "rho": 2.0, "adaptive": True, "smoothing": 0.1,
-    })),
-    ("bboylyg/NAD, main.py and config.py", ("defend/nad_cifar10", tuning_defaults("nad")), below("nad", {
-        "batch_size": 64, "epochs": 20, "optimizer.lr": 0.1, "optimizer.nesterov": True, "optimizer.momentum": 0.9,
-        "optimizer.weight_decay": 1e-4, "optimizer.milestones": [2, 20, 20], "betas": [500, 1000, 1000],
-    })),
-    ("bboylyg/NAD: its loop without attention", (tuning_defaults("ft", "nad"),), below("ft", {
-        "batch_size": 64, "epochs": 20, "optimizer.lr": 0.1, "optimizer.nesterov": True, "optimizer.momentum": 0.9,
-        "optimizer.weight_decay": 1e-4, "optimizer.milestones": [2, 20, 20],
-    })),
-    ("SCLBD/BackdoorBench, defense/nad.py", (tuning_defaults("nad", "backdoorbench"),), below("nad", {
-        "batch_size": 256, "epochs": 10, "teacher_epochs": 10, "optimizer.lr": 0.01, "optimizer.nesterov": False,
-        "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4, "optimizer.schedule": "constant",
-        "teacher_optimizer.lr": 0.01, "teacher_optimizer.schedule": "cosine_epochs", "teacher_optimizer.period": 100,
-        "betas": [500, 1000], "layers": ["layer3", "layer4"], "repeat_statistics": True,
-    })),
-    # CLP
-    ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
-     {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),
-    ("SCLBD/BackdoorBench, defense/clp.py and config/defense/clp", ("defend/clp_cifar10", CLP_DEFAULTS),
-     {"clp.u": 3.0, "clp.u_min": 0.0, "clp.u_max": 10.0, "clp.u_num": 21}),
+    *BASELINES,
     # ABD's distillations
     (OPTIONS["ABD zskt"], (*ZSKT_CIFAR10, *ZSKT_GTSRB), below("zskt", {
         "student": "wrn_16_1", "batch_size": 128, "z_dim": 100, "generator_width": 128, "generator_steps": 1,

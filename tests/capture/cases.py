@@ -186,10 +186,13 @@ def retrospective(graph: GraphMode, optimizer: OptimizerConfig, convention: Conv
 
 
 def tuned(graph: GraphMode, make: Callable[[Classifier, dict[str, Any]], TuningStep]) -> Case:
-    """Epochs of three batches; make: gets the model and the options of its step."""
-    ranks = dist.start("fp32", None)
-    step = make(classifier("small_resnet", ranks), {"ranks": ranks, "steps_per_epoch": 3, "graph": graph})
-    return Case(step, labelled(), (step.graphed,), (step.update,))
+    """make: gets the model and the options of its step."""
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    model = classifier("small_resnet", ranks)
+    synchronised(model, ranks)
+    step = make(model, {"ranks": ranks, "steps_per_epoch": epoch, "graph": graph})
+    return Case(step, given, (step.graphed,), (step.update,))
 
 
 def ft(model: Classifier, options: dict[str, Any]) -> TuningStep:

@@ -44,7 +44,8 @@ class TuningStep:
         """Raises NonFiniteError on a CPU, with the parameters as they were."""
         self.model.train()
         self.update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)
-        return check_finite(self.graphed(batch.images, batch.labels), "the gradient")
+        is_last = at.batch + 1 == self.steps_per_epoch
+        return check_finite(self.graphed(batch.images, batch.labels, kind=is_last), "the gradient")
 
     def loss(self, images: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Scalars, of which ``loss`` is trained. weight: what makes this rank's sum over images a mean over all ranks'

@@ -31,7 +31,7 @@ IN_PROGRAM: tuple[Mutation, ...] = (
              'groupby([*attacks, "task"]', 'groupby(["task"]',
              f"{LINEAGE}::test_the_leaderboard_ranks_defences_attack_by_attack"),
     Mutation("a sweep's point cannot read its grandparent", "sweep/grid.py",
-             "            parent = parent.parent\n", "            parent = None\n",
+             "        point = point.parent\n", "        point = None\n",
              f"{LINEAGE}::test_a_point_reads_its_grandparent_too"),
     Mutation("a child gets all signals again at each look", "launch.py",
              "received[told.get(child.pid, 0) :]", "received",

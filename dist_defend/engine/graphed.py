@@ -1,8 +1,9 @@
 """One update as one CUDA graph: captured once for each shape of its inputs, then replayed without the host."""
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import Literal
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -33,8 +34,12 @@ class GraphedUpdate:
 
     mode: "on" is an error where there is no CUDA device, "auto" then calls update directly and says so, "off" always
     calls it directly.
-    Inputs are copied into the graph's own; outputs are clones. A new shape of inputs gets a graph of its own;
-    RuntimeError after so many that it cannot be meant.
+    Inputs are copied into the graph's own; outputs are clones. A new shape of inputs gets a graph of its own, and so
+    does another setting of TF32; RuntimeError after so many that it cannot be meant.
+
+    On several ranks update may sum over them. All must then capture at the same call, as the calls that warm up wait
+    for each other, and NCCL wants all to replay what they captured together. So where a batch may have a new shape on
+    some ranks alone, ``kind`` must tell it from others, on all.
     """
 
     def __init__(
@@ -53,15 +58,18 @@ class GraphedUpdate:
         self.is_graphed = can_capture(device) and mode != "off"
         if mode == "auto":
             log.info("%s: %s", name, "one CUDA graph per step" if self.is_graphed else "eager, there is no GPU")
-        self._graphs: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Graph] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
 
-    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def __call__(self, *inputs: Tensor, kind: Hashable = None) -> dict[str, Tensor]:
         if not self.is_graphed:
             return self.update(*inputs)
-        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        # Where a program has set these, torch refuses to tell allow_tf32, their older name.
+        backends: Any = torch.backends
+        tf32 = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
+        key = kind, tf32, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._graphs:
             if len(self._graphs) == _MOST_SHAPES:
-                shapes = ", ".join(str(tuple(shape)) for shape, _ in key)
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
                 raise RuntimeError(f"{self.name}: inputs of yet another shape ({shapes}); a graph needs fixed shapes")
             self._graphs[key] = _Graph(self.update, self.changed, inputs)
         return self._graphs[key].replay(inputs)
@@ -88,12 +96,25 @@ class _Graph:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # loaders' threads go on
             self._outputs = update(*self._inputs)
         # Capturing records and does not run, so nothing has changed since.
+        _captured.add(self)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
         return {name: value.clone() for name, value in self._outputs.items()}
+
+    def end(self) -> None:
+        self._graph.reset()
+
+
+_captured: "weakref.WeakSet[_Graph]" = weakref.WeakSet()
+
+
+def end_graphs() -> None:
+    """No graph can be replayed any more. A process group over NCCL 2.26 does not end before the graphs that use it."""
+    for graph in _captured:
+        graph.end()
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ EXTRAS = {
     "ffcv": ["ffcv==1.0.2", "setuptools>=78.1.1; python_version >= '3.12'"],
     "clip": ["open_clip_torch>=3.0"],  # CLIP's towers and tokenizer
     "deepspeed": ["deepspeed>=0.16", "transformers>=5.3"],  # accelerate's DeepSpeedPlugin imports transformers
+    "peers": ["lightly>=1.5"],  # what `bench peers` compares with
     "sweep": ["pandas", "pyarrow>=23.0.1"],  # tables of many runs
     "test": [
         "pytest>=9.0.3",
@@ -111,6 +112,9 @@ setup(
     package_data={"dist_defend": ["py.typed", "*.pyi"], "dist_defend.report": ["*.html", "*.css"]},
     cmdclass={"build_py": BuildWithTemplates},
     install_requires=CORE,
-    extras_require={**EXTRAS, "all": sorted(n for extra, names in EXTRAS.items() if extra != "test" for n in names)},
+    extras_require={
+        **EXTRAS,
+        "all": sorted(n for extra, names in EXTRAS.items() if extra not in ("peers", "test") for n in names),
+    },
     entry_points={"console_scripts": ["dist-defend = dist_defend.cli:main"]},
 )

@@ -3,13 +3,28 @@
 import argparse
 import importlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
-NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "rnp", "zskt", "graphs", "scaling")
+NAMES = (
+    "data",
+    "simclr",
+    "badencoder",
+    "mimic",
+    "mimic-mi",
+    "head",
+    "ibau",
+    "rnp",
+    "zskt",
+    "graphs",
+    "memory",
+    "peers",
+    "scaling",
+)
 SCALED = ("simclr", "badencoder", "mimic", "classifier")
 
 
@@ -47,6 +62,9 @@ def main(args: argparse.Namespace) -> int:
     settings = Settings(args.encoder, args.batch_size, args.num_images, args.repeats, args.method)
     rows: list[dict[str, Any]] = []
     for name in NAMES if args.name == "all" else (args.name,):
+        if name != args.name and name == "peers" and find_spec("lightly") is None:
+            print("peers: left out, as lightly is not installed (pip install 'dist-defend[peers]')", flush=True)
+            continue
         module = importlib.import_module(f"dist_defend.bench.{name.replace('-', '_')}")
         for row in module.rows(settings):
             print(_line(row), flush=True)
@@ -58,6 +76,9 @@ def main(args: argparse.Namespace) -> int:
 
 def _line(row: dict[str, Any]) -> str:
     spread = f" ({row['min_ratio']:.2f} to {row['max_ratio']:.2f})" if "min_ratio" in row else ""
+    if "ours_mib" in row:
+        sizes = f"ours {row['ours_mib']:.0f} MiB, baseline {row['baseline_mib']:.0f} MiB, batch {row['batch_size']}"
+        return f"{row['name']}: {row['ratio']:.2f}x{spread}, {sizes}; {row['encoder']}; {row['note']}"
     speed = row["images_per_second"]
     speeds = speed if isinstance(speed, dict) else {"ours": speed}
     return (

@@ -121,7 +121,7 @@ class Trainer:
         stage, at, num_batches = stages[number], self.position, stages[number].loader.num_batches
         total, begun = stage.epochs * num_batches, at.done(num_batches)
         self.bar = Progress(stage.name, begun, total, stage.shown) if self.ranks.is_main else None
-        is_over = at.epoch >= stage.epochs
+        is_over, is_first = at.epoch >= stage.epochs, True
         while not is_over:
             for batch in stage.loader.epoch(at.epoch, at.batch):
                 try:
@@ -129,6 +129,9 @@ class Trainer:
                 except NonFiniteError as error:
                     place = f"stage {stage.name}, step {at.step + 1}, rank {self.ranks.rank}"
                     raise NonFiniteError(f"{error}: {place}") from None
+                if is_first:
+                    give_back_memory()  # what lasts, such as an optimizer's state, is there now
+                    is_first = False
                 at = self.position = replace(at, batch=at.batch + 1, step=at.step + 1)
                 self._add(scalars, len(batch.labels))
                 if self.bar is not None:

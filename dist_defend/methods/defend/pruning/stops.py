@@ -77,15 +77,15 @@ class Stops:
             self.changes.append([(tensor, tensor.clone()) for tensor in tensors])
             self.changed.append(changed)
             start = stop
-        self.memory = PrefixMemory(self.model)
+        self.memory = PrefixMemory(self.model, next(model.parameters()).new_zeros(1, 3, *2 * (model.image_size,)))
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) -> logits (B, C) at each stop."""
         logits = []
-        for changes, changed in zip(self.changes, self.changed, strict=True):
+        for number, changes in enumerate(self.changes):
             for parameter, values in changes:
                 parameter.copy_(values)
-            logits.append(self.memory.run(images, changed))
+            logits.append(self.memory.run(images, self.changed[number], self.changed[number + 1 :]))
         self.memory.forget()
         return [logits[stop] for stop in self.which.tolist()]
 
@@ -95,16 +95,21 @@ class PrefixMemory:
 
     Convolutions, batch norms and linear layers are remembered, by the order of their calls; the rest is cheap. An
     output that later operations have written to is made again. Works on any feed-forward network in eval mode.
+    example: an image (1, 3, H, W), by which the order of the calls is found.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, example: Tensor) -> None:
         self.model = model
+        self.order: list[nn.Module] = []  # by call
         self.changed: set[nn.Module] = set()
         self.outputs: dict[int, tuple[Tensor, int]] = {}  # call -> output and how often it had been written to
-        self.call, self.is_shared = 0, False
+        self.call, self.kept, self.is_shared, self.is_known = 0, 0, False, False
         self.wrapped = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm)]
         for module in self.wrapped:
             module.forward = self._remembering(module, module.forward)  # type: ignore[method-assign]
+        with torch.no_grad():
+            model(example)
+        self.is_known = True
 
     def forget(self) -> None:
         """The batch is done: its outputs, of every layer, are as large as the activations of a training step."""
@@ -115,14 +120,25 @@ class PrefixMemory:
         for module in self.wrapped:
             del module.forward
 
-    def run(self, images: Tensor, changed: set[nn.Module]) -> Tensor:
-        """The model's output; ``changed``: layers whose parameters differ from the last run's."""
+    def run(self, images: Tensor, changed: set[nn.Module], later: Sequence[set[nn.Module]]) -> Tensor:
+        """The model's output; ``changed``: layers whose parameters differ from the last run's.
+
+        later: the same of the runs that follow on these images. What none of them can use is not kept.
+        """
         self.changed, self.call, self.is_shared = changed, 0, bool(self.outputs)
+        self.kept = max(map(self._first, later), default=0)
         outputs: Tensor = self.model(images)
         return outputs
 
+    def _first(self, changed: set[nn.Module]) -> int:
+        """The first call of a changed layer."""
+        return next((call for call, module in enumerate(self.order) if module in changed), len(self.order))
+
     def _remembering(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Any:
         def answer(x: Tensor) -> Tensor:
+            if not self.is_known:
+                self.order.append(module)
+                return forward(x)
             self.is_shared = self.is_shared and module not in self.changed
             number, self.call = self.call, self.call + 1
             if self.is_shared:
@@ -130,7 +146,9 @@ class PrefixMemory:
                 if output._version == version:
                     return output
             output = forward(x)
-            self.outputs[number] = output, output._version
+            self.outputs.pop(number, None)
+            if number < self.kept:
+                self.outputs[number] = output, output._version
             return output
 
         return answer

@@ -79,6 +79,7 @@ class Phases:
 
         def finish() -> None:
             self._check_unlearned()
+            self.unlearn.update.let_go()
             masked.load_state_dict(unlearned.state_dict())
 
         epochs = config.unlearning_epochs + config.epochs_inclusive

@@ -17,14 +17,16 @@ def repeated_statistics(model: nn.Module, times: int) -> Iterator[None]:
     n updates r <- (1 - m) r + m s by the same s are one with 1 - (1 - m)^n in place of the momentum m.
     """
     found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    norms = [(norm, norm.momentum) for norm in found if norm.momentum is not None]
-    for norm, momentum in norms:
+    norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in found if norm.momentum is not None]
+    for norm, momentum, _ in norms:
         norm.momentum = 1 - (1 - momentum) ** times
+        if not times:
+            norm.num_batches_tracked = None  # nothing is counted
     try:
         yield
     finally:
-        for norm, momentum in norms:
-            norm.momentum = momentum
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 @torch.no_grad()

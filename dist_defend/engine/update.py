@@ -41,7 +41,8 @@ class Update:
         norm = total_norm(gradients) if norm is None else norm
         self._place(gradients)
         if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
         nonfinite = norm.sub(norm).ne(0).float()  # inf - inf is not a number; half the kernels of isfinite
         self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
         self.optimizer.step()

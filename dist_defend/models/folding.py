@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_defend.models.pairing import feeding
@@ -56,7 +56,7 @@ def fold_frozen_norms(model: nn.Module, example: Tensor) -> int:
 
 
 class FoldedNetwork:
-    """A network in eval mode whose norms are frozen, though their gamma and beta learn: the same function, fewer layers.
+    """A network in eval mode, whose norms are frozen but for gamma and beta: the same function in fewer layers.
 
     Every norm that alone reads a convolution's output is folded into it, with s = gamma / sqrt(var + eps):
     w' = s w, b' = beta + s (b - mean). Each list of tensors is computed by one kernel.
@@ -80,7 +80,7 @@ class FoldedNetwork:
         convolutions, norms = [conv for conv, _ in self._pairs], [norm for _, norm in self._pairs]
         weights, biases = [conv.weight for conv in convolutions], [conv.bias for conv in convolutions]
         gammas, betas = [norm.weight for norm in norms], [norm.bias for norm in norms]
-        folded = _Fold.apply(norms, *weights, *gammas, *betas, *biases) if norms else ()
+        folded = _fold(norms, *weights, *gammas, *betas, *biases) if norms else ()
         count = len(norms)
         for convolution, weight, bias in zip(self._convolutions, folded[:count], folded[count:], strict=True):
             convolution.weight, convolution.bias = weight, bias
@@ -106,7 +106,7 @@ class _Fold(Function):
     """Norms; their convolutions' w, their gammas and betas, the convolutions' b or None -> all w', then all b'."""
 
     @staticmethod
-    def forward(context: Any, norms: list[nn.BatchNorm2d], *parts: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(context: Any, norms: list[Any], *parts: Tensor | None) -> tuple[Tensor, ...]:
         weights, gammas, betas, biases = _split(parts, 4)
         means = [norm.running_mean for norm in norms]
         rates = torch._foreach_rsqrt(torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms]))
@@ -128,7 +128,7 @@ class _Fold(Function):
         for_weights = [torch.zeros_like(w) if g is None else g for g, w in zip(for_weights, weights, strict=True)]
         sums = [part.sum((1, 2, 3)) for part in torch._foreach_mul(for_weights, weights)]
         for_scales = torch._foreach_addcmul(sums, for_shifts, offsets)
-        for_biases = iter(())
+        for_biases: Iterator[Tensor] = iter(())
         if any(has_bias):
             shifts, factors = list(compress(for_shifts, has_bias)), list(compress(scales, has_bias))
             for_biases = iter(torch._foreach_mul(shifts, factors))
@@ -141,50 +141,45 @@ class _Fold(Function):
         )
 
 
+_fold: Callable[..., tuple[Tensor, ...]] = _Fold.apply  # with a type, which `apply` has none of
+
+
 def _split(values: Sequence[Any], parts: int) -> list[list[Any]]:
     size = len(values) // parts
     return [list(values[k * size : (k + 1) * size]) for k in range(parts)]
 
 
-class _Readers(TorchFunctionMode):
-    """Counts the functions that make tensors from each tensor."""
+class _Readers(TorchDispatchMode):
+    """Counts the operators that read the memory of each tensor in ``of``, by name, from when it is there."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.count: dict[int, int] = {}
-        self.alive: list[Tensor] = []  # an id is that of one tensor while that lives
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.of: dict[str, Tensor] = {}
+        self.count: Counter[str] = Counter()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for given in tree_leaves((args, kwargs)) if made else ():
-            if isinstance(given, Tensor):
-                self.count[id(given)] = self.count.get(id(given), 0) + 1
-                self.alive.append(given)
-        self.alive += made
-        return result
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(argument.alias_info and not argument.alias_info.is_write for argument in func._schema.arguments):
+            read = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            self.count.update(name for name, t in self.of.items() if t.untyped_storage()._cdata in read)
+        return func(*args, **(kwargs or {}))
 
 
 def _read_alone(model: nn.Module, example: Tensor) -> dict[str, str]:
     """Batch norm -> the convolution, called once, whose output nothing else reads; of layers that share no weight."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda module, inputs, output: outputs.__setitem__(name, output)
-
     readers = _Readers()
-    hooks = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+
+    def watch(name: str) -> Any:
+        return lambda module, inputs, output: readers.of.__setitem__(name, output)
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
     with readers:
         fed = feeding(model, example)[1]
     for hook in hooks:
         hook.remove()
-    seen = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = {name.rpartition(".")[0] for name, p in model.named_parameters(remove_duplicate=False) if seen[id(p)] > 1}
-    return {
-        norm: conv
-        for norm, conv in fed.items()
-        if readers.count[id(outputs[conv])] == 1 and not {norm, conv} & shared
-    }
+    named = list(model.named_parameters(remove_duplicate=False))
+    times = Counter(id(parameter) for _, parameter in named)
+    shared = {name.rpartition(".")[0] for name, parameter in named if times[id(parameter)] > 1}
+    return {n: conv for n, conv in fed.items() if readers.count[conv] == 1 and not {n, conv} & shared}
 
 
 def _is_fixed(conv: nn.Module, norm: nn.Module) -> bool:

@@ -34,7 +34,8 @@ def channels(values: Tensor, x: Tensor) -> Tensor:
 @_operator("elu_slope(Tensor grad, Tensor more, Tensor y, float alpha) -> Tensor")
 def elu_slope(grad: Tensor, more: Tensor, y: Tensor, alpha: float) -> Tensor:
     """(grad + more) f', f' of y = ELU(x): y + alpha for y <= 0, else 1."""
-    return torch.ops.aten.elu_backward(grad + more, alpha, 1.0, 1.0, True, y)
+    slope: Tensor = torch.ops.aten.elu_backward(grad + more, alpha, 1.0, 1.0, True, y)
+    return slope
 
 
 @_operator("elu_curve(Tensor v, Tensor grad, Tensor y, float alpha) -> (Tensor, Tensor)")

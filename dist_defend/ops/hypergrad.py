@@ -196,7 +196,8 @@ def all_reduce_together(tensors: list[Tensor]) -> list[Tensor]:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all together, as torch.nn.utils.get_total_norm has it, in a few kernels for all."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return norm
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Losses on embeddings and between classifiers."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -60,7 +61,7 @@ class _CrossEntropy(Function):
     def backward(context: Any, grad: Tensor) -> Any:
         logits, logarithms, labels, weights, total = context.saved_tensors
         p = logarithms.exp() if torch.is_grad_enabled() else None  # for a second derivative
-        gradient = _CrossEntropyGradient.apply(logits, logarithms, p, labels, weights * grad.detach(), total)
+        gradient = _cross_entropy_gradient(logits, logarithms, p, labels, weights * grad.detach(), total)
         return gradient, None, None
 
 
@@ -76,7 +77,7 @@ class _CrossEntropyGradient(Function):
         labels: Tensor,
         weights: Tensor,
         total: Tensor,
-    ) -> Tensor:
+    ) -> Any:
         context.save_for_backward(p, weights[:, None])
         slope = torch.ops.aten.nll_loss_backward(weights, logarithms, labels, *_NLL, total)
         return torch.ops.aten._log_softmax_backward_data(slope, logarithms, 1, logits.dtype)
@@ -87,13 +88,17 @@ class _CrossEntropyGradient(Function):
         return torch.ops.aten._softmax_backward_data(v, p, 1, p.dtype) * weights, *[None] * 5
 
 
+# With types, which torch's `apply` has none of.
+_cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
+_cross_entropy_gradient: Callable[..., Tensor] = _CrossEntropyGradient.apply
+
+
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum over images of weight times cross-entropy: logits (B, C), labels (B,), weights (B,) -> scalar.
 
     A product with its Hessian in the logits, where torch makes a dozen passes, takes two.
     """
-    loss: Tensor = _CrossEntropy.apply(logits, labels, weights)
-    return loss
+    return _cross_entropy(logits, labels, weights)
 
 
 def negative_cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -147,12 +147,12 @@ class _Relu(Function):
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
-        y = x.relu()
+        y = torch.relu(x)
         context.save_for_backward(y)
         return y
 
     @staticmethod
-    def backward(context: Any, grad: Tensor) -> Tensor:
+    def backward(context: Any, grad: Tensor) -> Any:
         return _relu_gradient(grad, context.saved_tensors[0].detach())
 
 
@@ -160,7 +160,7 @@ class _ReluGradient(Function):
     """Linear in grad, and its own transpose."""
 
     @staticmethod
-    def forward(context: Any, grad: Tensor, y: Tensor) -> Tensor:
+    def forward(context: Any, grad: Tensor, y: Tensor) -> Any:
         context.save_for_backward(y)
         return torch.ops.aten.threshold_backward(grad, y, 0)
 
@@ -196,9 +196,7 @@ class _EluGradient(Function):
     """Linear in grad and in more, which may be None."""
 
     @staticmethod
-    def forward(
-        context: Any, grad: Tensor, more: Tensor | None, name: Tensor, y: Tensor, alpha: float
-    ) -> Tensor:
+    def forward(context: Any, grad: Tensor, more: Tensor | None, name: Tensor, y: Tensor, alpha: float) -> Any:
         context.save_for_backward(grad, y)
         context.alpha, context.is_sum = alpha, more is not None
         if more is not None:
@@ -216,7 +214,7 @@ class _MaxPool(Function):
     """x (B, C, H, W) -> (B, C, H', W'). Its second derivative is 0."""
 
     @staticmethod
-    def forward(context: Any, x: Tensor, options: Any) -> Tensor:
+    def forward(context: Any, x: Tensor, options: Any) -> Any:
         y, indices = torch.ops.aten.max_pool2d_with_indices(x, *options)
         context.save_for_backward(x, indices)
         context.options = options
@@ -232,7 +230,7 @@ class _PoolGradient(Function):
     """Linear in grad; x is read for its shape."""
 
     @staticmethod
-    def forward(context: Any, grad: Tensor, x: Tensor, indices: Tensor, options: Any) -> Tensor:
+    def forward(context: Any, grad: Tensor, x: Tensor, indices: Tensor, options: Any) -> Any:
         context.save_for_backward(indices)
         return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *options, indices)
 
@@ -281,7 +279,9 @@ class _NormGradient(Function):
     """
 
     @staticmethod
-    def forward(context: Any, grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor, zeros: Tensor) -> Any:
+    def forward(
+        context: Any, grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor, zeros: Tensor
+    ) -> Any:
         grad = _laid_out_as(x, grad)
         for_x, for_weight, for_bias = _norm_backward(grad, x, weight, centre, rate)
         context.save_for_backward(grad, x, weight, centre, rate, zeros, for_weight, for_bias)
@@ -294,7 +294,7 @@ class _NormGradient(Function):
         grad, x, weight, centre, rate, zeros, grad_x, grad_1 = context.saved_tensors
         v = _laid_out_as(x, v)
         for_grad, v_x, v_1 = _norm_backward(v, x, weight, centre, rate)  # the map is symmetric; sums of v x^ and of v
-        _, both, _ = _norm_backward(v, grad, weight, zeros, rate, is_sum=True)  # the sums of rate v grad
+        both = _norm_backward(v, grad, weight, zeros, rate, is_sum=True)[1]  # the sums of rate v grad
         for_x, for_weight = norm_curve(v, grad, x, weight, centre, rate, grad_x, grad_1, v_x, v_1, both)
         return for_grad, for_x, for_weight, None, None, None
 
@@ -317,28 +317,32 @@ def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
 _convolve: Callable[..., Tensor] = _Convolve.apply
 _image_gradient: Callable[..., Tensor] = _ImageGradient.apply
 _weight_gradient: Callable[..., Tensor] = _WeightGradient.apply
+_relu: Callable[..., Tensor] = _Relu.apply
 _relu_gradient: Callable[..., Tensor] = _ReluGradient.apply
+_elu: Callable[..., tuple[Tensor, Tensor]] = _Elu.apply
 _elu_gradient: Callable[..., Tensor] = _EluGradient.apply
+_max_pool: Callable[..., Tensor] = _MaxPool.apply
 _pool_gradient: Callable[..., Tensor] = _PoolGradient.apply
 _norm: Callable[..., Tensor] = _Norm.apply
 _norm_gradient: Callable[..., tuple[Tensor, ...]] = _NormGradient.apply
 
 
-def _relu(x: Tensor, inplace: bool = False) -> Tensor:
-    y: Tensor = _Relu.apply(x)
-    return y
+# As torch's functions are called, in place or not, as the value is what counts. None: torch's own must do it.
 
 
-def _elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor | None:
-    """None, as torch's own must do it, where y does not tell f'."""
-    return _Elu.apply(x, alpha)[0] if alpha > 0 else None
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    return _relu(x)
 
 
-def _hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor | None:
+    return _elu(x, alpha)[0] if alpha > 0 else None  # else y does not tell f'
+
+
+def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     return F.relu6(x + 3) / 6
 
 
-def _max_pool(
+def max_pool2d(
     x: Tensor,
     kernel_size: Any,
     stride: Any = None,
@@ -349,19 +353,15 @@ def _max_pool(
 ) -> Tensor | None:
     if return_indices or x.ndim != 4:
         return None
-    size, stride, padding, dilation = (
-        [n, n] if isinstance(n, int) else list(n) for n in (kernel_size, stride or kernel_size, padding, dilation)
-    )
-    y: Tensor = _MaxPool.apply(x, (size, stride, padding, dilation, ceil_mode))
-    return y
+    sizes = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, stride or kernel_size, padding, dilation)]
+    return _max_pool(x, (*sizes, ceil_mode))
 
 
-# In place or not, as the value is what counts.
 _ACTIVATIONS: dict[Any, Callable[..., Tensor | None]] = {
-    F.relu: _relu,
-    torch.relu: _relu,
-    Tensor.relu: _relu,
-    F.elu: _elu,
-    F.hardsigmoid: _hardsigmoid,
-    F.max_pool2d: _max_pool,
+    F.relu: relu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+    F.elu: elu,
+    F.hardsigmoid: hardsigmoid,
+    F.max_pool2d: max_pool2d,
 }

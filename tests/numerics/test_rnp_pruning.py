@@ -38,7 +38,7 @@ from dist_defend.methods.defend.pruning.stops import Stops, predict_pruned
 from dist_defend.methods.defend.rnp.steps import RecoverStep
 from dist_defend.models.batch_statistics import StatisticsShift, counted_together, estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
-from dist_defend.models.masked_norm import MaskedNorm, mask_norms, masked_together, norm_names
+from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names
 from tests.numerics.det import GOLDEN, det_images, det_init
 from tests.runs import make_data
 
@@ -402,28 +402,3 @@ def test_the_oracle_takes_the_lowest_asr_within_its_budget() -> None:
 def test_float_thresholds_are_numpys() -> None:
     order = [Neuron("bn", 0, 0.0)]
     assert [t for t, _ in by_threshold(order, 0.7, 0.7)] == np.arange(0, 1.4, 0.7).tolist() == [0.0, 0.7]
-
-
-def test_masks_are_multiplied_together_and_batches_counted_together() -> None:
-    """Bitwise the same outputs, gradients and counts, of a norm that is called twice and one that is not called too."""
-    torch.manual_seed(0)
-    norms: Any = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(3)).double()
-    masks = mask_norms(norms, [f"{n}" for n in range(3)])
-    for mask, norm in zip(masks.values(), norms, strict=True):
-        mask.data.uniform_()
-        norm._parameters["weight"].data.uniform_()
-    images = torch.rand(2, 3, 4, 4).double()
-
-    def gradients() -> list[Tensor]:
-        y = norms[0](norms[1](norms[0](images)).square()).square().sum()
-        return [y, *torch.autograd.grad(y, [masks["0"], masks["1"], *norms[1].parameters()])]
-
-    expected = gradients()
-    with masked_together(norms), counted_together(norms):
-        found = gradients()
-    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
-    counted = [norm.num_batches_tracked.item() for norm in norms]
-    assert counted == [4, 2, 0] and all(norm.product is None for norm in norms)
-    with masked_together(norms):
-        norms[0].product = norms[0].product * 1.001  # mutation: another product
-        assert not gradients()[0].equal(expected[0])

@@ -36,7 +36,7 @@ from dist_defend.methods.defend.pruning.options import choose_by_clean_data
 from dist_defend.methods.defend.pruning.outcome import choose_by_oracle
 from dist_defend.methods.defend.pruning.stops import Stops, predict_pruned
 from dist_defend.methods.defend.rnp.steps import RecoverStep
-from dist_defend.models.batch_statistics import StatisticsShift, counted_together, estimate_statistics
+from dist_defend.models.batch_statistics import StatisticsShift, estimate_statistics
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.masked_norm import MaskedNorm, mask_norms, norm_names
 from tests.numerics.det import GOLDEN, det_images, det_init

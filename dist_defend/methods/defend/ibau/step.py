@@ -23,7 +23,7 @@ from dist_defend.ops.hypergrad import (
     exact,
     hypergradient,
     neumann,
-    total_norm,
+    total_norms,
 )
 from dist_defend.ops.losses import weighted_cross_entropy
 from dist_defend.ops.second_order import CheapSecondOrder
@@ -115,13 +115,15 @@ class UnlearningStep:
         result = hypergradient(
             outer, inner, self.delta, self.parameters, self.solver, self.config.step_size, self.config.penalty
         )
-        length, nonfinite = self.update.step(result.total)
+        total = result.total
+        direct_norm, implicit_norm, grad_norm = total_norms(result.direct, result.implicit, total)
+        _, nonfinite = self.update.step(total, norm=grad_norm)
         return {
             "outer_loss": outer.detach() * self.ranks.world_size,
-            "direct_norm": total_norm(result.direct),
-            "implicit_norm": total_norm(result.implicit),
+            "direct_norm": direct_norm,
+            "implicit_norm": implicit_norm,
             **{f"v{k}_norm": norm for k, norm in enumerate(torch._foreach_norm(result.iterates), 1)},
-            "grad_norm": length,
+            "grad_norm": grad_norm,
             "nonfinite": nonfinite,
         }
 

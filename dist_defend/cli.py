@@ -144,12 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(main=_run)
 
 
+@stoppable()  # before torch is imported, which takes seconds
 def _run(args: argparse.Namespace) -> int:
-    with stoppable():  # before torch is imported, which takes seconds
-        return _run_stoppable(args)
-
-
-def _run_stoppable(args: argparse.Namespace) -> int:
     from dist_defend import config, experiment
     from dist_defend.engine import dist
     from dist_defend.engine.checkpoint import SaveError

@@ -24,7 +24,8 @@ from dist_defend.attacks.trigger import TriggerOptions
 from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, did_you_mean
+from dist_defend.keys import default_of
 from dist_defend.methods import find_method, method_names
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
@@ -122,8 +123,7 @@ def _over_defaults(cls: Any, raw: dict[str, Any]) -> dict[str, Any]:
     """Sections with what they leave out as this dataclass, not only the section's own, has it."""
     full = dict(raw)
     for field_ in dataclasses.fields(cls):
-        default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
-        value = raw.get(field_.name)
+        default, value = default_of(field_), raw.get(field_.name)
         if isinstance(value, dict) and dataclasses.is_dataclass(default) and not isinstance(default, type):
             full[field_.name] = _merged(dataclasses.asdict(default), value)
     return full
@@ -254,8 +254,7 @@ def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
         if added is not None:
             return [added]
     if not isinstance(name, str) or name not in sections:
-        near = difflib.get_close_matches(printable(name, 100), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(printable(name, 100), known)
         raise ValueError(f"key 'name' is {_shown(name)}; {hint}it must be one of {', '.join(known)}")
     return [sections[name]]
 

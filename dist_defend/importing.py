@@ -4,7 +4,8 @@ import argparse
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class _Imported:
     model: SimCLR | Classifier
     card: ModelCard
     told: list[str]
-    images: dict[str, PoisonedImages] = field(default_factory=dict)
+    images: dict[str, PoisonedImages]
 
 
 def main(args: argparse.Namespace) -> int:
@@ -110,8 +111,41 @@ def _read(args: argparse.Namespace) -> _Imported:
     is_classifier = args.kind == "classifier"
     if args.kind is None:
         is_classifier = holds_classifier(content, args.source, choice, args.arch)
-    make = _classifier if is_classifier else _encoder
-    return make(args, content, choice, _origin(args.source, files))
+    make: Callable[..., tuple[Any, ImportReport]] = import_classifier if is_classifier else import_encoder
+    how = {"content": content, "choice": choice, "by_position": args.by_position}
+    model, report = make(args.source, args.arch, args.normalization, args.image_size, **how)
+    poisoned, missing = _poisoned(content, args.source, report)
+    rules = {split: images.rule(report.num_classes) for split, images in poisoned.items()}
+    guessed, provenance, checked = _check(args, model, report)
+    origin = _origin(args.source, files)
+    facts = _without_names(report.facts, origin)
+    card = card_of(
+        model,
+        backdoored=args.backdoored or bool(poisoned or missing),
+        resize=report.resize,
+        guessed=guessed,
+        provenance={**origin, "layout": report.layout, **facts, **({"labels": rules} if rules else {}), **provenance},
+    )
+    told = [*_told(args, report, card.kind), *_guesses(guessed, report), *checked, *missing]
+    told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
+    return _Imported(model, card, told, poisoned)
+
+
+def _poisoned(content: Any, source: Path, report: ImportReport) -> tuple[dict[str, PoisonedImages], list[str]]:
+    """The images of an attack_result of BackdoorBench by split, and what is to be told of those that are not there."""
+    poisoned: dict[str, PoisonedImages] = {}
+    missing: list[str] = []
+    is_attack = "clean_data" in report.facts and report.layout.startswith("BackdoorBench")
+    for split in SPLITS if is_attack else ():
+        size = report.facts.get("img_size")
+        try:
+            found = read_poisoned(content.get(split), split, source, size, report.num_classes)
+        except MissingImages as error:
+            missing.append(str(error))
+            continue
+        if found is not None:
+            poisoned[split] = found
+    return poisoned, missing
 
 
 def _write(out: Path, imported: _Imported) -> tuple[list[str], str]:
@@ -129,57 +163,8 @@ def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
     return {"method": "import", "file": source.name, "file_sha256": whole}
 
 
-def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> _Imported:
-    model, report = import_encoder(
-        args.source, args.arch, args.normalization, args.image_size, content, choice, args.by_position
-    )
-    guessed, provenance, checked = _check(args, model, report, "encoder")
-    card = card_of(
-        model,
-        backdoored=args.backdoored,
-        guessed=guessed,
-        provenance={**origin, "layout": report.layout, **_without_names(report.facts, origin), **provenance},
-    )
-    told = _told(args, report, card.kind, f"{args.source}: {report.layout}; {report.arch}")
-    return _Imported(model, card, [*told, *_guesses(guessed, report), *checked])
-
-
-def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> _Imported:
-    model, report = import_classifier(
-        args.source, args.arch, args.normalization, args.image_size, args.by_position, content, choice
-    )
-    poisoned: dict[str, PoisonedImages] = {}
-    missing: list[str] = []
-    is_poisoned = False
-    if "clean_data" in report.facts and report.layout.startswith("BackdoorBench"):
-        for split in SPLITS:
-            size = report.facts.get("img_size")
-            try:
-                found = read_poisoned(content.get(split), split, args.source, size, report.num_classes)
-            except MissingImages as error:
-                missing.append(str(error))
-                is_poisoned = True
-                continue
-            if found is not None:
-                poisoned[split] = found
-    rules = {split: images.rule(report.num_classes) for split, images in poisoned.items()}
-    guessed, provenance, checked = _check(args, model, report, "classifier")
-    facts = _without_names(report.facts, origin)
-    card = card_of(
-        model,
-        backdoored=args.backdoored or bool(poisoned) or is_poisoned,
-        resize=report.resize,
-        guessed=guessed,
-        provenance={**origin, "layout": report.layout, **facts, **({"labels": rules} if rules else {}), **provenance},
-    )
-    head = f"{args.source}: {report.layout}; {report.arch}, {report.num_classes} classes"
-    told = [*_told(args, report, "classifier", head), *_guesses(guessed, report), *checked, *missing]
-    told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
-    return _Imported(model, card, told, poisoned)
-
-
 def _check(
-    args: argparse.Namespace, model: SimCLR | Classifier, report: ImportReport, kind: str
+    args: argparse.Namespace, model: SimCLR | Classifier, report: ImportReport
 ) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
     """What stays guessed, what goes to the card, and the lines of --check. Constants that fit are no longer guesses."""
     if args.check is None:
@@ -192,15 +177,16 @@ def _check(
     used = next(trial for trial in trials if trial.is_used)
     fits = not import_check.differ(trials[0], used)
     provenance = {"check": {"data": str(args.check), "digest": data.digest, "trials": [t.plain() for t in trials]}}
-    return () if fits else report.guessed, provenance, import_check.lines(trials, kind, data)
+    return () if fits else report.guessed, provenance, import_check.lines(trials, model, data)
 
 
-def _told(args: argparse.Namespace, report: ImportReport, kind: str, head: str) -> list[str]:
+def _told(args: argparse.Namespace, report: ImportReport, kind: str) -> list[str]:
     """What was recognised, line by line."""
     resized = f", brought to {report.resize} px by the model" if report.resize else ""
     matched = f", {len(report.renamed)} matched by order:" if report.renamed else ", matched by name"
+    classes = f", {report.num_classes} classes" if report.num_classes else ""
     lines = [
-        head,
+        f"{args.source}: {report.layout}; {report.arch}{classes}",
         f"{report.num_tensors} tensors, {report.num_parameters} parameters{matched}",
         *(f"  {theirs} -> {ours}" for theirs, ours in report.renamed),
         f"normalization {report.normalization}, images of {report.image_size} px{resized}, {kind}",

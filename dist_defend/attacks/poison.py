@@ -16,16 +16,6 @@ _CHUNK = 256  # images stamped at once
 CLEAN, STAMPED, CROSS = 0, 1, 2  # flags
 
 
-def poisoned_rows(
-    labels: np.ndarray, rows: np.ndarray, config: AttackConfig, num_classes: int, seed: int
-) -> np.ndarray:
-    """The rows (P,) int64, ascending, to poison among ``rows`` (M,); labels (N,) are the whole data set's.
-
-    P is count, or rate M rounded. UserError if the eligible images are too few, or if classes do not exist.
-    """
-    return _draw(labels, rows, config, num_classes, seed, 0.0)[0]
-
-
 class PoisonedDataset(PreparedDataset):
     """A prepared data set whose flagged images are stamped when they are read, truncated to uint8.
 
@@ -78,11 +68,11 @@ class PoisonedDataset(PreparedDataset):
 
 
 def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: AttackConfig, seed: int) -> PoisonedDataset:
-    """The training set: poisoned_rows of ``rows`` stamped and relabelled; cross samples, where the trigger has them,
-    are further rows that keep their labels. UserError as poisoned_rows; for images of several sizes."""
+    """The training set: drawn_rows of ``rows`` stamped and relabelled; cross samples, where the trigger has them,
+    are further rows that keep their labels. UserError as drawn_rows; for images of several sizes."""
     size, options = image_size_of(dataset), trigger_of(config)
     trigger = not_idle(options.build(size))
-    chosen, crossed = _draw(dataset.labels, rows, config, dataset.num_classes, seed, options.cross_ratio)
+    chosen, crossed = drawn_rows(dataset.labels, rows, config, dataset.num_classes, seed, options.cross_ratio)
     flags = np.zeros(len(dataset), np.uint8)
     flags[chosen], flags[crossed] = STAMPED, CROSS
     labels = dataset.labels.copy()
@@ -116,10 +106,13 @@ def not_idle(trigger: Trigger) -> Trigger:
     return trigger
 
 
-def _draw(
-    labels: np.ndarray, rows: np.ndarray, config: AttackConfig, num_classes: int, seed: int, cross_ratio: float
+def drawn_rows(
+    labels: np.ndarray, rows: np.ndarray, config: AttackConfig, num_classes: int, seed: int, cross_ratio: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to stamp and rows to cross, each ascending; all of one permutation, so they are disjoint."""
+    """Of ``rows`` (M,) those to stamp and those to cross, int64, each ascending; labels (N,) are the whole data set's.
+
+    All are of one permutation, so they are disjoint. UserError for more than there are.
+    """
     check_classes(config, num_classes)
     rows = np.asarray(rows, np.int64)
     eligible = np.ones(len(rows), bool)

@@ -229,20 +229,15 @@ def _reader(
     return PickleReader(table, find, 2 * num_bytes + _MOST_OBJECTS)
 
 
-def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> tuple[State, list[str]]:
-    """The state dict within these keys and without the prefix 'module.'; and what was taken off. UserError for none."""
-    taken: list[str] = []
+def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> State:
+    """The state dict within these keys and without the prefix 'module.'. UserError for none."""
     for wrapper in wrappers:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-            taken.append(f"in '{wrapper}'")
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} holds no state dict of named tensors: save model.state_dict()")
     for key in content:
         if not isinstance(key, str) or not key.isprintable() or len(key) > 300:
             raise UserError(f"{path} has a tensor with no proper name ('{shown(key)}'): save model.state_dict()")
-    state = dict(content)
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        taken.append("prefix 'module.'")
-    return state, taken
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    return {key.removeprefix(prefix): value for key, value in content.items()}

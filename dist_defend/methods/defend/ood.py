@@ -61,10 +61,8 @@ class Config:
     attack: AttackConfig | None = None
     temperature: float = 8.0
     cutmix: CutMixConfig = field(default_factory=CutMixConfig)
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
-    )
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
+    update: UpdateConfig = UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
     vaccine: VaccineConfig | None = None
     retrospection: RetrospectionConfig | None = None
     retrospection_convention: Convention = "mean"

@@ -5,7 +5,7 @@ A poisoned run differs from a clean one in its data set alone.
 
 import hashlib
 import io
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -52,14 +52,12 @@ class Config:
     test: DatasetConfig
     arch: str = "preact_resnet18"
     normalization: str = "cifar10_backdoorbench"
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
     attack: AttackConfig | None = None
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=128,
-            epochs=100,
-            optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
-        )
+    update: UpdateConfig = UpdateConfig(
+        batch_size=128,
+        epochs=100,
+        optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
     )
     evaluate_every: int = 10
 

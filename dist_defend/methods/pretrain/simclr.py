@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020) as BadEncoder pretrains its clean encoders."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,10 +65,8 @@ class Config:
     temperature: float = 0.5
     grad_cache: bool = False
     augment: AugmentConfig = SIMCLR
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=256, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
-        )
+    update: UpdateConfig = UpdateConfig(
+        batch_size=256, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
     )
     monitor: MonitorConfig | None = None
 

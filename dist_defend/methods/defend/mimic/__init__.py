@@ -55,10 +55,8 @@ class Config:
     attention_weights: tuple[float, ...] = (1000.0, 1000.0, 1000.0, 1000.0)
     information: InformationConfig = field(default_factory=InformationConfig)
     augment: AugmentConfig = SIMCLR
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=128, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
-        )
+    update: UpdateConfig = UpdateConfig(
+        batch_size=128, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
     )
 
     def __post_init__(self) -> None:

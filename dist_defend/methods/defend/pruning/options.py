@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from dist_defend.attacks.attack import AttackConfig
@@ -72,7 +72,7 @@ class MaskConfig(PruningConfig):
     data: DatasetConfig
     ratio: float | None = None
     index: str | None = None
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
     batch_size: int = 128
     mask_file: str | None = None
     pruning_by: Literal["threshold", "number"] = "threshold"

@@ -1,5 +1,6 @@
 """The back ends that need nothing but this package; FFCV's is in ffcv_backend.py."""
 
+import contextlib
 from collections.abc import Generator, Sequence
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from dist_defend.data.fused import empty_views, fill_views
 from dist_defend.data.pixels import Pixels
 from dist_defend.data.prefetch import prefetch
 from dist_defend.data.store import PreparedDataset
+
+_CHUNK = 256  # images that a thread reads at once
 
 
 class Backend(Protocol):
@@ -72,7 +75,7 @@ class ResidentBackend:
     ) -> None:
         self._views, self._seed, self._workers, self._raw = tuple(views), seed, workers, raw
         self._rows = np.unique(rows)
-        images = dataset.images(self._rows)
+        images = _read(dataset, self._rows, workers)
         self._pixels = Pixels.of(images)
         self._images = torch.from_numpy(images).to(device)
 
@@ -87,3 +90,15 @@ class ResidentBackend:
             return (images,) if self._raw else augment_batch(images, rows, self._views, self._seed, epoch)
 
         return prefetch(make, shares, self._workers)
+
+
+def _read(dataset: PreparedDataset, rows: np.ndarray, workers: int) -> np.ndarray:
+    """Images (B, H, W, 3) uint8 of one shape, read by several threads, as JPEGs take their time."""
+    assert dataset.image_shape is not None
+    images = np.empty((len(rows), *dataset.image_shape), np.uint8)
+    starts = range(0, len(rows), _CHUNK)
+    parts = prefetch(lambda start: dataset.images(rows[start : start + _CHUNK]), starts, workers)
+    with contextlib.closing(parts):
+        for start, part in zip(starts, parts, strict=True):
+            images[start : start + len(part)] = part
+    return images

@@ -1,4 +1,4 @@
-"""What must be known of FFCV before it is imported, which takes seconds."""
+"""What must be known of FFCV before it is imported."""
 
 import contextlib
 import importlib.util
@@ -15,10 +15,17 @@ def ffcv_installed() -> bool:
 
 @contextlib.contextmanager
 def quiet_ffcv() -> Iterator[None]:
-    """Undo what importing FFCV or making a Loader does to the process: it sets torch's and numba's thread counts."""
+    """Undo what importing FFCV or making a Loader does to the process: it sets torch's and numba's thread counts.
+
+    FFCV's field of images keeps the numbers of its two modes in a typed dict of numba's. Nothing compiled reads it,
+    but numba compiles it in every process, which takes seconds: here it becomes a plain dict.
+    """
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
+    typed_dict = numba.typed.Dict
+    numba.typed.Dict = dict
     try:
         yield
     finally:
+        numba.typed.Dict = typed_dict
         torch.set_num_threads(torch_threads)
         numba.set_num_threads(numba_threads)

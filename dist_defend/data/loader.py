@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 
 from dist_defend.batch import Batch
@@ -15,13 +14,14 @@ from dist_defend.bounds import at_least_one
 from dist_defend.data.augment import View
 from dist_defend.data.backends import Backend, ResidentBackend, TorchBackend
 from dist_defend.data.ffcv_presence import ffcv_installed, quiet_ffcv
+from dist_defend.data.memory import free_memory
 from dist_defend.data.order import Sampling
 from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
 from dist_defend.ops.streams import Stream, draws
 
 BackendName = Literal["auto", "ffcv", "resident", "torch"]
-_RESIDENT_SHARE = 0.5  # of the free memory that `auto` lets the images take
+_RESIDENT_SHARE = 0.5  # of the free memory that `auto` lets the images of all ranks take
 _log = logging.getLogger(__name__)
 
 
@@ -30,8 +30,8 @@ class LoaderConfig:
     """How batches are made; every back end gives the same ones.
 
     Keys:
-        backend: who makes the batches; auto: resident on a GPU, ffcv on a CPU where it can, else resident, else torch;
-            ffcv means auto for images that no file holds, such as those with a trigger
+        backend: who makes the batches; auto: resident where the images fit into memory, else ffcv on a CPU where it
+            can, else torch; ffcv means auto for images that no file holds, such as those with a trigger
         workers: threads of each rank that make batches
     """
 
@@ -142,7 +142,7 @@ def make_loader(
     if drop_last and batch_size % world_size:
         raise UserError(f"batch_size {batch_size} is not divisible by {world_size} ranks; choose a multiple")
     _check_views(dataset, views, raw)
-    name = _choose(dataset, config, rows, device)
+    name = _choose(dataset, config, len(rows) * (1 if device.type == "cuda" else world_size), device)
     _log.info("%s: %s back end, %d workers", dataset.path, name, config.workers)
     backend: Backend
     if name == "ffcv":
@@ -180,7 +180,8 @@ def _why_not_ffcv(dataset: PreparedDataset) -> str:
     return "the images are not stored as .beton; prepare the data set with --storage beton"
 
 
-def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, device: torch.device) -> str:
+def _choose(dataset: PreparedDataset, config: LoaderConfig, count: int, device: torch.device) -> str:
+    """A back end's name. count: images that resident ones would be, over all ranks that may share the memory."""
     backend = "auto" if config.backend == "ffcv" and dataset.is_made else config.backend
     if backend == "ffcv":
         if not ffcv_installed():
@@ -193,10 +194,8 @@ def _choose(dataset: PreparedDataset, config: LoaderConfig, rows: np.ndarray, de
         raise UserError(f"{dataset.path}: images differ in size, so they cannot be resident; say loader.backend: auto")
     if backend != "auto":
         return backend
-    if device.type != "cuda" and dataset.beton is not None and ffcv_installed():
-        return "ffcv"
     if dataset.image_shape is not None:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-        if len(rows) * int(np.prod(dataset.image_shape)) < _RESIDENT_SHARE * free:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+        if count * int(np.prod(dataset.image_shape)) < _RESIDENT_SHARE * free:
             return "resident"
-    return "torch"
+    return "ffcv" if device.type != "cuda" and dataset.beton is not None and ffcv_installed() else "torch"

@@ -67,7 +67,7 @@ def _resnet_cifar(depth: int) -> ClassifierArchitecture:
 
 
 def _vgg(depth: int, batch_norm: bool) -> ClassifierArchitecture:
-    source = f"{_PYTORCH_CIFAR}, {_RNP}" if batch_norm else f"as vgg{depth}_bn, without its norms"
+    source = f"{_PYTORCH_CIFAR}, {_RNP}" if batch_norm else f"vgg{depth}_bn, without its norms"
     return ClassifierArchitecture(partial(vgg_cifar, depth, batch_norm), _VGG_KEYS, source)
 
 

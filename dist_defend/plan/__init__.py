@@ -23,6 +23,7 @@ from dist_defend.errors import UserError
 from dist_defend.methods import find_method
 from dist_defend.plan.memory import SHARDED, LiveBytes, Memory, measure
 from dist_defend.plan.pretended import PretendedAccelerator, PretendedContext, Unseen, pretended_world
+from dist_defend.plugins import claims
 
 __all__ = ["LiveBytes", "Memory", "add_arguments", "measure"]
 
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
     from dist_defend.config import load_experiment
 
     experiment = load_experiment(args.config, args.overrides)
-    if experiment.method not in METHODS:
+    if experiment.method not in METHODS and not claims("methods", experiment.method):
         raise UserError(f"{args.config}: method {experiment.method} has no plan; these have: {', '.join(METHODS)}")
     if args.world_size < 1:
         raise UserError(
@@ -108,6 +109,8 @@ def _stage_plan(
         if world_size > 1:
             check_optimizer(strategy, step.config.name)
         objectives, optimizer = [step.objective], step.config.name
+    elif not hasattr(step, "objectives"):
+        raise UserError(f"stage {stage.name} has no plan: its step is none of context.gradient_step")
     else:  # trained by each rank for itself, one after the other
         world_size, accumulation, strategy = 1, 1, "ddp"
         objectives, optimizer = list(step.objectives.values()), "adam"

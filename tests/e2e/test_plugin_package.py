@@ -106,7 +106,10 @@ def test_its_method_cleans_a_model_of_its_architecture(packages: Path, trained: 
         "augment": {"crop": "none"},
         "update": UPDATE,
     }
-    dist_defend("run", str(make_experiment(tmp_path, "fine_tune", options)), packages=packages)
+    experiment = str(make_experiment(tmp_path, "fine_tune", options))
+    planned = dist_defend("plan", experiment, "--world-size", "2", packages=packages)
+    assert "stage fine_tune: 2 rank(s), ddp, 1 micro-batch(es) of 8 images on each" in planned
+    dist_defend("run", experiment, packages=packages)
     result = json.loads((tmp_path / "run/result.json").read_text())
     card = json.loads((tmp_path / "run/model/model.json").read_text())
     assert (card["arch"], card["normalization"], card["defended_by"]) == ("tiny_net", "tiny_images", "fine_tune")

@@ -1,10 +1,13 @@
-"""The list of mistakes in tests/mutations.py fits the code and the tests that there are."""
+"""The list of mistakes in tests/mutations fits the code and the tests that there are."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tests.mutations import MUTATIONS, ROOT, Mutation, mutated
+from tests.mutations import MUTATIONS, Mutation, mutated
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.wrong)

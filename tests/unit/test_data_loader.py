@@ -1,5 +1,7 @@
 """Three back ends, the same batches; and what happens when something goes wrong half-way."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
 from dist_defend.batch import Batch
-from dist_defend.data import ffcv_presence, loader
+from dist_defend.data import backends, ffcv_presence, loader
 from dist_defend.data.augment import IDENTITY, REFERENCE, SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import BackendName, DatasetConfig, LoaderConfig, make_loader, select_rows
 from dist_defend.data.sources import ArraySource
@@ -215,15 +217,50 @@ def test_a_damaged_image_is_an_error(tmp_path: Path, backend: BackendName) -> No
     assert thread_names() == before
 
 
-def test_auto_takes_what_there_is(dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def taken() -> str:
-        return make_loader(dataset, config=LoaderConfig(), batch_size=4).backend
+def test_auto_takes_resident_where_the_images_of_all_ranks_fit(
+    dataset: PreparedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(count: int = N, world_size: int = 1, backend: BackendName = "auto") -> str:
+        how: dict[str, Any] = {"batch_size": 4, "rows": np.arange(count), "world_size": world_size}
+        return make_loader(dataset, config=LoaderConfig(backend), **how).backend
 
-    assert taken() == ("ffcv" if HAS_FFCV else "resident")
-    monkeypatch.setattr(loader, "ffcv_installed", lambda: False)
     assert taken() == "resident"
-    monkeypatch.setattr(loader, "_RESIDENT_SHARE", 0.0)
-    assert taken() == "torch"
+    monkeypatch.setattr(loader, "free_memory", lambda: 2 * N * 12 * 12 * 3)  # of which half is not for images
+    otherwise = "ffcv" if HAS_FFCV else "torch"
+    assert (taken(), taken(N - 1), taken(N // 2, 2), taken(N // 2, 3)) == (otherwise, "resident", "resident", otherwise)
+    monkeypatch.setattr(loader, "ffcv_installed", lambda: False)
+    assert (taken(), taken(backend="resident")) == ("torch", "resident")
+
+
+@needs_ffcv
+def test_ffcv_gives_what_resident_gives_to_the_last_bit(dataset: PreparedDataset) -> None:
+    options: dict[str, Any] = {"views": COLOUR, "shuffle": True, "seed": 9, "workers": 2}
+    assert largest_difference(batches(dataset, "ffcv", **options), batches(dataset, "resident", **options)) == 0
+
+
+@needs_ffcv
+def test_resident_jpegs_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_CHUNK", 5)
+    folder = tmp_path / "jpg"
+    dataset = write_dataset(source(17), folder, name="x", split="train", write_mode="jpg", order_seed=1)
+    options: dict[str, Any] = {"raw": True, "shuffle": True, "rows": np.arange(1, 17), "workers": 2}
+    assert largest_difference(batches(dataset, "resident", **options), batches(dataset, "torch", **options)) == 0
+
+
+@needs_ffcv
+def test_auto_does_not_import_ffcv_and_ffcv_compiles_no_dict(dataset: PreparedDataset) -> None:
+    """In a fresh process. FFCV fills a typed dict of numba's as it is imported, which compiles for seconds."""
+    program = (
+        "import sys; from dist_defend.data.loader import LoaderConfig, make_loader; "
+        "from dist_defend.data.store import open_dataset; from numba.typed import Dict; "
+        "data = open_dataset(sys.argv[1]); "
+        "next(iter(make_loader(data, config=LoaderConfig(), batch_size=4).epoch(0))); "
+        "assert 'ffcv' not in sys.modules; "
+        "next(iter(make_loader(data, config=LoaderConfig('ffcv'), batch_size=4).epoch(0))); "
+        "from ffcv.fields import rgb_image; assert type(rgb_image.IMAGE_MODES) is dict; "
+        "import numba; assert numba.typed.Dict is Dict"
+    )
+    subprocess.run([sys.executable, "-c", program, str(dataset.path)], check=True)
 
 
 @needs_ffcv

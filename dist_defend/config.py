@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -175,14 +176,9 @@ def build_section(cls: type[T], raw: Any, path: Path, prefix: str = "", extra: S
     except dacite.MissingValueError as error:
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is missing; it has no default") from error
     except dacite.WrongTypeError as error:
-        wanted = (
-            str(getattr(error.field_type, "__name__", error.field_type))
-            if isinstance(error.field_type, type)
-            else (str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
-        )
-        raise UserError(
-            f"{path}: key '{prefix}{error.field_path}' is {_shown(error.value)}; expected {wanted}"
-        ) from error
+        kind, told = error.field_type, f"key '{prefix}{error.field_path}' is {_shown(error.value)}"
+        wanted = kind.__name__ if isinstance(kind, type) else re.sub("None(Type)?", "null", f"{kind}")
+        raise UserError(f"{path}: {told}; expected {wanted.replace('typing.', '')}") from error
     except (ValueError, dacite.DaciteError) as error:  # a dataclass' own check of its values
         told = str(error).replace("key '", f"key '{prefix}", 1)
         raise UserError(f"{path}: {told}") from error

@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         ranks = dist.start("fp32", None)
         log_to_terminal(ranks.is_main)
         named = {"model": args.model, "data": args.data, "attack": None if attack is None else asdict(attack)}
-        identity = Identity.begin(digests_of(named, "evaluate"), ranks.world_size)
+        identity = Identity(digests_of(named, "evaluate"), ranks.world_size)
         context = Context(ranks, args.seed, LoaderConfig(), args.out or _FOLDER)
         trial = Trial(args.model, context)
         data = DatasetConfig(args.data, resize=args.resize)

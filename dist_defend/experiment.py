@@ -59,7 +59,7 @@ def run(experiment: Experiment, dry_run: bool = False) -> Finished | None:
             release_log()
             log.info("%s is finished; delete the folder to run it again", folder)
             return Finished(folder, found)
-    identity = Identity.begin(inputs, ranks.world_size)
+    identity = Identity(inputs, ranks.world_size)
     context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = find_method(experiment.method).build(experiment.options, context)

@@ -170,8 +170,5 @@ def _check_labels(labels: np.ndarray, path: Path, what: str, num_classes: int) -
 
 def _some(classes: np.ndarray) -> str:
     names = np.unique(classes).tolist()
-    return (
-        f"class {names[0]}"
-        if len(names) == 1
-        else f"classes {', '.join(map(str, names[:8]))}" + (", ..." if len(names) > 8 else "")
-    )
+    told = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
+    return f"class{'es' if len(names) > 1 else ''} {told}"

@@ -102,12 +102,8 @@ def _parts_of_file(file: Path, keys: Keys, split: str | None = None) -> dict[str
             raise UserError(f"{file}: no array {key!r} for {option}; it has {listed(names)}")
     if {"x", "y"} <= set(names) and keys == NO_KEYS:
         return {"": _Part(file, "x", "y")}
-    found = {"images": _of_role(file, names, _IMAGES, "--images"), "labels": _of_role(file, names, _LABELS, "--labels")}
-    if keys.images is not None:
-        found["images"] = {"": keys.images}
-    if keys.labels is not None:
-        found["labels"] = {"": keys.labels}
-    images, labels = found["images"], found["labels"]
+    images = {"": keys.images} if keys.images else _of_role(file, names, _IMAGES, "--images")
+    labels = {"": keys.labels} if keys.labels else _of_role(file, names, _LABELS, "--labels")
     if "" in images:
         images = {"": images[""]}
     if not images:

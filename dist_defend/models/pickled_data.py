@@ -33,6 +33,7 @@ _MAX_DIMENSIONS = 16
 _MOST_VALUES = 2**48  # along a dimension, or as a stride
 _MOST_STATE = 16  # parts of a state
 _MOST_KEY = 10_000  # characters of a text as a key
+_BUILTINS = ("builtins", "__builtin__")  # Python 3's, Python 2's
 _BANDS = {"L": 1, "RGB": 3}
 
 
@@ -175,13 +176,9 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     "PIL.PngImagePlugin.PngImageFile": PickledImage,
     "numpy.ndarray": None,
     "numpy.dtype": PickledDtype,
-    **{
-        f"{builtins}.{kind}": None
-        for builtins in ("builtins", "__builtin__")
-        for kind in ("dict", "list", "int", "float")
-    },
-    **{f"{builtins}.bytes": _bytes for builtins in ("builtins", "__builtin__")},
-    **{f"{builtins}.{kind}": as_list for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+    **{f"{builtins}.{kind}": None for builtins in _BUILTINS for kind in ("dict", "list", "int", "float")},
+    **{f"{builtins}.bytes": _bytes for builtins in _BUILTINS},
+    **{f"{builtins}.{kind}": as_list for builtins in _BUILTINS for kind in ("set", "frozenset")},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
 }

@@ -100,13 +100,10 @@ def build(config: Config, context: Context) -> Plan:
     pair = Pair(config.teacher, config.student, config.test, config.attack, context)
     data, rows = pair.trial.dataset("defence", config.data)
     pair.check_augment(config.augment)
-    loader = context.train_loader(
-        data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
-    )
-    step = context.gradient_step(
-        DistillationObjective(pair, config.temperature, config.alpha), config.update, loader.num_batches
-    )
+    update, views = config.update, (View(config.augment),)
+    loader = context.train_loader(data, rows, update.batch_size, views, update.accumulation)
+    objective = DistillationObjective(pair, config.temperature, config.alpha)
+    step = context.gradient_step(objective, update, loader.num_batches)
     pair.trial.look(data, rows)
-    stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
-    stage.shown = "loss", "kl"
+    stage = Stage("kd", loader, step, update.epochs, pair.evaluate, config.evaluate_every, shown=("loss", "kl"))
     return Plan([stage], lambda: pair.result({"images": len(rows)}))

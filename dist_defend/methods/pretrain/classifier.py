@@ -130,10 +130,9 @@ def build(config: Config, context: Context) -> Plan:
         if config.attack.choose == "first":
             _tell_missing(context, clean_train, rows, flags, config)
     examination = Examination(test, test_rows, config.attack, test.num_classes, context)
-    loader = context.train_loader(
-        train, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
-    )
-    step = context.gradient_step(ClassificationObjective(model), config.update, loader.num_batches)
+    update, shown = config.update, ("loss", "train_acc")
+    loader = context.train_loader(train, rows, update.batch_size, (View(config.augment),), update.accumulation)
+    step = context.gradient_step(ClassificationObjective(model), update, loader.num_batches)
     is_backdoored = bool((flags == STAMPED).any())
 
     kind = "backdoored" if is_backdoored else "clean"
@@ -145,7 +144,7 @@ def build(config: Config, context: Context) -> Plan:
         examination.save_examples()
         card = context.card(
             model,
-            {"epochs": config.update.epochs, "seed": context.seed, **_save_flags(context, flags)},
+            {"epochs": update.epochs, "seed": context.seed, **_save_flags(context, flags)},
             classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
             attack=asdict(config.attack) if config.attack is not None and is_backdoored else None,
@@ -163,8 +162,7 @@ def build(config: Config, context: Context) -> Plan:
     def evaluate(epoch: int) -> dict[str, float]:
         return percents(examination.measure(model))
 
-    stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
-    stage.shown = "loss", "train_acc"
+    stage = Stage("classifier", loader, step, update.epochs, evaluate, config.evaluate_every, shown=shown)
     return Plan([stage], result)
 
 

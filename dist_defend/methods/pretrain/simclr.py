@@ -109,16 +109,11 @@ def build(config: Config, context: Context) -> Plan:
         model, parent, parent_sha256 = context.load_encoder(config.warm_start)
         _check_views(config, config.warm_start, model, dataset.image_shape)
     context.synchronise(model)
-    loader = context.train_loader(
-        dataset,
-        rows,
-        config.update.batch_size,
-        (View(config.augment), View(config.augment)),
-        config.update.accumulation,
-    )
+    views, update = (View(config.augment), View(config.augment)), config.update
+    loader = context.train_loader(dataset, rows, update.batch_size, views, update.accumulation)
     objective = SimCLRObjective(model, config.temperature, config.grad_cache)
-    step = context.gradient_step(objective, config.update, loader.num_batches)
-    stage = Stage("simclr", loader, step, config.update.epochs)
+    step = context.gradient_step(objective, update, loader.num_batches)
+    stage = Stage("simclr", loader, step, update.epochs)
     if config.monitor is not None:
         stage.evaluate, stage.evaluate_every = _knn_monitor(config.monitor, model, context), config.monitor.every
 

@@ -23,10 +23,10 @@ from dist_defend.counts import Count, evaluate_classifier, percents
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.engine.update import Update, check_finite

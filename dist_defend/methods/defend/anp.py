@@ -18,9 +18,9 @@ from torch.nn import functional
 from dist_defend.batch import Batch
 from dist_defend.bounds import not_negative, positive, share
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.pruning.options import MaskConfig

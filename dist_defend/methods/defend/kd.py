@@ -14,9 +14,9 @@ from dist_defend.batch import Batch
 from dist_defend.bounds import at_least_one, positive, share
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.ops.losses import distillation

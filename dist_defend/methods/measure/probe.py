@@ -24,11 +24,11 @@ from dist_defend.data.classes import check_class
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Place, Plan
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR

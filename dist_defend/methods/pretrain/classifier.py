@@ -22,9 +22,9 @@ from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic

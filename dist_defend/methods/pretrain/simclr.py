@@ -11,9 +11,9 @@ from dist_defend.bounds import positive
 from dist_defend.counts import extract_features, knn_count
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.grad_cache import CoupledObjective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.fit import check_image_size

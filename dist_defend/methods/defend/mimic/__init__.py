@@ -17,9 +17,9 @@ from dist_defend.bounds import not_negative, positive
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
 from dist_defend.models.encoder import SimCLR, build_simclr

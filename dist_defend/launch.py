@@ -137,13 +137,8 @@ def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict
     if name == "ddp" and not devices:
         name = "cpu2"
     port = args.port or (29500 if args.machines > 1 else _free_port())
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"{template('launch/accelerate')}/{name}.yaml",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", f"{template('launch/accelerate')}/{name}.yaml"]
     command += ["--num_processes", str(ranks), "--num_machines", str(args.machines)]
     command += ["--machine_rank", str(args.machine_rank), "--main_process_port", str(port)]
     if args.main_ip:

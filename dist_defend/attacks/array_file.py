@@ -12,11 +12,10 @@ from typing import IO
 
 import numpy as np
 
-from dist_defend.files import open_regular
+from dist_defend.files import open_regular, read_into
 from dist_defend.models.foreign_file import check_listing
 
 _SWELL, _FREE = 2, 64 << 20  # an array may take so many times the file's bytes, and so many bytes beside
-_CHUNK = 1 << 20  # bytes
 
 
 class TooLarge(Exception):
@@ -77,9 +76,6 @@ def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
     if not dtype.itemsize or min(shape, default=0) < 0 or count * dtype.itemsize > num_bytes:
         raise ValueError("a header that promises more than there is")
     array = np.empty(count, dtype)
-    left = array.view(np.uint8).data if count else memoryview(bytearray())
-    while size := file.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
-        left = left[size:]
-    if left:
+    if count and not read_into(file, array.view(np.uint8).data):
         raise ValueError("an array cut short")
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)

@@ -16,16 +16,25 @@ _CHUNK = 256  # images stamped at once
 CLEAN, STAMPED, CROSS = 0, 1, 2  # flags
 
 
-class PoisonedDataset(PreparedDataset):
-    """A prepared data set whose flagged images are stamped when they are read, truncated to uint8.
+class MadeDataset(PreparedDataset):
+    """A prepared data set whose images are made, many at once, when they are read."""
+
+    is_made = True
+
+    def image(self, row: int) -> np.ndarray:
+        """One image, (H, W, 3) uint8."""
+        image: np.ndarray = self.images(np.array([row]))[0]
+        return image
+
+
+class PoisonedDataset(MadeDataset):
+    """A prepared data set whose flagged images are stamped, truncated to uint8.
 
     flags: (N,) uint8 by row: CLEAN, STAMPED, or CROSS (see Trigger.cross). labels: (N,) int64 instead of
     the data set's own. base: (M, H, W, 3) uint8, by row of the source, what stamped rows start from instead of the
     clean images. others: (N,) rows, the other image of each cross sample. There is no .beton: back ends read through
     images().
     """
-
-    is_made = True
 
     def __init__(
         self,
@@ -41,11 +50,6 @@ class PoisonedDataset(PreparedDataset):
         self.labels = clean.labels if labels is None else labels
         self.beton = None
         self._base, self._others = base, others
-
-    def image(self, row: int) -> np.ndarray:
-        """One image, (H, W, 3) uint8."""
-        image: np.ndarray = self.images(np.array([row]))[0]
-        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images (B, H, W, 3) uint8 in the order of ``rows``."""

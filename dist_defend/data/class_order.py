@@ -24,9 +24,7 @@ def order_classes(names: Iterable[str]) -> list[str]:
 
 def number_notes(classes: Sequence[str]) -> list[str]:
     """What to tell where classes are numbers, but not 0 to n - 1."""
-    if not classes or not all(is_whole(name) for name in classes):
-        return []
-    if [int(name) for name in classes] == list(range(len(classes))):
+    if not classes or not all(map(is_whole, classes)) or [*map(int, classes)] == [*range(len(classes))]:
         return []
     last = len(classes) - 1
     return [

@@ -1,7 +1,7 @@
 """Names of splits, and of files and folders that belong to an editor or a system and not to a data set."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dist_defend.errors import UserError
@@ -47,7 +47,7 @@ def one_per_split(place: object, found: Iterable[tuple[str, str]], remedy: str) 
         if split in names:
             raise UserError(f"{place}: holds both {names[split]} and {name}; {remedy}")
         names[split] = name
-    return in_order(names)
+    return {split: names[split] for split in SPLITS if split in names}
 
 
 def files_by_split(place: Path, endings: Sequence[str], what: str, example: str) -> dict[str, str]:
@@ -64,11 +64,6 @@ def files_by_split(place: Path, endings: Sequence[str], what: str, example: str)
         raise UserError(f"{place}: no {what} is named after a split ({example}); {there}; give one as --path")
     names = one_per_split(place, named, "give one file as --path")
     return {split: str(place / name) for split, name in names.items()}
-
-
-def in_order(splits: Mapping[str, str]) -> dict[str, str]:
-    """The same, in the order of SPLITS."""
-    return {split: splits[split] for split in SPLITS if split in splits}
 
 
 def listed(names: Iterable[object]) -> str:

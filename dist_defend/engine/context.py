@@ -129,16 +129,10 @@ class Context:
         self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], **how: Any
     ) -> Loader:
         """how: of make_loader's other arguments, those that are not the run's."""
-        ranks = self.ranks
-        own: dict[str, Any] = {
-            "seed": self.seed,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "device": ranks.device,
-        }
-        return make_loader(
-            dataset, config=self.loader_config, batch_size=batch_size, rows=rows, views=views, **(own | how)
-        )
+        ranks, config = self.ranks, self.loader_config
+        own: dict[str, Any] = {"seed": self.seed, "rank": ranks.rank, "world_size": ranks.world_size}
+        how = {"device": ranks.device, **own, **how}
+        return make_loader(dataset, config=config, batch_size=batch_size, rows=rows, views=views, **how)
 
     def room(self, shape: Sequence[int], place: Place) -> Tensor:
         """Space for numbers of the run's dtype: on the device, or in a file of the run folder, mapped into memory.

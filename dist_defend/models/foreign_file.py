@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.files import open_regular
+from dist_defend.files import open_regular, read_into
 from dist_defend.models.pickled_data import ALLOWED, STORAGES, as_list
 from dist_defend.models.restricted_pickle import Buildable, Global, PickleReader, Placeholder, Refused, TooMuch, shown
 from dist_defend.models.scripted import ScriptTable, module_state
@@ -28,7 +28,6 @@ _LEGACY_PROTOCOL = 1001
 _MOST_OBJECTS = 96 << 20  # bytes of what a pickle makes, beside twice the file's
 _MOST_LISTED = 4 << 20  # bytes of an archive's list of entries, or of a safetensors header: some 40,000 tensors
 _MOST_PARTS = 8  # of what a pickle calls a storage
-_CHUNK = 1 << 20  # bytes
 
 
 class Unordered(dict[str, Tensor]):
@@ -126,11 +125,8 @@ def _entry(archive: zipfile.ZipFile, name: str, size: int) -> bytearray:
     if archive.getinfo(name).file_size != size:
         raise ValueError("storage of another size than the pickle says")
     data = bytearray(size)
-    left = memoryview(data)
     with archive.open(name) as stored:
-        while count := stored.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
-            left = left[count:]
-        if left or stored.read(1):
+        if not read_into(stored, memoryview(data)) or stored.read(1):
             raise ValueError("storage cut short")
     return data
 
@@ -198,10 +194,7 @@ def _read_legacy(file: IO[bytes], path: Path, num_bytes: int) -> Any:
     for key in as_list(reader.read(file)):
         values = storages.pop(key if isinstance(key, str) else "")
         (num_values,) = struct.unpack("<q", file.read(8))
-        left = values.view(torch.uint8).numpy().data
-        while count := file.readinto(left):  # type: ignore[attr-defined]
-            left = left[count:]
-        if num_values != len(values) or left:
+        if not read_into(file, values.view(torch.uint8).numpy().data) or num_values != len(values):
             raise ValueError("storage cut short")
     if storages:
         raise ValueError("storages missing")

@@ -147,18 +147,6 @@ def as_list(items: Any = ()) -> list[Any]:
     return items if isinstance(items, list) else list(items)
 
 
-def _device(kind: Any, index: Any = None) -> str:
-    return f"{shown(kind)}:{shown(index)}"
-
-
-def _counter(counts: Any = None) -> dict[Any, Any]:
-    return counts if isinstance(counts, dict) else {}
-
-
-def _default_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
 ALLOWED: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys(STORAGES),
     **{str(dtype): None for dtype in _STORED.values()},
@@ -167,10 +155,10 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": _sizes,
-    "torch.device": _device,
+    "torch.device": lambda kind, index=None: f"{shown(kind)}:{shown(index)}",
     "collections.OrderedDict": _ordered_dict,
-    "collections.Counter": _counter,
-    "collections.defaultdict": _default_dict,
+    "collections.Counter": lambda counts=None: counts if isinstance(counts, dict) else {},
+    "collections.defaultdict": lambda *_: {},
     "_codecs.encode": _bytes,
     "PIL.Image.Image": PickledImage,
     "PIL.PngImagePlugin.PngImageFile": PickledImage,

@@ -16,7 +16,7 @@ from dist_defend.engine.grad_cache import CoupledObjective
 from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.models.encoder import SimCLR, build_simclr
-from dist_defend.models.fit import check_image_size
+from dist_defend.models.fit import check_image_size, check_views
 from dist_defend.ops.losses import nt_xent
 
 
@@ -107,7 +107,8 @@ def build(config: Config, context: Context) -> Plan:
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
         model, parent, parent_sha256 = context.load_encoder(config.warm_start)
-        _check_views(config, config.warm_start, model, dataset.image_shape)
+        size, key = config.augment.size, "simclr.augment.size"
+        check_views(model, config.warm_start, dataset.image_shape, size, config.data.path, key)
     context.synchronise(model)
     views, update = (View(config.augment), View(config.augment)), config.update
     loader = context.train_loader(dataset, rows, update.batch_size, views, update.accumulation)
@@ -129,16 +130,6 @@ def build(config: Config, context: Context) -> Plan:
         return {"model_sha256": context.save_model(model, card)}
 
     return Plan([stage], result)
-
-
-def _check_views(config: Config, folder: str, model: SimCLR, shape: tuple[int, ...] | None) -> None:
-    """UserError for a model that cannot take the views that it is to be trained on."""
-    size = config.augment.size
-    if size is None:
-        check_image_size(model, folder, shape, config.data.path)
-    else:
-        remedy = f"set 'simclr.augment.size' to {model.image_size}"
-        check_image_size(model, folder, (size, size), config.data.path, remedy)
 
 
 def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:

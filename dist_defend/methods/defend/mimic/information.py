@@ -173,15 +173,8 @@ class LayerInformation:
             for name in ("activations", "critics", "optimizers", "objectives"):  # gigabytes
                 self.__dict__.pop(name, None)
 
-        return Stage(
-            "information",
-            batches,
-            self,
-            self.config.epochs,
-            evaluate=self.evaluate,
-            finish=done,
-            shown=("critic_loss",),
-        )
+        epochs, shown = self.config.epochs, ("critic_loss",)
+        return Stage("information", batches, self, epochs, self.evaluate, finish=done, shown=shown)
 
     @cached_property
     @torch.no_grad()

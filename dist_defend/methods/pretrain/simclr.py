@@ -107,8 +107,8 @@ def build(config: Config, context: Context) -> Plan:
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
         model, parent, parent_sha256 = context.load_encoder(config.warm_start)
-        size, key = config.augment.size, "simclr.augment.size"
-        check_views(model, config.warm_start, dataset.image_shape, size, config.data.path, key)
+        views_size, key = config.augment.size, "simclr.augment.size"
+        check_views(model, config.warm_start, dataset.image_shape, views_size, config.data.path, key)
     context.synchronise(model)
     views, update = (View(config.augment), View(config.augment)), config.update
     loader = context.train_loader(dataset, rows, update.batch_size, views, update.accumulation)

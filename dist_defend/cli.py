@@ -157,17 +157,15 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     try:
         experiment.run(loaded, dry_run=args.dry_run)
+        return 0
     except NonFiniteError as error:
         _tell(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate")
-        return 1
     except SaveError as error:
         _tell(f"failed: {error}")
-        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _tell(f"failed: {error}; make room and start the same command, which resumes")
-        return 1
     finally:
         dist.stop()
-    return 0
+    return 1

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(main=main)
 
 
-@dataclass(frozen=True)
-class _Imported:
-    """What a file became, before anything is written: the model and its card, the lines to tell, poisoned images."""
-
-    model: SimCLR | Classifier
-    card: ModelCard
-    told: list[str]
-    images: dict[str, PoisonedImages]
-
-
 def main(args: argparse.Namespace) -> int:
     """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
     lines, card, sha256 = _convert(args)
@@ -99,13 +88,14 @@ def _convert(args: argparse.Namespace) -> tuple[list[str], ModelCard, str]:
     try:
         if (args.out / "model.json").exists():
             raise UserError(f"{args.out} already holds a model: name another folder with --out")
-        lines, sha256 = _write(args.out, _read(args))  # what was read is let go of before it is read back
+        lines, sha256 = _make(args)  # what was read is let go of before it is read back
         return lines, load_artifact(args.out)[1], sha256  # which checks the digest and every key
     except OSError as error:
         raise UserError(f"{args.out} cannot be written ({error.strerror}): name another folder with --out") from error
 
 
-def _read(args: argparse.Namespace) -> _Imported:
+def _make(args: argparse.Namespace) -> tuple[list[str], str]:
+    """Both files of the model, and the images of an attack; what is to be told, and the sha256 of the weights."""
     content, files = read_weights(args.source)
     choice = Choice(args.key, args.prefix, tuple(args.ignore))
     is_classifier = args.kind == "classifier"
@@ -128,7 +118,10 @@ def _read(args: argparse.Namespace) -> _Imported:
     )
     told = [*_told(args, report, card.kind), *_guesses(guessed, report), *checked, *missing]
     told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
-    return _Imported(model, card, told, poisoned)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split, images in poisoned.items():
+        _write_npz(args.out / f"{split}.npz", images)
+    return told, save_artifact(args.out, model, card)
 
 
 def _poisoned(content: Any, source: Path, report: ImportReport) -> tuple[dict[str, PoisonedImages], list[str]]:
@@ -146,14 +139,6 @@ def _poisoned(content: Any, source: Path, report: ImportReport) -> tuple[dict[st
         if found is not None:
             poisoned[split] = found
     return poisoned, missing
-
-
-def _write(out: Path, imported: _Imported) -> tuple[list[str], str]:
-    """Both files of the model, and the images; what is to be told, and the sha256 of the weights."""
-    out.mkdir(parents=True, exist_ok=True)
-    for split, images in imported.images.items():
-        _write_npz(out / f"{split}.npz", images)
-    return imported.told, save_artifact(out, imported.model, imported.card)
 
 
 def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
@@ -191,17 +176,14 @@ def _told(args: argparse.Namespace, report: ImportReport, kind: str) -> list[str
         *(f"  {theirs} -> {ours}" for theirs, ours in report.renamed),
         f"normalization {report.normalization}, images of {report.image_size} px{resized}, {kind}",
     ]
-    if report.dropped:
-        lines.append(f"left out: {_grouped(report.dropped)}")
-    if report.others:
-        lines.append(f"also in the file, with --key or --prefix: {'; '.join(report.others)}")
-    if report.objects:
-        lines.append(f"objects beside the weights, not made and not called: {_some(report.objects)}")
-    if report.filled:
-        lines.append(f"set to 0, as the file has none: {_some(report.filled)}")
-    if report.facts:
-        lines.append("it says: " + ", ".join(f"{key} {json.dumps(value)}" for key, value in report.facts.items()))
-    return lines
+    rest = {
+        "left out": _grouped(report.dropped),
+        "also in the file, with --key or --prefix": "; ".join(report.others),
+        "objects beside the weights, not made and not called": _some(report.objects),
+        "set to 0, as the file has none": _some(report.filled),
+        "it says": ", ".join(f"{key} {json.dumps(value)}" for key, value in report.facts.items()),
+    }
+    return lines + [f"{what}: {names}" for what, names in rest.items() if names]
 
 
 def _guesses(guessed: tuple[str, ...], report: ImportReport) -> list[str]:

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -57,6 +59,21 @@ def sha256_file(path: Path) -> str:
     with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write the parts one after another and push them to the disk. Hex sha256 of all, made by a thread meanwhile."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file, ThreadPoolExecutor(1, thread_name_prefix="sha256") as thread:
+        hashed = []
+        for part in parts:
+            hashed.append(thread.submit(digest.update, part))
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+        for done in hashed:
+            done.result()
     return digest.hexdigest()
 
 

@@ -1,19 +1,21 @@
 """Checkpoints that are whole or not there: safetensors + JSON, written aside, fsynced, renamed, verified on load."""
 
+import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.files import fsync_path, open_regular, recover_folder, replace_folder, sha256_file
+from dist_defend.files import fsync_path, open_regular, recover_folder, replace_folder, sha256_file, write_hashed
 from dist_defend.screen import printable
 from dist_defend.strict_json import read_json
 
@@ -24,6 +26,12 @@ _TENSORS, _TREE, _COMPLETE = "tensors.safetensors", "state.json", "COMPLETE"
 # What is read takes some thirty times as much memory, and a list of tensors seconds.
 _MOST_TREE, _MOST_HEADER = 8 << 20, 4 << 20  # bytes
 _REMEDY = "restore it, or delete this checkpoint"
+_DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.bool: "BOOL"},
+    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.complex64: "C64"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}  # as safetensors calls them
 
 
 class SaveError(RuntimeError):
@@ -41,7 +49,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(aside, final, state)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         left = newest(folder)
         resume = "from the start" if left is None else f"from {left.name}"
@@ -64,15 +72,36 @@ def _write(aside: Path, final: Path, state: dict[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     text = json.dumps({"format": FORMAT, "state": _encode(state, tensors, "")})
     assert len(text) <= _MOST_TREE, "a step's state holds too many plain values: keep them in tensors"
-    save_file(tensors, aside / _TENSORS)
-    _check_header(aside / _TENSORS)
+    sums = {_TENSORS: write_hashed(aside / _TENSORS, _safetensors(tensors)), _TREE: _sha256(text)}
     (aside / _TREE).write_text(text)
-    sums = {name: sha256_file(aside / name) for name in (_TENSORS, _TREE)}
     (aside / _COMPLETE).write_text(json.dumps(sums))
-    for name in (_TENSORS, _TREE, _COMPLETE):
+    for name in (_TREE, _COMPLETE):
         fsync_path(aside / name)
     fsync_path(aside)
     replace_folder(aside, final)  # which may exist: the same step, one position further
+
+
+def _safetensors(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, each tensor's straight from its memory where that is the host's.
+
+    Wide elements come first: then all are aligned.
+    """
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    entries, start = {}, 0
+    for name in names:
+        tensor, end = tensors[name], start + tensors[name].nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    assert len(header) <= _MOST_HEADER, "a step's state holds too many tensors"
+    yield len(header).to_bytes(8, "little") + header
+    for name in names:
+        yield tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -150,7 +179,7 @@ def _of_known_format(tree: Any) -> Any:
 
 def _encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        tensors[path] = value.detach()
         return {"channels_last" if _is_channels_last(value) else "tensor": path}
     if isinstance(value, dict):
         return {"dict": [[key, _encode(item, tensors, f"{path}/{key}")] for key, item in value.items()]}

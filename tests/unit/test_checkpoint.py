@@ -1,6 +1,7 @@
 """Checkpoints: what goes in comes out, and what is not whole is not read."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_defend.engine import checkpoint
 from dist_defend.errors import UserError
@@ -51,6 +53,30 @@ def test_tensors_that_share_memory_are_saved_apart(tmp_path: Path) -> None:
     weight = torch.rand(4)
     loaded = checkpoint.load(checkpoint.save(tmp_path, 1, {"a": weight, "b": weight, "c": weight[:2]}))
     assert loaded["a"].equal(weight) and loaded["b"].equal(weight) and loaded["c"].equal(weight[:2])
+
+
+def test_every_type_of_number_comes_back_from_a_file_that_safetensors_reads(tmp_path: Path) -> None:
+    """Mixed widths, odd counts and none, scalars, parts of a larger tensor, transposed: all aligned."""
+    made = {dtype: (torch.arange(5) % 2 + 1).to(dtype) for dtype in checkpoint._DTYPES}
+    plain = torch.arange(12.0).view(3, 4)
+    state = {str(dtype): tensor for dtype, tensor in made.items()} | {
+        "none": torch.zeros(0, 3), "scalar": torch.tensor(7, dtype=torch.int16), "part": plain[1:, 1:], "t": plain.T
+    }  # fmt: skip
+    path = checkpoint.save(tmp_path, 1, state)
+    read, loaded = load_file(path / "tensors.safetensors"), checkpoint.load(path)
+    assert read.keys() == {f"/{name}" for name in state}
+    for name, tensor in state.items():
+        for found in (read[f"/{name}"], loaded[name]):
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert found.reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+
+
+def test_the_sums_are_those_of_the_files(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, 1, {"large": torch.rand(1 << 20), **STATE})
+    sums = json.loads((path / "COMPLETE").read_text())
+    assert sums == {
+        name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in ("state.json", "tensors.safetensors")
+    }
 
 
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:

@@ -29,22 +29,22 @@ def save(place, last):
         if count == last:
             os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(lambda event, args: point() if event in OPERATIONS else None)
-    fsync, save_file = os.fsync, checkpoint.save_file
+    fsync, write_hashed = os.fsync, checkpoint.write_hashed
     def write_text(self, text):
         with self.open("w") as file:
             for part in ("", text[: len(text) // 2], text[len(text) // 2 :]):
                 file.write(part)
                 file.flush()
                 point()
-    def half_first(tensors, path):
-        save_file(tensors, path)
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        point()
-        path.write_bytes(whole)
+    def halves(parts):  # the tensor's are longer than what Python keeps back, so they are in the file
+        for part in parts:
+            for half in (part[: len(part) // 2], part[len(part) // 2 :]):
+                yield half
+                point()
     os.fsync = lambda descriptor: (point(), fsync(descriptor))[1]
-    pathlib.Path.write_text, checkpoint.save_file = write_text, half_first
-    checkpoint.save(place, step, {"value": torch.full((3,), 2.0)}, keep)
+    pathlib.Path.write_text = write_text
+    checkpoint.write_hashed = lambda path, parts: write_hashed(path, halves(parts))
+    checkpoint.save(place, step, {"value": torch.full((6000,), 2.0)}, keep)
 
 number = 0
 while True:

@@ -63,9 +63,16 @@ class Phases:
             schedule=config.schedule,
             max_grad_norm=config.max_grad_norm,
             graph=config.graph,
+            num_batches=loader.num_batches,
         )
         recover = RecoverStep(
-            masked, masks, context.ranks, alpha=config.alpha, lr=config.recovering_lr, graph=config.graph
+            masked,
+            masks,
+            context.ranks,
+            alpha=config.alpha,
+            lr=config.recovering_lr,
+            graph=config.graph,
+            num_batches=loader.num_batches,
         )
         self.accuracy = float("nan")
 

@@ -43,7 +43,7 @@ def create_timm(name: str, image_size: int, num_outputs: int) -> nn.Module:
     if not timm.is_model(name):
         raise no_model("timm", name, timm.list_models())
     published = timm.models.get_pretrained_cfg(name)
-    sized = {"img_size": image_size} if published is not None and published.fixed_input_size else {}
+    sized: dict[str, Any] = {"img_size": image_size} if published is not None and published.fixed_input_size else {}
     return timm.create_model(name, pretrained=False, num_classes=num_outputs, **sized)
 
 

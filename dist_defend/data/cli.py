@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=_positive, metavar="PIXELS", help="resize to a square")
     add("--write-mode", choices=("raw", "jpg"), default="raw")
     add("--max-resolution", type=_positive, metavar="PIXELS", help="shrink to at most this long a side")
-    add("--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG")
+    add("--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG that is made")
     add("--storage", choices=("auto", "beton", "npy"), default="auto")
     order = prepare.add_mutually_exclusive_group()
     order.add_argument(

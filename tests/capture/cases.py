@@ -1,5 +1,6 @@
 """Every update that becomes a CUDA graph, as a step with twenty batches; on a CPU, or on a GPU where there is one."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
 from dist_defend.engine.update import Update
+from dist_defend.methods.defend import fp, ft_sam, nad
 from dist_defend.methods.defend.abd import vaccine
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
@@ -27,6 +29,8 @@ from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.defend.tuning.options import sgd
+from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
@@ -181,6 +185,35 @@ def retrospective(graph: GraphMode, optimizer: OptimizerConfig, convention: Conv
     return Case(step, list(zip(batches, positions(5), strict=False)), (step.graphed,), (step.update,))
 
 
+def tuned(graph: GraphMode, make: Callable[[Classifier, dict[str, Any]], TuningStep]) -> Case:
+    """make: gets the model and the options of its step."""
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    model = classifier("small_resnet", ranks)
+    synchronised(model, ranks)
+    step = make(model, {"ranks": ranks, "steps_per_epoch": epoch, "graph": graph})
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
+def ft(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return TuningStep(model, sgd(period=4), epochs=STEPS, **options)
+
+
+def ft_sam_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return ft_sam.SamStep(ft_sam.Config(**_DEFENCE), model=model, **options)
+
+
+def nad_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return nad.AttentionStep(nad.Config(**_DEFENCE), model, copy.deepcopy(model), **options)
+
+
+def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    step = fp.PrunedStep(fp.Config(**_DEFENCE), model, "linear", **options)
+    step.prune([1, 3])
+    return step
+
+
+_DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
 _MULTISTEP = OptimizerConfig("sgd", lr=0.1, momentum=0.9, schedule="multistep", milestones=(3, 9))
@@ -198,6 +231,10 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "rnp unlearn, clipped": lambda graph: unlearn(graph, max_grad_norm=1.0),
     "rnp unlearn, dropout": lambda graph: unlearn(graph, arch="ibau_vgg", max_grad_norm=1.0),
     "rnp recover": recover,
+    "ft": partial(tuned, make=ft),
+    "ft_sam": partial(tuned, make=ft_sam_),
+    "nad": partial(tuned, make=nad_),
+    "fp": partial(tuned, make=fp_),
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

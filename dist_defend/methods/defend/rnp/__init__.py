@@ -15,7 +15,8 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.pruning.plan import Learning, defence_loader, mask_plan
+from dist_defend.methods.defend.defender import defence_loader
+from dist_defend.methods.defend.pruning.plan import Learning, mask_plan
 from dist_defend.methods.defend.rnp.options import PRESETS, Config
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier

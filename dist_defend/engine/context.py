@@ -20,7 +20,7 @@ from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_lo
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import UpdateConfig
+from dist_defend.engine.optim import UpdateConfig as UpdateConfig  # methods may take it from here
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError

@@ -24,10 +24,10 @@ from dist_defend.counts import extract_features, knn_predict, predict
 from dist_defend.data.augment import View
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context
+from dist_defend.engine.context import Context, UpdateConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
+from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep, Position, Step
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from dist_defend.methods.attack import badencoder, input_aware

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,7 +36,6 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack
 from dist_defend.models.pixel_space import Encoder
-from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.trial import Examination, encoders_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,9 @@ class ProbeObjective(Objective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.heads(*batch.views)
-        count = all_reduce_sum(torch.tensor(float(len(batch.labels)), device=logits.device))
+        count = torch.tensor(float(len(batch.labels)), device=logits.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(count)
         labels = batch.labels.expand(len(logits), -1).reshape(-1)
         total = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
         loss = total * self.world_size / count

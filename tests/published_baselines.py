@@ -8,7 +8,7 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
-TUNING = ("ft", "ft_sam", "nad", "fp")
+TUNING = ("ft", "ft_sam", "nad", "fp", "sau")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
 
@@ -58,6 +58,11 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4, "optimizer.schedule": "constant",
         "teacher_optimizer.lr": 0.01, "teacher_optimizer.schedule": "cosine_epochs", "teacher_optimizer.period": 100,
         "betas": [500, 1000], "layers": ["layer3", "layer4"], "repeat_statistics": True,
+    })),
+    ("SCLBD/BackdoorBench, defense/sau.py", ("defend/sau_cifar10", tuning_defaults("sau")), below("sau", {
+        "batch_size": 256, "epochs": 100, "bound": 0.2, "step_size": 0.2, "attack_steps": 5, "beta_adv": 0.01,
+        "beta_js": 1.0, "weight_clean": 1.0, "weight_adversarial": 0.0, "weight_shared": 1.0, "augment.crop": "none",
+        "optimizer.name": "adam", "optimizer.lr": 1e-4, "optimizer.amsgrad": True, "optimizer.schedule": "constant",
     })),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),

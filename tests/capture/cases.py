@@ -21,7 +21,7 @@ from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
 from dist_defend.engine.update import Update
-from dist_defend.methods.defend import fp, ft_sam, nad
+from dist_defend.methods.defend import fp, ft_sam, nad, sau
 from dist_defend.methods.defend.abd import vaccine
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
@@ -213,6 +213,10 @@ def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
     return step
 
 
+def sau_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return sau.SharedStep(sau.Config(**_DEFENCE), model, **options)
+
+
 _DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
@@ -235,6 +239,7 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ft_sam": partial(tuned, make=ft_sam_),
     "nad": partial(tuned, make=nad_),
     "fp": partial(tuned, make=fp_),
+    "sau": partial(tuned, make=sau_),
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

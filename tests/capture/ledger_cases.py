@@ -392,6 +392,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "nad: update": lambda: tuned(cases.nad_),
     "nad wrn: update": lambda: tuned(cases.nad_, "wrn_16_1"),
     "fp: update": lambda: tuned(cases.fp_),
+    "sau: update": lambda: tuned(cases.sau_),
     "zskt: step": transferred,
     "zskt, sv: step": lambda: transferred(vaccine=_SV),
     "zskt, sr: step": lambda: transferred(retrospection=_SR),

@@ -166,4 +166,12 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
     Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
              "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
+    Mutation("SAU perturbs images downhill", "methods/defend/sau.py",
+             "delta.detach() - config.step_size", "delta.detach() + config.step_size",
+             f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("SAU takes the label's class away too", "methods/defend/sau.py",
+             "((wanted != labels) & (wanted != said))", "(wanted != said)",
+             f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("SAU's networks are in train mode", "methods/defend/sau.py",
+             "in_train_mode = False", "in_train_mode = True", f"{TUNING}::test_shared_adversarial_unlearning"),
 )  # fmt: skip

@@ -98,7 +98,7 @@ def counted(folder: str, test: str) -> dict[str, float]:
     return {"acc": 100 * float((classes(model, clean) == dataset.labels).mean()), "asr": 100 * float(hits.mean())}
 
 
-TUNING = ("ft", "ft_sam", "nad", "fp")
+TUNING = ("ft", "ft_sam", "nad", "fp", "sau")
 DEFENCES = sorted({found.name for found in pkgutil.iter_modules(defend.__path__)} - set(SHARED))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_defend.engine import dist
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.methods.defend.zskt.step import TransferStep
 from tests.capture import cases, emulator
@@ -234,6 +235,21 @@ def test_other_threads_do_not_end_a_capture() -> None:
     finally:
         done.set()
         loader.join()
+
+
+def test_graphs_end_before_the_group_that_they_sum_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
+    with emulated_gpu() as graphs:
+        call = graphed(lambda x: {"total": x.sum()})
+        call(torch.ones(2))
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(
+            torch.distributed, "destroy_process_group", lambda: ended.extend(graph.has_ended for graph in graphs)
+        )
+        dist.stop()
+        assert ended == [True]
+        with pytest.raises(RuntimeError, match="replay"):
+            call(torch.ones(2))
 
 
 def test_another_setting_of_tf32_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,9 @@ class GraphedUpdate:
     def __call__(self, *inputs: Tensor, kind: Hashable = None) -> dict[str, Tensor]:
         if not self.is_graphed:
             return self.update(*inputs)
-        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        # Where a program has set these, torch refuses to tell allow_tf32, their older name.
+        backends: Any = torch.backends
+        tf32 = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
         key = kind, tf32, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._graphs:
             if len(self._graphs) == _MOST_SHAPES:

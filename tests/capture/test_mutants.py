@@ -252,14 +252,22 @@ def test_graphs_end_before_the_group_that_they_sum_over(monkeypatch: pytest.Monk
             call(torch.ones(2))
 
 
-def test_another_setting_of_tf32_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph keeps the kernels that its capture chose."""
+def test_another_setting_of_tf32_is_another_graph() -> None:
+    """A graph keeps the kernels that its capture chose; whichever of torch's names for the setting a program uses."""
+    cudnn: Any = torch.backends.cudnn
     with emulated_gpu() as graphs:
         call = graphed(lambda x: {"total": x.sum()})
-        for is_allowed in (True, False, True):
-            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", is_allowed)
+        try:
+            for is_allowed in (True, False, True):
+                cudnn.allow_tf32 = is_allowed
+                call(torch.ones(2))
+            assert len(graphs) == 2
+            cudnn.conv.fp32_precision = "ieee"
             call(torch.ones(2))
-        assert len(graphs) == 2
+            assert len(graphs) == 3
+        finally:
+            cudnn.conv.fp32_precision = "tf32"
+            cudnn.allow_tf32 = True
 
 
 def test_more_shapes_than_can_be_meant_are_refused() -> None:

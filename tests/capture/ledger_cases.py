@@ -41,6 +41,7 @@ from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.methods.defend.kd import DistillationObjective
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
+from dist_defend.methods.defend.nc.search import SearchConfig, SearchStep
 from dist_defend.methods.defend.ood import OodObjective
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.methods.defend.tuning.step import TuningStep
@@ -325,6 +326,11 @@ def tuned(make: Callable[[Classifier, dict[str, Any]], TuningStep], arch: str = 
     return partial(step.learn, batch.images, batch.labels)
 
 
+def searched() -> Call:
+    step = SearchStep(classifier("preact_resnet18"), SearchConfig(), range(CLASSES), RANKS, 10, "on")
+    return partial(step.learn, images(256))
+
+
 _SV, _SR = VaccineConfig(), RetrospectionConfig()
 
 
@@ -393,6 +399,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "nad wrn: update": lambda: tuned(cases.nad_, "wrn_16_1"),
     "fp: update": lambda: tuned(cases.fp_),
     "sau: update": lambda: tuned(cases.sau_),
+    "nc: search update": searched,
     "zskt: step": transferred,
     "zskt, sv: step": lambda: transferred(vaccine=_SV),
     "zskt, sr: step": lambda: transferred(retrospection=_SR),

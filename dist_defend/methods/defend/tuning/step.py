@@ -82,6 +82,10 @@ class TuningStep:
         yield from self.model.buffers()
         yield from self.update.state()
 
+    def is_over(self) -> bool:
+        """Asked after each epoch: whether there is nothing left to do."""
+        return False
+
     def metrics(self) -> dict[str, Any]:
         """What result.json tells of the step's outcome."""
         return {}

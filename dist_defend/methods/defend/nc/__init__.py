@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dist_defend.attacks.trigger import blend
 from dist_defend.batch import Batch
 from dist_defend.bounds import positive
 from dist_defend.engine.context import Context, Plan
@@ -78,7 +79,7 @@ class RepairStep(TuningStep):
             return {"loss": torch.zeros((), device=batch.images.device)}
         chosen = torch.tensor(self.flagged).to(batch.index.device, non_blocking=True)[batch.index % len(self.flagged)]
         mask = self.search.masks[chosen] * self.held[batch.index, None, None, None]
-        stamped = (1 - mask) * batch.images + mask * self.search.patterns[chosen]
+        stamped = blend(batch.images, mask, self.search.patterns[chosen])
         return super().__call__(batch._replace(views=(stamped,)), at)
 
     def is_over(self) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_defend.attacks.trigger import blend
 from dist_defend.batch import Batch
 from dist_defend.bounds import at_least_one, positive
 from dist_defend.engine.dist import Ranks
@@ -94,7 +95,7 @@ class SearchStep:
         masks, patterns = self.triggers()
         errors, hits = [], []
         for part in torch.arange(len(self.classes), device=images.device).split(self.config.classes_at_once):
-            stamped = (1 - masks[part, None]) * images + masks[part, None] * patterns[part, None]
+            stamped = blend(images, masks[part, None], patterns[part, None])
             logits = at_least_float32(self.model(stamped.flatten(0, 1)))
             wanted = self.classes[part].repeat_interleave(len(images))
             error = functional.cross_entropy(logits, wanted, reduction="none")

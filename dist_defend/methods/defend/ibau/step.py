@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dist_defend.batch import Batch
-from dist_defend.engine.graphed import GraphedUpdate
+from dist_defend.engine.graphed import GraphedUpdate, will_capture
 from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
+from dist_defend.models.folding import FoldedNetwork
 from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.ops.hypergrad import (
     Solver,
@@ -23,7 +23,9 @@ from dist_defend.ops.hypergrad import (
     exact,
     hypergradient,
     neumann,
+    total_norms,
 )
+from dist_defend.ops.losses import weighted_cross_entropy
 from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
 
@@ -47,37 +49,48 @@ class UnlearningStep:
         self.enter: nn.Module = model.normalize if is_normalized else nn.Identity()
         _warn_of_unpatched(config, rounds)
         check_twice_differentiable(self.network, rounds.image_size, f"{config.model} ({model.arch})")
-        self.parameters = list(model.parameters())
         delta = torch.zeros(1, 3, *2 * (rounds.image_size,), device=ranks.device, dtype=ranks.dtype)
+        self.folded = FoldedNetwork(self.network, delta)
+        self.parameters = list(model.parameters())
         self.delta = nn.Parameter(delta)
         self.first = rounds.first()
         self.solver = solver_of(config)
-        self.inner = GraphedUpdate("I-BAU inner step", self.ascend, self._changed, ranks.device, config.graph)
-        self.outer = GraphedUpdate("I-BAU outer step", self.unlearn, self._changed, ranks.device, config.graph)
+        self.kept = rounds.keep() if will_capture(ranks.device, config.graph) else None
+        ascend, unlearn = (self.ascend, self.unlearn) if self.kept is None else (self._ascend_next, self._unlearn_next)
+        self.inner = GraphedUpdate("I-BAU inner step", ascend, self._changed, ranks.device, config.graph)
+        self.outer = GraphedUpdate("I-BAU outer step", unlearn, self._changed, ranks.device, config.graph)
         self.update = Update(self.parameters, config.optimizer, self.outer.is_graphed)
         self.inner_update = Update([self.delta], config.inner, self.inner.is_graphed)
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
         number = at.batch % self.rounds.batches
-        images, labels, weights = self.rounds.padded(batch, number)
         if at.batch == 0:
             self._restart()
-        if at.batch < self.rounds.batches:
-            scalars = check_finite(self.inner(images, weights), "the perturbation's gradient")
+        is_inner = at.batch < self.rounds.batches
+        patched = [] if is_inner else [self._patched(at.epoch, number)]
+        if self.kept is None:
+            images, labels, weights = self.rounds.padded(batch, number)
+            given = [images, weights] if is_inner else [images, labels, *patched, weights]
+        else:
+            self.kept.aim(number)
+            given = patched
+        if is_inner:
+            scalars = check_finite(self.inner(*given), "the perturbation's gradient")
             if number == self.rounds.batches - 1:
                 self._project()
         else:
-            scalars = self.outer(images, labels, self._patched(at.epoch, number), weights)
-            check_finite(scalars, "the hypergradient")
+            scalars = check_finite(self.outer(*given), "the hypergradient")
         return scalars
 
     def ascend(self, images: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """delta <- delta - lr grad(penalty |delta|^2 - CE(f(x + delta), argmax f(x))); images (B, 3, H, W)."""
         x = self.enter(images)
-        with torch.no_grad():
-            pseudo_labels = self.network(x).argmax(1)
-        loss = -self._cross_entropy(self.network(self._bounded(x + self.delta)), pseudo_labels, weights)
+        with torch.no_grad(), self.folded() as network:
+            pseudo_labels = network(x).argmax(1)
+            with torch.enable_grad():
+                logits = network(self._bounded(x + self.delta))
+        loss = weighted_cross_entropy(logits, pseudo_labels, -weights)
         (slope,) = torch.autograd.grad(loss, self.delta)
         penalty = self.config.penalty * self.delta.detach().square().sum()  # through the norm, its slope at 0 is nan
         _, nonfinite = self.inner_update.step([all_reduce_sum(slope) + 2 * self.config.penalty * self.delta.detach()])
@@ -93,24 +106,37 @@ class UnlearningStep:
         The inner loss of the fixed-point map is that of the first batch with its labels, as published.
         """
         self.update.let_go()
-        x = self._bounded(self.enter(images) + patched * self.delta)
-        outer = self._cross_entropy(self.network(x), labels, weights)
         first_images, first_labels, first_weights = self.first
-        with CheapSecondOrder():
-            logits = self.network(self._bounded(self.enter(first_images) + self.delta))
-        inner = -self._cross_entropy(logits, first_labels, first_weights)
+        with self.folded() as network:
+            logits = network(self._bounded(torch.addcmul(self.enter(images), patched, self.delta)))
+            with CheapSecondOrder():
+                first_logits = network(self._bounded(self.enter(first_images) + self.delta))
+        outer = weighted_cross_entropy(logits, labels, weights)
+        inner = weighted_cross_entropy(first_logits, first_labels, -first_weights)
         result = hypergradient(
             outer, inner, self.delta, self.parameters, self.solver, self.config.step_size, self.config.penalty
         )
-        norm, nonfinite = self.update.step(result.total)
+        total = result.total
+        direct_norm, implicit_norm, grad_norm = total_norms(result.direct, result.implicit, total)
+        _, nonfinite = self.update.step(total, norm=grad_norm)
         return {
             "outer_loss": outer.detach() * self.ranks.world_size,
-            "direct_norm": torch.nn.utils.get_total_norm(result.direct),
-            "implicit_norm": torch.nn.utils.get_total_norm(result.implicit),
-            **{f"v{k}_norm": v.norm() for k, v in enumerate(result.iterates, 1)},
-            "grad_norm": norm,
+            "direct_norm": direct_norm,
+            "implicit_norm": implicit_norm,
+            **{f"v{k}_norm": norm for k, norm in enumerate(torch._foreach_norm(result.iterates), 1)},
+            "grad_norm": grad_norm,
             "nonfinite": nonfinite,
         }
+
+    def _ascend_next(self) -> dict[str, Tensor]:
+        assert self.kept is not None
+        images, _, weights = self.kept.take()
+        return self.ascend(images, weights)
+
+    def _unlearn_next(self, patched: Tensor) -> dict[str, Tensor]:
+        assert self.kept is not None
+        images, labels, weights = self.kept.take()
+        return self.unlearn(images, labels, patched, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The weights, delta and both optimizers."""
@@ -127,10 +153,6 @@ class UnlearningStep:
         with torch.no_grad():
             self.delta.copy_(state["delta"])
         self.inner_update.load_state_dict(state["inner_optimizer"])
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """This rank's share of the mean over the global batch."""
-        return (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
     def _bounded(self, x: Tensor) -> Tensor:
         return x.clamp(0, 1) if self.config.clamp else x
@@ -157,7 +179,8 @@ class UnlearningStep:
             self.delta.mul_((self.config.project_radius / self.delta.norm()).clamp(max=1))
 
     def _changed(self) -> list[Tensor]:
-        return [*self.parameters, self.delta, *self.update.state(), *self.inner_update.state()]
+        places = [] if self.kept is None else [self.kept.next]
+        return [*self.parameters, self.delta, *self.update.state(), *self.inner_update.state(), *places]
 
 
 def solver_of(config: Config) -> Solver:

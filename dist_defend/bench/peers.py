@@ -27,6 +27,7 @@ from dist_defend.bench.simclr import OPTIMIZER, TEMPERATURE, train_epoch
 from dist_defend.data.augment import SIMCLR, View
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.optim import UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.errors import UserError
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
@@ -106,7 +107,9 @@ class Pair:
             theirs.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         rate, decay = OPTIMIZER.lr, OPTIMIZER.weight_decay
         optimizer = torch.optim.Adam(theirs.parameters(), lr=rate, weight_decay=decay, fused=is_tuned or None)
-        step = GradientStep(SimCLRObjective(ours, TEMPERATURE), OPTIMIZER, self.ranks, steps_per_epoch=1, epochs=1)
+        step = GradientStep(
+            SimCLRObjective(ours, TEMPERATURE), UpdateConfig(optimizer=OPTIMIZER), self.ranks, steps_per_epoch=1
+        )
 
         def loss_of(first: Tensor, second: Tensor) -> Tensor:
             if is_tuned:

@@ -341,7 +341,7 @@ def test_statistics_follow_a_change_of_the_weights() -> None:
 
 def test_the_sweep_shares_what_comes_before_the_first_change() -> None:
     model = make_classifier(dtype=torch.float32).eval()
-    order = [Neuron("layer4.0.bn2", c, 0.0) for c in range(8)]
+    order = [Neuron("layer4.0.bn1", c, 0.0) for c in range(8)]
     sweep = Stops(model, order, [0, 2, 4, 8], with_beta=False)
     calls: list[str] = []
     for name, module in sweep.model.named_modules():
@@ -350,8 +350,8 @@ def test_the_sweep_shares_what_comes_before_the_first_change() -> None:
     with torch.no_grad():
         sweep(det_images((2, 3, 32, 32), 1).float())
     assert calls.count("net.conv1") == 1
-    assert calls.count("net.layer4.0.conv2") == 1  # comes before the layer that changes
-    assert calls.count("net.layer4.0.shortcut.0") == 4  # is called after it
+    assert calls.count("net.layer4.0.conv1") == 1  # comes before the layer that changes
+    assert calls.count("net.layer4.0.conv2") == 4  # is called after it
 
 
 def counted(name: str, function: Callable[..., Tensor], calls: list[str]) -> Callable[..., Tensor]:

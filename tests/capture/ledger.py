@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dist_defend.data.lane import Delivery, Lane
 from dist_defend.engine import graphed, update
 
 DEVICE = torch.device("meta")
@@ -63,6 +64,7 @@ class Copies:
 
 _TABLES = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::index_put_"}
 _pinned: set[int] = set()  # storages that were made by pin_memory()
+_of_threads: "list[Ledger]" = []  # of loaders' threads, since the last count
 
 
 class _MadeOfData(TorchFunctionMode):
@@ -77,11 +79,15 @@ class _MadeOfData(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__getitem__", "__setitem__") and args[0].device.type != "cpu":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            self.found[_place()] += sum(isinstance(part, list | np.ndarray) for part in parts)
+            self._note(sum(isinstance(part, list | np.ndarray) for part in parts))
         if name in ("tensor", "as_tensor", "new_tensor") and made.device.type != "cpu":
             data = args[-1] if args else next(iter((kwargs or {}).values()))
-            self.found[_place()] += not isinstance(data, Tensor)  # of a tensor it is a copy like others
+            self._note(not isinstance(data, Tensor))  # of a tensor it is a copy like others
         return made
+
+    def _note(self, count: int) -> None:
+        if count:
+            self.found[_place()] += count
 
 
 class Ledger(TorchDispatchMode):
@@ -101,6 +107,12 @@ class Ledger(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.made_of_data.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def add(self, other: "Ledger") -> None:
+        """What another one has counted."""
+        self.rows += other.rows
+        for kind, places in vars(other.copies).items():
+            getattr(self.copies, kind).update(places)
 
     @property
     def cost(self) -> Cost:
@@ -205,6 +217,19 @@ class Replayed:
         return {name: value.clone() for name, value in self.run(*self.inputs).items()}
 
 
+class Stream:
+    """Stands for torch.cuda.Stream: there is one, and nothing to wait for."""
+
+    def __init__(self, device: object = None) -> None:
+        """Of a device."""
+
+    def record_event(self) -> str:
+        return "event"
+
+    def wait_event(self, event: object) -> None:
+        """The host does not wait here."""
+
+
 class Accelerator:
     """What Ranks and Replicated read of Accelerate's on one rank."""
 
@@ -232,9 +257,21 @@ def pretended_gpu() -> Iterator[None]:
     supported, autocast = optimizers._get_fused_kernels_supported_devices, torch.autocast
 
     def pinned(tensor: Tensor) -> Tensor:
+        if is_pinned(tensor):
+            return tensor
         copy = tensor.clone()
         _pinned.add(int(copy.untyped_storage()._cdata))
         return copy
+
+    plain_deliver = Lane.deliver
+
+    def deliver(lane: Lane, rows: np.ndarray, make: Callable[[], tuple[Tensor, ...]]) -> Delivery:
+        """Modes are a thread's own: count there too."""
+        ledger = Ledger()
+        with ledger:
+            delivery = plain_deliver(lane, rows, make)
+        _of_threads.append(ledger)
+        return delivery
 
     def cast(kind: str, **options: Any) -> Any:
         return nullcontext() if kind == "meta" else autocast(kind, **options)
@@ -253,6 +290,11 @@ def pretended_gpu() -> Iterator[None]:
                 (update, "can_capture", is_device),
                 (graphed, "_Graph", Replayed),
                 (Tensor, "pin_memory", pinned),
+                (Tensor, "record_stream", lambda tensor, stream: None),
+                (Lane, "deliver", deliver),
+                (torch.cuda, "Stream", Stream),
+                (torch.cuda, "current_stream", Stream),
+                (torch.cuda, "stream", lambda stream: nullcontext()),
             ):
                 stack.enter_context(mock.patch.object(where, what, value))
             yield
@@ -264,9 +306,12 @@ def pretended_gpu() -> Iterator[None]:
 def counted(call: Callable[[], object]) -> Ledger:
     """The ledger of a call, after one that makes what lives on, such as the state of optimizers."""
     call()
+    _of_threads.clear()
     ledger = Ledger()
     with ledger:
         call()
+    for other in _of_threads:
+        ledger.add(other)
     return ledger
 
 
@@ -318,7 +363,7 @@ def main() -> int:
 
 
 def _print_details(ledger: Ledger) -> None:
-    for kind, places in asdict(ledger.copies).items():
+    for kind, places in vars(ledger.copies).items():
         for place, count in places.items():
             print(f"    {count:4} x {kind} copy at {place}")
     groups: dict[str, list[int]] = {}

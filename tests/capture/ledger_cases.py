@@ -4,8 +4,9 @@ A key ``NAME: step`` is a whole call of a step with its batch, at a size that th
 update`` is what one graph replays.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -21,9 +22,9 @@ from dist_defend.attacks.input_aware import Generators
 from dist_defend.attacks.reference import ReferenceConfig
 from dist_defend.batch import Batch
 from dist_defend.counts import extract_features, knn_predict, predict
-from dist_defend.data.augment import View
-from dist_defend.data.loader import DatasetConfig, LoaderConfig
-from dist_defend.data.store import PreparedDataset
+from dist_defend.data.augment import SIMCLR, AugmentConfig, View
+from dist_defend.data.loader import BackendName, DatasetConfig, LoaderConfig, make_loader
+from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.engine.context import Context, UpdateConfig
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective
@@ -35,6 +36,10 @@ from dist_defend.methods.defend import anp
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.defend.abd.vaccine import Vaccine
+from dist_defend.methods.defend.cmi.options import Config as CmiConfig
+from dist_defend.methods.defend.cmi.options import SynthesisConfig
+from dist_defend.methods.defend.cmi.steps import CmiBatches, CmiStep, PoolObjective
+from dist_defend.methods.defend.cmi.synthesis import Synthesis
 from dist_defend.methods.defend.ibau.options import Config as IbauConfig
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
@@ -266,6 +271,23 @@ def retrospection(batch_size: int, **options: Any) -> Call:
     return partial(step.imitate, images(batch_size), start, patched)
 
 
+def inverted(part: str) -> Call:
+    """Calls of CMI: an iteration of the synthesis, the last one of an epoch too, and a step on the pool."""
+    config, both = CmiConfig("m", _DATA, vaccine=VaccineConfig(), synthesis=SynthesisConfig(iterations=4)), pair()
+    vaccine = Vaccine(both.teacher.net, VaccineConfig(), 0)
+    synthesis = Synthesis(config.synthesis, both, 1024, vaccine)
+    synthesis.pool.count, synthesis.bank.added = 512, 512
+    if part == "retrospection":
+        update: Step = retrospective(both, "sgd", config.update.batch_size, "batchmean", detach_reference=False)
+    else:
+        update = GradientStep(PoolObjective(both, 20.0), config.update.optimizer, RANKS, steps_per_epoch=10, epochs=10)
+    source = CmiBatches(config, CLASSES, 0, RANKS)
+    step = CmiStep(source, synthesis, update, both, 1)
+    number = {"synthesis": 1, "last of the synthesis": config.synthesis.iterations - 1}.get(part, 4)
+    batches = (next(iter(source.epoch(1, number))) for _ in range(9))
+    return stepped(step, batches, cycle([Position(0, 0, number, 7)]))
+
+
 def ibau(arch: str = "ibau_vgg", batch_size: int = 100, **options: Any) -> tuple[UnlearningStep, Rounds]:
     config = IbauConfig("m", _DATA, _DATA, batch_size=batch_size, graph="on", **options)
     rounds = Rounds(cast(Any, Batches(2 * batch_size, batch_size)), SIZE, RANKS)
@@ -349,6 +371,54 @@ def perturbation(**options: Any) -> Call:
     return partial(step.synthesise, torch.zeros(1, 3, SIZE, SIZE, device=DEVICE))
 
 
+def loaded(backend: BackendName, kind: str, batch_size: int = 8, **options: Any) -> Call:
+    """An epoch of one batch, by all threads. kind: images of one size as arrays or JPEGs, or JPEGs of several sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_dataset(
+            Pictures(kind == "of several sizes"), Path(folder) / "data", name="p", split="train",
+            storage="npy" if kind == "arrays" else "beton", write_mode="raw" if kind == "arrays" else "jpg",
+        )  # fmt: skip
+        data = open_dataset(data.path, options.pop("resize", None))
+        loader = make_loader(
+            data, config=LoaderConfig(backend, 1), batch_size=batch_size, rows=np.arange(batch_size), device=DEVICE,
+            shuffle=True, **options,
+        )  # fmt: skip
+        list(loader.epoch(0))  # files are mapped from now on
+    return lambda: list(loader.epoch(0))
+
+
+class Pictures:
+    """Noise."""
+
+    classes = ("only",)
+
+    def __init__(self, differ: bool) -> None:
+        self.differ = differ
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
+        height, width = (40 + row, 72 - row) if self.differ else (SIZE, SIZE)
+        return np.random.default_rng(row).integers(0, 256, (height, width, 3), np.uint8), 0
+
+
+_PAD = (View(AugmentConfig("pad", flip=0.5)),)
+_TWO_VIEWS = (View(replace(SIMCLR, size=SIZE)), View(replace(SIMCLR, size=SIZE), np.zeros((SIZE, SIZE, 3), np.uint8)))
+LOADERS: dict[str, Callable[[], Call]] = {
+    "loader, resident, as they are: batch": lambda: loaded("resident", "arrays"),
+    "loader, resident, padded crop: batch": lambda: loaded("resident", "arrays", views=_PAD),
+    "loader, resident, two views: batch": lambda: loaded("resident", "arrays", views=_TWO_VIEWS),
+    "loader, torch, raw: batch": lambda: loaded("torch", "arrays", raw=True),
+    "loader, torch, padded crop: batch": lambda: loaded("torch", "arrays", views=_PAD),
+    "loader, torch, two views: batch": lambda: loaded("torch", "arrays", views=_TWO_VIEWS),
+}
+OF_JPEGS: dict[str, Callable[[], Call]] = {
+    "loader, torch, resized at read: batch": lambda: loaded("torch", "of several sizes", resize=SIZE),
+    "loader, torch, sizes differ: batch": lambda: loaded("torch", "of several sizes", views=_TWO_VIEWS),
+    "loader, ffcv, sizes differ: batch": lambda: loaded("ffcv", "of several sizes", views=_TWO_VIEWS),
+    "loader, ffcv, two views: batch": lambda: loaded("ffcv", "jpegs", views=_TWO_VIEWS),
+}
 CASES: dict[str, Callable[[], Call]] = {
     "simclr: step": simclr,
     "simclr, cached gradients: step": lambda: simclr(accumulation=2),
@@ -364,6 +434,10 @@ CASES: dict[str, Callable[[], Call]] = {
     "ood: step": of_anything,
     "ood, sv: step": lambda: of_anything(_SV),
     "ood: retrospection update": lambda: retrospection(512),
+    "cmi, synthesis: step": lambda: inverted("synthesis"),
+    "cmi, last of the synthesis: step": lambda: inverted("last of the synthesis"),
+    "cmi, distillation: step": lambda: inverted("distillation"),
+    "cmi, retrospection: step": lambda: inverted("retrospection"),
     "ibau, inner: step": lambda: unlearning(0),
     "ibau, outer: step": lambda: unlearning(2),
     "ibau vgg: inner update": lambda: inner("ibau_vgg"),
@@ -392,4 +466,6 @@ CASES: dict[str, Callable[[], Call]] = {
     "probe, knn: block of queries": neighbours,
     "zeroshot: batch": zero_shot,
     "evaluation: batch": evaluation,
+    **LOADERS,
+    **OF_JPEGS,
 }

@@ -1,13 +1,17 @@
 """The ledger of what steps cost a GPU: it finds waits, it counts what it should, and its numbers do not rise."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from dist_defend.data.augment import SIMCLR, View
+from dist_defend.data.ffcv_presence import ffcv_installed
+from dist_defend.data.loader import BackendName
 from tests.capture.ledger import DEVICE, Cost, Ledger, Look, changes, counted, pretended_gpu, stored
-from tests.capture.ledger_cases import CASES
+from tests.capture.ledger_cases import CASES, OF_JPEGS, loaded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -17,10 +21,24 @@ def gpu() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("key", CASES)
-def test_a_call_looks_at_no_value_and_costs_what_the_ledger_says(key: str) -> None:
-    changed = changes(key, counted(CASES[key]()).cost, stored().get(key))
+def test_a_call_waits_for_nothing_and_costs_what_the_ledger_says(key: str) -> None:
+    if key in OF_JPEGS and not ffcv_installed():
+        pytest.skip("ffcv is not installed")
+    ledger = counted(CASES[key]())
+    assert not ledger.copies.blocking and not ledger.copies.pageable
+    changed = changes(key, ledger.cost, stored().get(key))
     told = "; it may fall, not rise: `python -m tests.capture.ledger --write` writes what fell to ledger.json"
     assert not changed, "\n".join(changed) + told
+
+
+@pytest.mark.skipif(not ffcv_installed(), reason="ffcv is not installed")
+@pytest.mark.parametrize("backend", ["torch", "ffcv"])
+def test_a_batch_of_images_that_differ_in_size_takes_as_many_operators_as_one_image(backend: BackendName) -> None:
+    views = (View(replace(SIMCLR, size=16)),)
+    costs = [counted(loaded(backend, "of several sizes", count, views=views)) for count in (1, 16)]
+    names = [[row[0] for row in cost.rows] for cost in costs]
+    assert names[0] == names[1]
+    assert [cost.copies.free.total() for cost in costs] == 2 * [4 if backend == "torch" else 3]
 
 
 def test_the_ledger_has_no_key_that_nothing_counts() -> None:

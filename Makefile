@@ -14,7 +14,7 @@ test: lint
 	$(BIN)/python -m tests.interpreters; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --no-loadscope-reorder $$left_out
 
-# On a machine with a GPU and its own PyTorch; ten minutes at most.
+# On a machine with a GPU and its own PyTorch; ten minutes at most. The first time: tests/gpu/first_ten_minutes.sh.
 test-gpu:
 	timeout 600 python3 -m pytest tests/gpu
 

@@ -9,9 +9,11 @@ import pytest
 from tests.ranks import Pool
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     """--fuzz: inputs that tests/fuzz reads of each kind."""
     parser.addoption("--fuzz", type=int, default=50, help="inputs per surface in tests/fuzz (default 50)")
+    if not pluginmanager.hasplugin("timeout"):  # --strict-config wants it known on a machine without the plug-in too
+        parser.addini("timeout", "seconds; nothing stops a test where pytest-timeout is missing")
 
 
 def pytest_configure() -> None:

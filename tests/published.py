@@ -6,6 +6,8 @@ file of its own, or module:NAME of a table of constants. Keys are dotted; what i
 
 from typing import Any
 
+from tests.published_baselines import BASELINES, PAD_AND_FLIP, below
+
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 ENCODER_PROBES = ("measure/probe_stl10", "measure/probe_gtsrb", "measure/probe_svhn")
 BADENCODER_CIFAR10 = tuple(f"attack/badencoder_cifar10{task}" for task in ("", "_gtsrb", "_svhn"))
@@ -38,19 +40,11 @@ PROBE_DEFAULTS = (
     "measure/probe_stl10 probe={encoders: {a: x}, tasks: {stl10: {train: {path: x}, test: {path: x}, target_class: 9}}}"
 )
 RNP_DEFAULTS = "defend/rnp_cifar10 rnp={model: x, data: {path: x}, test: {path: x}}"
-ANP_DEFAULTS = "defend/anp_cifar10 anp={model: x, data: {path: x}, test: {path: x}}"
-CLP_DEFAULTS = "defend/clp_cifar10 clp={model: x, test: {path: x}}"
 CLASSIFIER_DEFAULTS = "attack/badnets_cifar10 classifier={data: {path: x}, test: {path: x}}"
 INPUT_AWARE_DEFAULTS = "attack/input_aware_cifar10 input_aware={data: {path: x}, test: {path: x}}"
-PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 SGD = {"optimizer.name": "sgd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4}
 IBAU = {"K": 5, "step_size": 0.1, "penalty": 1e-3, "patched_fraction": 0.01, "solver": "neumann", "min_patched": 0,
         "optimizer.name": "adam", "optimizer.betas": [0.9, 0.999], "optimizer.weight_decay": 0.0}  # fmt: skip
-
-
-def below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The same values, their keys in a section."""
-    return {f"{prefix}.{key}": value for key, value in values.items()}
 
 
 COLOURS = {
@@ -266,7 +260,8 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
      {"ibau.data.max_samples": 100}),
     # RNP
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official"), {"rnp.ratio": 0.01}),
-    ("bboylyg/RNP, main.py, where no ratio is given", ("dist_defend.methods.defend.pruning.plan:_RATIO",), {"": 0.01}),
+    ("bboylyg/RNP, main.py, where no ratio is given",
+     ("dist_defend.methods.defend.pruning.options:MaskConfig.usual_ratio",), {"": 0.01}),
     ("bboylyg/RNP, main.py", ("defend/rnp_cifar10", "defend/rnp_cifar10_official", RNP_DEFAULTS), below("rnp", {
         "batch_size": 128, "unlearning_lr": 0.01, "unlearning_epochs": 20, "schedule": [10, 20],
         "epochs_inclusive": True, "clean_threshold": 0.20, "alpha": 0.2, "recovering_lr": 0.2, "recovering_epochs": 20,
@@ -285,21 +280,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "not_unlearned": "use_last", **PAD_AND_FLIP,
         }),
     }),
-    # ANP
-    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
-    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
-        "eps": 0.4, "steps": 1, "alpha": 0.2, "lr": 0.2, "iterations": 2000, "batch_size": 128, "project": False,
-        "pruning_by": "threshold", "pruning_max": 0.90, "pruning_step": 0.05, "prune_beta": False, **PAD_AND_FLIP,
-    })),
-    ("SCLBD/BackdoorBench, defense/anp.py and config/defense/anp", ("defend/anp_cifar10 anp={preset: backdoorbench, "
-     "model: x, data: {path: x}, test: {path: x}}",), below("anp", {
-        "lr": 0.01, "ratio": 0.05, "batch_size": 256, "eps": 0.4, "steps": 1, "alpha": 0.2, "acc_ratio": 0.1,
-    })),
-    # CLP
-    ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
-     {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),
-    ("SCLBD/BackdoorBench, defense/clp.py and config/defense/clp", ("defend/clp_cifar10", CLP_DEFAULTS),
-     {"clp.u": 3.0, "clp.u_min": 0.0, "clp.u_max": 10.0, "clp.u_num": 21}),
+    *BASELINES,
     # ABD's distillations
     (OPTIONS["ABD zskt"], (*ZSKT_CIFAR10, *ZSKT_GTSRB), below("zskt", {
         "student": "wrn_16_1", "batch_size": 128, "z_dim": 100, "generator_width": 128, "generator_steps": 1,

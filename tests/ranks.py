@@ -1,4 +1,6 @@
-"""Two gloo ranks on this machine, started once for the whole test session, that run functions for tests.
+"""Two ranks on this machine, started once for the whole test session, that run functions for tests.
+
+They meet over gloo and see no GPU, or over NCCL with a GPU each.
 
 Pool.run(function, *arguments) calls function(*arguments) on both ranks inside one process group and returns the two
 results in rank order. The function must be importable (a test module's top level), arguments and results picklable.
@@ -24,17 +26,22 @@ class RankError(RuntimeError):
     """A rank raised, died or ran out of time; the message holds its traceback."""
 
 
-def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection, on_gpus: bool) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
     )
-    os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    if not on_gpus:
+        os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
     warnings.simplefilter("error")
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    if on_gpus:
+        torch.cuda.set_device(rank)
+    backend, device = ("nccl", torch.device("cuda", rank)) if on_gpus else ("gloo", None)
+    meeting = f"file://{rendezvous}"
+    dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=world_size, device_id=device)
     pipe.send_bytes(pickle.dumps(("ready", None)))
     while True:
         try:
@@ -50,8 +57,8 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection) -> Non
 class Pool:
     """Ranks that wait for work. A failure ends them, and the next run starts fresh ones."""
 
-    def __init__(self, world_size: int = 2) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int = 2, on_gpus: bool = False) -> None:
+        self.world_size, self.on_gpus = world_size, on_gpus
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -78,7 +85,7 @@ class Pool:
         rendezvous = Path(tempfile.mkdtemp(prefix="ranks-")) / "store"
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.world_size, str(rendezvous), theirs)
+            arguments = (rank, self.world_size, str(rendezvous), theirs, self.on_gpus)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()

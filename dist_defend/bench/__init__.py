@@ -9,14 +9,14 @@ from typing import Any
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
-NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "rnp", "zskt", "scaling")
+NAMES = ("data", "simclr", "badencoder", "mimic", "mimic-mi", "head", "ibau", "rnp", "zskt", "graphs", "scaling")
 SCALED = ("simclr", "badencoder", "mimic", "classifier")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
     parser.add_argument("name", choices=[*NAMES, "all"])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here, as a JSON list")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as they come, as a JSON list")
     parser.add_argument(
         "--encoder", metavar="ARCH", help="time only this encoder (default: small_cifar and a ResNet-18)"
     )
@@ -51,8 +51,8 @@ def main(args: argparse.Namespace) -> int:
         for row in module.rows(settings):
             print(_line(row), flush=True)
             rows.append(row)
-    if args.json is not None:
-        write_atomic(args.json, json.dumps(rows, indent=1) + "\n")
+            if args.json is not None:  # a crash or a time limit leaves what there is
+                write_atomic(args.json, json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -97,7 +97,7 @@ class Pair:
         def ours() -> float:
             return self.step(batch, Position())["loss"].item()
 
-        runner.show_equal(self.case.name, baseline(), ours())
+        runner.show_equal(self.case.name, baseline, ours)
         note = "a step, without loading; the features of the clean encoder are computed once per run"
         return runner.compare(self.case, baseline, ours, settings, images=size, note=note)
 

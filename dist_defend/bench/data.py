@@ -72,7 +72,7 @@ class _PilDataset(Dataset[tuple[tuple[torch.Tensor, ...], int]]):
         return tuple(self._case.transform(image) for _ in self._case.views), 0
 
 
-def rows(settings: Settings, workers: int = 2) -> list[dict[str, object]]:
+def rows(settings: Settings, workers: int = 2) -> Iterator[dict[str, object]]:
     """Measure the three cases: back ends and baseline take turns, medians of the repeats after one pass to warm up.
 
     ours_ms and baseline_ms are per batch; ours is ffcv, or resident where ffcv is not installed (key ``backend``).
@@ -96,7 +96,8 @@ def rows(settings: Settings, workers: int = 2) -> list[dict[str, object]]:
         ]
         for baseline in baselines:  # their processes start before our threads do
             _seconds_per_batch(baseline)
-        return [_measure(case, base, settings.repeats, workers) for case, base in zip(cases, baselines, strict=True)]
+        for case, baseline in zip(cases, baselines, strict=True):
+            yield _measure(case, baseline, settings.repeats, workers)
 
 
 def _measure(case: _Case, baseline: Iterable[object], repeats: int, workers: int) -> dict[str, object]:

@@ -56,8 +56,11 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, seeds: tuple[int, ...])
     optimizer = torch.optim.Adam(net.parameters(), lr=config.update.optimizer.lr)
     with torch.no_grad():  # without dropout, whose draws differ
         x, y = data[0][0, : case.batch_size], data[1][: case.batch_size]
-        pair = (net.eval()(x), heads.eval()(x)[0])
-    runner.show_equal(case.name, *(functional.cross_entropy(logits, y).item() for logits in pair))
+        runner.show_equal(
+            case.name,
+            lambda: functional.cross_entropy(net.eval()(x), y).item(),
+            lambda: functional.cross_entropy(heads.eval()(x)[0], y).item(),
+        )
     heads.train()
     epochs = count()
     note = (

@@ -20,6 +20,7 @@ from dist_defend.counts import evaluate_classifier
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.step import Position
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
@@ -45,7 +46,7 @@ class Pair:
 
     def __init__(self, case: Case, ranks: Ranks, folder: Path) -> None:
         self.case, self.ranks = case, ranks
-        self.config = Config("", DatasetConfig(""), DatasetConfig(""), batch_size=case.batch_size)
+        self.config = config_of(case)
         self.data, self.test = (
             runner.prepare(runner.random_images(case.num_images, seed), folder, split, CLASSES, storage="npy")
             for seed, split in ((5, "train"), (4, "test"))
@@ -78,7 +79,7 @@ class Pair:
             return self.step.outer(images, labels, mask, weights)["outer_loss"].item()
 
         for _ in range(2):
-            runner.show_equal(case.name, baseline(), ours(), limit=1e-3)
+            runner.show_equal(case.name, baseline, ours, limit=1e-3)
         note = f"one update, {len(patched)} of {size} images perturbed, K = {self.config.K}"
         return runner.compare(case, baseline, ours, settings, images=size, note=note)
 
@@ -94,8 +95,7 @@ class Pair:
         def ours() -> None:
             round_ = next(numbers)
             for number, batch in enumerate(self.rounds.epoch(round_)):
-                images = batch.images.to(ranks.device, ranks.dtype)
-                self.step(batch._replace(views=(images,)), Position(epoch=round_, batch=number))
+                self.step(runner.on_device(batch, ranks), Position(epoch=round_, batch=number))
             evaluate_classifier(self.step.model, clean, attacked, ranks, POISON)
 
         def baseline() -> Any:
@@ -109,6 +109,11 @@ class Pair:
     def _loader(self, dataset: PreparedDataset, batch_size: int) -> Loader:
         config = LoaderConfig("resident", 1)
         return make_loader(dataset, config=config, batch_size=batch_size, device=self.ranks.device)
+
+
+def config_of(case: Case, graph: GraphMode = "auto") -> Config:
+    """The method's defaults; images come from memory."""
+    return Config("", DatasetConfig(""), DatasetConfig(""), batch_size=case.batch_size, graph=graph)
 
 
 def _host_batches(dataset: PreparedDataset, labels: np.ndarray, size: int) -> list[Any]:

@@ -51,5 +51,5 @@ def _step(case: Case, settings: Settings, ranks: Ranks, hooks: int, note: str) -
     def our_step() -> float:
         return step(batch, Position())["loss"].item()
 
-    runner.show_equal(case.name, baseline(), our_step())
+    runner.show_equal(case.name, baseline, our_step)
     return runner.compare(case, baseline, our_step, settings, images=case.batch_size, note=note)

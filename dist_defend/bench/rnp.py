@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -26,6 +25,7 @@ from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
+from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.pruning.masks import neuron_table
@@ -38,17 +38,19 @@ from dist_defend.trial import Trial
 UNLEARNING_EPOCHS, RECOVERING_EPOCHS = 13, 20  # of the published log
 TEST_SHARE = 18  # images of each test set per image of the defender, as published: 9000 and 500
 TEST_BATCH = 128
+EQUAL_IMAGES, EQUAL_SHARE = 200, 2  # at most so many of the defender, and TEST_SHARE, where equality is shown
 CLASSES = 10
 
 
 def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """rnp-default: choose on the defender's data, test once; rnp-full-table: test every threshold."""
     ranks = runner.start()
-    (case,) = runner.cases(settings, "rnp", ("", "small_resnet", 16, 24))
+    (case,) = runner.cases(settings, "rnp", ("", *sizes(ranks)))
     with tempfile.TemporaryDirectory() as folder:
+        few = replace(case, num_images=min(case.num_images, EQUAL_IMAGES))
+        Pair(few, Path(folder, "equal"), EQUAL_SHARE).show_equal()
         pair = Pair(case, Path(folder))
-        pair.show_equal()
-        published = pair.published(ranks.dtype)
+        published = pair.published(ranks)
         for name, full in (("rnp-default", False), ("rnp-full-table", True)):
             note = f"{case.num_images} images of the defender, {TEST_SHARE} times as many in each test set; "
             note += f"{UNLEARNING_EPOCHS} and {RECOVERING_EPOCHS} epochs; "
@@ -59,13 +61,20 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
             )
 
 
+def sizes(ranks: Ranks) -> tuple[str, int, int]:
+    """Network, batch and the defender's images: on a GPU those of the published log."""
+    return ("resnet18", 128, 500) if ranks.device.type == "cuda" else ("small_resnet", 16, 24)
+
+
 class Pair:
     """Both sides with the same network, images, order of batches and trigger; no augmentation."""
 
-    def __init__(self, case: Case, folder: Path) -> None:
+    def __init__(self, case: Case, folder: Path, test_share: int | None = None) -> None:
+        """test_share: None for TEST_SHARE."""
         self.case, self.folder = case, folder
+        test_share = TEST_SHARE if test_share is None else test_share
         self.poison = AttackConfig(BadNets())
-        for number, (split, share) in enumerate({"train": 1, "test": TEST_SHARE}.items()):
+        for number, (split, share) in enumerate({"train": 1, "test": test_share}.items()):
             images = runner.random_images(case.num_images * share, seed=number)
             runner.prepare(images, folder, split, CLASSES, storage="npy")
         self.model = runner.seasoned(case.encoder, CLASSES, runner.NORMALIZATION)
@@ -75,15 +84,18 @@ class Pair:
         epochs, stops = UNLEARNING_EPOCHS + RECOVERING_EPOCHS + 20, 20 if full else 2
         return self.case.num_images * (epochs + 2 * TEST_SHARE * stops)
 
-    def published(self, dtype: torch.dtype) -> Callable[[], Any]:
-        """The published flow on this network in this precision."""
-        net = copy.deepcopy(self.model.net).to(dtype)
+    def published(self, ranks: Ranks) -> Callable[[], Any]:
+        """The published flow on this network, device and in this precision."""
+        device, dtype = ranks.device, ranks.dtype
+        net = copy.deepcopy(self.model.net).to(device, dtype)
         mean, std = (values.flatten().tolist() for values in (self.model.normalize.mean, self.model.normalize.std))
         train, test = open_dataset(self.folder / "train"), open_dataset(self.folder / "test")
         kept = np.flatnonzero(test.labels != self.poison.target_class)
 
-        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> DataLoader[Any]:
-            return DataLoader(reference.ImageSet(images, labels, mean, std, dtype), **options)
+        def loader(images: np.ndarray, labels: np.ndarray, **options: Any) -> reference.OnDevice:
+            return reference.OnDevice(
+                DataLoader(reference.ImageSet(images, labels, mean, std, dtype), **options), device
+            )
 
         stamped = triggered(test, self.poison).images(kept)
         clean = loader(test.images(kept), test.labels[kept], batch_size=TEST_BATCH)
@@ -99,7 +111,7 @@ class Pair:
 
         return defend
 
-    def ours(self, ranks: Ranks, full: bool) -> Callable[[], Any]:
+    def ours(self, ranks: Ranks, full: bool, graph: GraphMode = "auto") -> Callable[[], Any]:
         """What a run of the method does between its configuration and its result."""
         config = Config(
             model=str(self.folder / "suspect"),
@@ -112,6 +124,7 @@ class Pair:
             recovering_epochs=RECOVERING_EPOCHS,
             epochs_inclusive=False,
             full_table=full,
+            graph=graph,
             exclude_target_from_acc=True,
         )
         card = ModelCard("classifier", self.case.encoder, runner.NORMALIZATION, runner.IMAGE_SIZE, num_classes=CLASSES)
@@ -134,8 +147,9 @@ class Pair:
 
     def show_equal(self) -> None:
         """Both flows in float64: RuntimeError unless masks agree and tables are the same, row by row."""
-        masks, table = self.published(torch.float64)()
-        ours, rows = self.ours(dist.start("fp64", world_size=1), full=True)()
+        ranks = dist.start("fp64", world_size=1)
+        masks, table = self.published(ranks)()
+        ours, rows = self.ours(ranks, full=True)()
         apart = max((masks[name] - ours[name]).abs().max().item() for name in masks)
         found = [(row["pruned"], *(row[key]["correct"] / row[key]["n"] for key in ("asr", "acc"))) for row in rows]
         is_equal = found == [row[1:] for row in table]
@@ -158,7 +172,6 @@ def _run(stage: Stage, ranks: Ranks) -> None:
     """All epochs of a stage: the stop rule would make the two sides' work differ with rounding."""
     for epoch in range(stage.epochs):
         for number, batch in enumerate(stage.loader.epoch(epoch)):
-            images = batch.images.to(ranks.dtype)
-            stage.step(batch._replace(views=(images,)), Position(epoch=epoch, batch=number))
+            stage.step(runner.on_device(batch, ranks), Position(epoch=epoch, batch=number))
     if stage.finish is not None:
         stage.finish()

@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_defend.batch import Batch
 from dist_defend.data.augment import View
 from dist_defend.data.loader import Loader, LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource
@@ -122,8 +124,33 @@ def twin_models(encoder: str, seed: int, device: torch.device) -> tuple[SimCLR, 
     return theirs, ours
 
 
-def show_equal(name: str, theirs: float, ours: float, limit: float = 1e-4) -> None:
-    """Print both sides' loss on one batch; RuntimeError if they differ by more than ``limit``, relatively."""
+def on_device(batch: Batch, ranks: Ranks) -> Batch:
+    """As the trainer gives it to a step."""
+    images = batch.images.to(ranks.device, ranks.dtype)
+    return Batch((images,), batch.labels.to(ranks.device), batch.index.to(ranks.device))
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """float32 in full where a GPU would round what it multiplies, as it does for convolutions, to ten bits."""
+    settings: Any = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for setting, is_allowed in zip(settings, before, strict=True):
+            setting.allow_tf32 = is_allowed
+
+
+def show_equal(name: str, their_side: Callable[[], float], our_side: Callable[[], float], limit: float = 1e-4) -> None:
+    """Print both sides' loss on one batch, computed without TF32; RuntimeError unless they agree.
+
+    limit: of their difference, relatively.
+    """
+    with without_tf32():
+        theirs, ours = their_side(), our_side()
     difference = abs(theirs - ours) / max(abs(theirs), 1e-12)
     print(f"{name}: loss {theirs:.7g} as published, {ours:.7g} ours: apart by {difference:.1e} (limit {limit:.0e})")
     if not difference <= limit:
@@ -145,7 +172,7 @@ def compare(
     images: how many go through one call of ours. heads: of how many units of the baseline's work one call of ours does;
     ours_ms is per unit.
     """
-    pairs = [(_seconds(baseline), _seconds(ours) / heads) for _ in range(settings.repeats + 1)][1:]
+    pairs = [(seconds(baseline), seconds(ours) / heads) for _ in range(settings.repeats + 1)][1:]
     ratios = [theirs / mine for theirs, mine in pairs]
     baseline_seconds, our_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
     return {
@@ -165,7 +192,8 @@ def compare(
     }
 
 
-def _seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object]) -> float:
+    """What a call takes, until the device is done."""
     _wait()
     started = time.perf_counter()
     run()

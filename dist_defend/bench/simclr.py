@@ -43,8 +43,8 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
     one, other = (runner.normalised(view) for view in (first, second))
     runner.show_equal(
         case.name,
-        published.simclr_step(theirs, optimizer, one, other, TEMPERATURE),
-        step(batch, Position())["loss"].item(),
+        lambda: published.simclr_step(theirs, optimizer, one, other, TEMPERATURE),
+        lambda: step(batch, Position())["loss"].item(),
     )
     baseline = published.pair_loader(images, runner.MEAN, runner.STD, case.batch_size)
     config = LoaderConfig(workers=baseline.num_workers)

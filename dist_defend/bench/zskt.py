@@ -72,7 +72,7 @@ class Pair:
 
     def compare(self, settings: Settings) -> dict[str, Any]:
         """The row, after showing that both sides give the same losses in a first pseudo-batch."""
-        runner.show_equal(self.case.name, self.theirs(0), self.ours(0), limit=1e-2)
+        runner.show_equal(self.case.name, lambda: self.theirs(0), lambda: self.ours(0), limit=1e-2)
         theirs, ours = count(1), count(1)
         note = f"one pseudo-batch, {STUDENT_STEPS} student steps, {TEACHER} to {self.case.encoder}"
         both = (lambda: self.theirs(next(theirs)), lambda: self.ours(next(ours)))

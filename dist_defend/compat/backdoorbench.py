@@ -26,7 +26,7 @@ from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, open_dataset, write_dataset
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular, sha256_file, write_atomic
-from dist_defend.methods.defend.pruning.plan import read_index
+from dist_defend.methods.defend.defender import read_index
 from dist_defend.models.artifact import ModelCard, read_card
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.export import defense_result

@@ -52,14 +52,14 @@ class DatasetConfig:
         fraction: share of the rows, rounded down
         max_samples: rows at most; null: no limit
         subset: the first rows of the prepared order, which is a shuffled one unless the data set was prepared with
-            --keep-order; or random ones, by the run's seed
+            --keep-order; or random ones, by the run's seed; or balanced: random, as many of each class
         resize: side in pixels of the square to which images are resized when they are read; null: as they are
     """
 
     path: str
     fraction: float = 1.0
     max_samples: int | None = None
-    subset: Literal["first", "random"] = "first"
+    subset: Literal["first", "random", "balanced"] = "first"
     resize: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,7 +79,15 @@ def select_rows(dataset: PreparedDataset, config: DatasetConfig, seed: int) -> n
         raise UserError(f"{config.path}: fraction {config.fraction} of {len(dataset)} samples is none; raise it")
     if config.subset == "first":
         return np.arange(count, dtype=np.int64)
-    return np.sort(draws(seed, Stream.SUBSET).permutation(len(dataset))[:count]).astype(np.int64)
+    order = draws(seed, Stream.SUBSET).permutation(len(dataset))
+    if config.subset == "balanced":
+        each = count // dataset.num_classes
+        if each < 1:
+            raise UserError(
+                f"{config.path}: {count} samples are not one of each of {dataset.num_classes} classes; take more"
+            )
+        order = np.concatenate([order[dataset.labels[order] == k][:each] for k in range(dataset.num_classes)])
+    return np.sort(order[:count]).astype(np.int64)
 
 
 class Loader:

@@ -181,10 +181,14 @@ class Context:
             os.posix_fallocate(file.fileno(), 0, count * self.ranks.dtype.itemsize)  # now, not as SIGBUS later
             return torch.from_file(file.name, shared=True, size=count, dtype=self.ranks.dtype).view(*shape)
 
-    def synchronise(self, model: nn.Module) -> None:
-        """Batch normalisation over the global batch, in place, where there are several ranks."""
+    def synchronise(self, model: nn.Module, second_order: bool = False) -> None:
+        """Batch normalisation over the global batch, in place, where there are several ranks.
+
+        The model goes to the device first, as what becomes of its norms depends on that. second_order: it will be
+        differentiated twice.
+        """
         if self.ranks.world_size > 1:
-            convert_sync_batchnorm(model)
+            convert_sync_batchnorm(model.to(self.ranks.device), second_order)
 
     def load_model(self, folder: str) -> tuple[SimCLR, str]:
         """An encoder's model folder -> the model and the sha256 of its weights. Tells what its card only guesses."""

@@ -1,7 +1,7 @@
 """One update as one CUDA graph: captured once for each shape of its inputs, then replayed without the host."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Literal
 
 import torch
@@ -33,8 +33,11 @@ class GraphedUpdate:
 
     mode: "on" is an error where there is no CUDA device, "auto" then calls update directly and says so, "off" always
     calls it directly.
-    Inputs are copied into the graph's own; outputs are clones. A new shape of inputs gets a graph of its own;
-    RuntimeError after so many that it cannot be meant.
+    Inputs are copied into the graph's own; outputs are clones. A new shape of inputs gets a graph of its own, and so
+    does another setting of TF32; RuntimeError after so many that it cannot be meant.
+
+    On several ranks update may sum over them. All must then capture at the same call, as the calls that warm up wait
+    for each other: where a batch may have a new shape on some ranks alone, ``kind`` must tell it from others, on all.
     """
 
     def __init__(
@@ -53,15 +56,16 @@ class GraphedUpdate:
         self.is_graphed = can_capture(device) and mode != "off"
         if mode == "auto":
             log.info("%s: %s", name, "one CUDA graph per step" if self.is_graphed else "eager, there is no GPU")
-        self._graphs: dict[tuple[tuple[torch.Size, torch.dtype], ...], _Graph] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
 
-    def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
+    def __call__(self, *inputs: Tensor, kind: Hashable = None) -> dict[str, Tensor]:
         if not self.is_graphed:
             return self.update(*inputs)
-        key = tuple((tensor.shape, tensor.dtype) for tensor in inputs)
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        key = kind, tf32, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._graphs:
             if len(self._graphs) == _MOST_SHAPES:
-                shapes = ", ".join(str(tuple(shape)) for shape, _ in key)
+                shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
                 raise RuntimeError(f"{self.name}: inputs of yet another shape ({shapes}); a graph needs fixed shapes")
             self._graphs[key] = _Graph(self.update, self.changed, inputs)
         return self._graphs[key].replay(inputs)

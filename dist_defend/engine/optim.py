@@ -21,9 +21,12 @@ class OptimizerConfig:
         weight_decay: of adam the coupled L2 term (torch.optim.Adam), as in all the published scripts
         betas: of adam and adamw: decay of the means of gradients and of their squares
         momentum: of sgd and lars
+        nesterov: of sgd: the step looks ahead along the momentum
         trust: of lars: the most that an update moves a tensor, relative to its norm, at rate 1
         amsgrad: of adam and adamw
-        schedule: constant; cosine, down to 0 at the last step; multistep, down at milestones
+        schedule: constant; cosine, down to 0 at the last step; multistep, down at milestones; cosine_epochs and
+            cosine_steps, down to 0 after ``period`` of them and up again, as torch's CosineAnnealingLR goes
+        period: of cosine_epochs and cosine_steps: T_max
         milestones: of multistep: epochs after which the rate falls
         gamma: of multistep: share of the rate that is left after each milestone
         warmup_epochs: epochs in which the rate rises from 0 to lr, before the schedule; may be a fraction
@@ -34,18 +37,22 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     momentum: float = 0.9
+    nesterov: bool = False
     trust: float = 1e-3
     amsgrad: bool = False
-    schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    schedule: Literal["constant", "cosine", "multistep", "cosine_epochs", "cosine_steps"] = "constant"
+    period: int = 100
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     warmup_epochs: float = 0.0
 
     def __post_init__(self) -> None:
-        positive(self, "lr", "trust")
+        positive(self, "lr", "trust", "period")
         not_negative(self, "weight_decay", "momentum", "warmup_epochs")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"key 'betas' is {list(self.betas)}; both must be in [0, 1)")
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError("key 'nesterov' is true, which needs sgd with a momentum: leave it out")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"key 'gamma' is {self.gamma}; it must be in (0, 1]")
         if bool(self.milestones) != (self.schedule == "multistep"):
@@ -65,9 +72,8 @@ def build_optimizer(
     if config.name == "lars":
         return Lars(trained, config.lr, config.momentum, config.weight_decay, config.trust)
     if config.name == "sgd":
-        return torch.optim.SGD(
-            trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-        )
+        options: dict[str, Any] = {"weight_decay": config.weight_decay, "nesterov": config.nesterov}
+        return torch.optim.SGD(trained, lr=config.lr, momentum=config.momentum, fused=fused, **options)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(
         trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, amsgrad=config.amsgrad, fused=fused
@@ -165,4 +171,7 @@ def lr_factor(config: OptimizerConfig, step: int, steps_per_epoch: int, total_st
         return 1.0
     if config.schedule == "multistep":
         return config.gamma ** sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total_steps - warmup)))
+    passed = (step - warmup) / max(1, total_steps - warmup)
+    if config.schedule.startswith("cosine_"):
+        passed = (step // steps_per_epoch if config.schedule == "cosine_epochs" else step) / config.period
+    return 0.5 * (1 + math.cos(math.pi * passed))

@@ -17,7 +17,7 @@ from dist_defend import plugins
 from dist_defend.methods import attack, defend, measure, pretrain
 
 FOLDERS = (pretrain, attack, defend, measure)
-SHARED = ("abd", "pruning")  # packages that methods are made from; not methods themselves
+SHARED = ("abd", "defender", "pruning", "tuning")  # what methods are made from; not methods themselves
 
 
 @cache

@@ -1,24 +1,27 @@
 """Every update that becomes a CUDA graph, as a step with twenty batches; on a CPU, or on a GPU where there is one."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.order import rank_slice
 from dist_defend.engine import dist
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
 from dist_defend.engine.update import Update
+from dist_defend.methods.defend import fp, ft_sam, nad
 from dist_defend.methods.defend.abd import vaccine
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
@@ -26,17 +29,22 @@ from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.defend.tuning.options import sgd
+from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
+from dist_defend.ops.collectives import convert_sync_batchnorm
 from dist_defend.ops.losses import Convention, distillation
 from tests.numerics.test_ibau_steps import InMemory
 from tests.steps import positions
 
 BATCH, IMAGE, STEPS = 4, 8, 20  # small enough for a CPU; tests/gpu takes larger ones
+PRECISION = "fp32"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -59,55 +67,84 @@ def classifier(arch: str, ranks: Ranks) -> Classifier:
     with torch.random.fork_rng([]):
         torch.manual_seed(1)
         model = build_classifier(arch, 10, "none", IMAGE)
-    moved: Classifier = model.to(ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return moved
+    model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def synchronised(model: Module, ranks: Ranks, second_order: bool = False) -> Module:
+    """The model, whose batch norms are then those of the global batch."""
+    if ranks.world_size > 1:
+        convert_sync_batchnorm(model, second_order)
+    return model
+
+
+def own(batch: Batch, ranks: Ranks) -> Batch:
+    """This rank's share of a global batch."""
+    part = rank_slice(len(batch.labels), ranks.rank, ranks.world_size)
+    return Batch((batch.images[part].to(ranks.dtype),), batch.labels[part], batch.index[part])
+
+
+@dataclass
+class Shares(InMemory):
+    """A loader whose batches are this rank's shares; without the empty ones."""
+
+    ranks: Ranks
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        shares = (own(batch, self.ranks) for batch in super().epoch(epoch, start_batch))
+        return (share for share in shares if len(share.labels))
 
 
 def ibau(graph: GraphMode, arch: str = "ibau_vgg", **options: Any) -> Case:
     """Rounds of six batches; the last of a pass is short, and padded."""
     images, labels = images_and_labels(2 * BATCH + 3)
-    ranks = dist.start("fp32", None)
+    ranks = dist.start(PRECISION, None)
     options = {"patched_fraction": 0.3, "project_radius": 10.0, **options}
     config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
-    rounds = Rounds(InMemory(images, labels, BATCH), IMAGE, ranks)  # type: ignore[arg-type]
+    rounds = Rounds(Shares(images, labels, BATCH, ranks), IMAGE, ranks)  # type: ignore[arg-type]
     step = UnlearningStep(classifier(arch, ranks), config, rounds, seed=0)
     batches = (batch for epoch in range(STEPS) for batch in rounds.epoch(epoch))
     given = list(islice(zip(batches, positions(rounds.num_batches), strict=False), STEPS))
     return Case(step, given, (step.inner, step.outer), (step.update, step.inner_update))
 
 
-def labelled() -> list[tuple[Batch, Position]]:
-    """Epochs of three batches, the last of them of another shape."""
-    images, labels = images_and_labels(2 * BATCH + 2)
-    parts = torch.arange(len(labels)).split(BATCH)
-    batches = (Batch((images[part],), labels[part], part) for _ in range(STEPS) for part in parts)
-    return list(islice(zip(batches, positions(len(parts)), strict=False), STEPS))
+def labelled(ranks: Ranks) -> tuple[list[tuple[Batch, Position]], int]:
+    """Epochs of so many batches, the last of them of another shape: of two ranks for the second one alone."""
+    images, labels = images_and_labels(3 * BATCH - 1)
+    loader = Shares(images, labels, BATCH, ranks)
+    batches = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
+    return list(islice(zip(batches, positions(loader.num_batches), strict=False), STEPS)), loader.num_batches
 
 
 def unlearn(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
-    ranks = dist.start("fp32", None)
-    step = UnlearnStep(classifier(arch, ranks), ranks, graph=graph, **{"schedule": (2, 4), **options})
-    return Case(step, labelled(), (step.graphed,), (step.update,))
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    options = {"schedule": (2, 4), "num_batches": epoch, **options}
+    step = UnlearnStep(synchronised(classifier(arch, ranks), ranks), ranks, graph=graph, **options)
+    return Case(step, given, (step.graphed,), (step.update,))
 
 
 def recover(graph: GraphMode, arch: str = "small_resnet", **options: Any) -> Case:
-    ranks = dist.start("fp32", None)
+    ranks = dist.start(PRECISION, None)
     model = classifier(arch, ranks)
-    masks = mask_norms(model, norm_names(model))
-    step = RecoverStep(model, masks, ranks, graph=graph, **options)
-    return Case(step, labelled(), (step.graphed,), (step.update,))
+    names = norm_names(model)
+    masks = mask_norms(synchronised(model, ranks), names)
+    given, epoch = labelled(ranks)
+    step = RecoverStep(model, masks, ranks, graph=graph, num_batches=epoch, **options)
+    return Case(step, given, (step.graphed,), (step.update,))
 
 
 def zskt(graph: GraphMode, **options: Any) -> Case:
     options = {"pseudo_batches": STEPS, "student_steps": 2, **options}
     config = TransferConfig("m", DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
-    ranks = dist.start("fp32", None)
+    ranks = dist.start(PRECISION, None)
     teacher = classifier("wrn_16_1", ranks).net.eval().requires_grad_(False)
-    generator = ZSKTGenerator(image_size=IMAGE, width=2 * BATCH)
-    step = TransferStep(teacher, classifier("wrn_10_1", ranks).net, generator, config, ranks, seed=0)
+    generator = synchronised(ZSKTGenerator(image_size=IMAGE, width=2 * BATCH).to(ranks.device), ranks)
+    student = synchronised(classifier("wrn_10_1", ranks).net, ranks, config.retrospection is not None)
+    step = TransferStep(teacher, student, generator, config, ranks, seed=0)
     latents = LatentBatches(BATCH, config.z_dim, 0, ranks)
     batches = (batch for epoch in range(STEPS) for batch in latents.epoch(epoch))
-    floats = (batch._replace(views=(batch.images.float(),)) for batch in batches)
+    floats = (batch._replace(views=(batch.images.to(ranks.dtype),)) for batch in batches)
     graphs = (step.make, step.perturb, step.learn)
     return Case(step, list(zip(floats, positions(), strict=False)), graphs, tuple(step.players.values()))
 
@@ -128,11 +165,14 @@ def selected(graph: GraphMode, least: float) -> Case:
 
 def retrospective(graph: GraphMode, optimizer: OptimizerConfig, convention: Convention, **options: Any) -> Case:
     """OOD's and CMI's last epochs, of five batches; they differ in optimizer and divergence."""
-    ranks = dist.start("fp32", None)
+    ranks = dist.start(PRECISION, None)
     context = SimpleNamespace(ranks=ranks, seed=0)
     teacher = classifier("wrn_16_1", ranks).eval().requires_grad_(False)
     pair: Any = SimpleNamespace(
-        student=classifier("wrn_10_1", ranks), teacher=teacher, image_size=IMAGE, context=context
+        student=synchronised(classifier("wrn_10_1", ranks), ranks, second_order=True),
+        teacher=teacher,
+        image_size=IMAGE,
+        context=context,
     )
     share = partial(distillation, temperature=2.0, batch_size=BATCH)
     config = RetrospectionConfig(restart_lr=1e-3, inner_rounds=2, K=3, **options)
@@ -141,10 +181,39 @@ def retrospective(graph: GraphMode, optimizer: OptimizerConfig, convention: Conv
         batch_size=BATCH, steps_per_epoch=5, epochs=STEPS // 5, graph=graph,
     )  # fmt: skip
     images, labels = images_and_labels(STEPS * BATCH)
-    batches = (Batch((images[part],), labels[part], part) for part in torch.arange(len(labels)).split(BATCH))
+    batches = Shares(images, labels, BATCH, ranks).epoch(0)
     return Case(step, list(zip(batches, positions(5), strict=False)), (step.graphed,), (step.update,))
 
 
+def tuned(graph: GraphMode, make: Callable[[Classifier, dict[str, Any]], TuningStep]) -> Case:
+    """make: gets the model and the options of its step."""
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    model = classifier("small_resnet", ranks)
+    synchronised(model, ranks)
+    step = make(model, {"ranks": ranks, "steps_per_epoch": epoch, "graph": graph})
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
+def ft(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return TuningStep(model, sgd(period=4), epochs=STEPS, **options)
+
+
+def ft_sam_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return ft_sam.SamStep(ft_sam.Config(**_DEFENCE), model=model, **options)
+
+
+def nad_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return nad.AttentionStep(nad.Config(**_DEFENCE), model, copy.deepcopy(model), **options)
+
+
+def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    step = fp.PrunedStep(fp.Config(**_DEFENCE), model, "linear", **options)
+    step.prune([1, 3])
+    return step
+
+
+_DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
 _MULTISTEP = OptimizerConfig("sgd", lr=0.1, momentum=0.9, schedule="multistep", milestones=(3, 9))
@@ -162,6 +231,10 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "rnp unlearn, clipped": lambda graph: unlearn(graph, max_grad_norm=1.0),
     "rnp unlearn, dropout": lambda graph: unlearn(graph, arch="ibau_vgg", max_grad_norm=1.0),
     "rnp recover": recover,
+    "ft": partial(tuned, make=ft),
+    "ft_sam": partial(tuned, make=ft_sam_),
+    "nad": partial(tuned, make=nad_),
+    "fp": partial(tuned, make=fp_),
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

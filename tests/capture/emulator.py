@@ -14,6 +14,7 @@ Errors, where a GPU would fail or be wrong:
 
 Random operators of the default generator are recorded, and a replay draws on: torch registers the default generator of
 a device with every graph. The CPU's generator stands for the device's.
+Collectives are recorded as operators, and a replay takes part in them again, over gloo. Ranks must capture together.
 Not emulated: kernels' own numerics, streams, the order in which a pool reuses memory, copies between host and device.
 """
 
@@ -83,6 +84,7 @@ class EmulatedGraph:
     def __init__(self) -> None:
         self.tape: list[_Operator] = []
         self.random: list[str] = []  # names of operators that draw
+        self.collectives: list[torch.Size] = []  # shapes of what is summed or gathered over ranks
         self.generators: list[torch.Generator] = []
 
     def register_generator_state(self, generator: torch.Generator) -> None:
@@ -100,8 +102,10 @@ class EmulatedGraph:
 
         with torch._C._AutoDispatchBelowAutograd():
             for operator in self.tape:
-                results = _tensors(operator.run(*tree_map(load, operator.args), **tree_map(load, operator.kwargs)))
-                for new, own in zip(results, operator.made, strict=True):
+                result = operator.run(*tree_map(load, operator.args), **tree_map(load, operator.kwargs))
+                if _is_collective(operator.run):
+                    torch.distributed.Work.unbox(result[-1]).wait()
+                for new, own in zip(_tensors(result), operator.made, strict=True):
                     if own is not None:
                         own.copy_(new)
 
@@ -133,6 +137,8 @@ class _Recorder(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if _key(tensor) not in self.pool and _key(tensor) not in self.before:
                 self.before[_key(tensor)] = storage, storage.clone(), tensor.size()
+        if _is_collective(func):
+            self.graph.collectives += [tensor.size() for tensor in written]
         known = {_key(tensor) for tensor in inputs}
         saved_args, saved_kwargs = tree_map(self._saved, (args, given))
         result = func(*args, **given)
@@ -258,12 +264,18 @@ def _check_operator(func: Any, args: tuple[Any, ...]) -> None:
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments that an operator writes to."""
+    if _is_collective(func):  # their schemas do not say so; the first argument is where results go
+        return _tensors(args[0])
     names = [argument.name for argument in func._schema.arguments]
     given = dict(zip(names, args, strict=False)) | kwargs
     found = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     if func._schema.name in _HIDES_WRITES and given["training"]:
         found += ["running_mean", "running_var"]
     return _tensors([given.get(name) for name in found])
+
+
+def _is_collective(func: Any) -> bool:
+    return str(func.namespace) == "c10d"
 
 
 def _is_view(func: Any) -> bool:

@@ -236,6 +236,16 @@ def test_other_threads_do_not_end_a_capture() -> None:
         loader.join()
 
 
+def test_another_setting_of_tf32_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph keeps the kernels that its capture chose."""
+    with emulated_gpu() as graphs:
+        call = graphed(lambda x: {"total": x.sum()})
+        for is_allowed in (True, False, True):
+            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", is_allowed)
+            call(torch.ones(2))
+        assert len(graphs) == 2
+
+
 def test_more_shapes_than_can_be_meant_are_refused() -> None:
     total = torch.zeros(())
 

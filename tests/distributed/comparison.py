@@ -38,7 +38,7 @@ def train(config: Path, folder: Path, mutate: Mutation = none) -> dict[str, Any]
         run = RunFolder(folder, ranks.is_main)
         run.open(experiment.resolved(), "")
         torch.distributed.barrier() if ranks.world_size > 1 else None
-        Trainer(ranks, run, experiment.trainer).fit(plan.stages)
+        Trainer(ranks, run, experiment.trainer).fit(plan.stages, context.at_start)
         states = {stage.name: stage.step.state_dict() for stage in plan.stages}
         result = {key: value for key, value in plan.result().items() if key in ("metrics", "rows")}
         run.close()

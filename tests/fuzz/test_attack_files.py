@@ -25,8 +25,8 @@ from dist_defend.attacks.pattern_file import open_images, read_mask
 from dist_defend.attacks.patterns import Blended, TrojanNN
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.engine.sharding import launched_sharding
+from dist_defend.methods.defend.defender import read_index
 from dist_defend.methods.defend.pruning.masks import check_neurons, neuron_table, read_mask_values, write_mask_values
-from dist_defend.methods.defend.pruning.plan import read_index
 from dist_defend.methods.measure.zeroshot import _class_names
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.masked_norm import norm_names

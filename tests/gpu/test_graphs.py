@@ -1,7 +1,5 @@
 """CUDA graphs of the second-order and the mask step: bitwise the eager step, and no wait for the device."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,16 +9,13 @@ from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.step import Position
 from tests.capture import cases
 from tests.capture.cases import CASES, tensors
+from tests.gpu.settings import no_waits
 
 
 @pytest.fixture(autouse=True)
-def deterministic(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Graph and eager run the same kernels; only atomics could make them differ."""
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "BATCH", 16)
     monkeypatch.setattr(cases, "IMAGE", 32)
-    torch.backends.cudnn.deterministic = True
-    yield
-    torch.backends.cudnn.deterministic = False
 
 
 def on_gpu(batch: Batch, at: Position) -> tuple[Batch, Position]:
@@ -49,13 +44,9 @@ def test_a_step_never_waits_for_the_device(name: str, graph: GraphMode) -> None:
     batches = [on_gpu(*given) for given in case.given]
     for given in batches[:12]:  # every kind of step and every shape has been captured by then
         case.step(*given)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         for given in batches[12:]:
             case.step(*given)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["ibau", "rnp unlearn, dropout"])

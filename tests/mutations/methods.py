@@ -6,6 +6,7 @@ COUNTS = "unit/test_defence_counts.py"
 BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
+TUNING = "numerics/test_tuning.py"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
@@ -18,7 +19,7 @@ IN_METHODS: tuple[Mutation, ...] = (
              "self._predict(order, stops, self.defence)", "self._predict(order, stops, self.test.clean)",
              f"{COUNTS}::test_rnp_chooses_by_the_defenders_images_alone"),
     Mutation("RNP's 'before' is its chosen stop", "methods/defend/pruning/outcome.py",
-             "counts[chosen], counts[0]", "counts[chosen], counts[chosen]", f"{BEFORE}[rnp]"),
+             "counts[0], counts[chosen]", "counts[chosen], counts[chosen]", f"{BEFORE}[rnp]"),
     Mutation("a distillation calls its images otherwise", "methods/defend/kd.py",
              'dataset("defence"', 'dataset("train"', f"{BEFORE}[kd]"),
     Mutation("the order of epoch 2989 draws the poisoned rows", "ops/streams.py",
@@ -80,7 +81,7 @@ IN_METHODS: tuple[Mutation, ...] = (
              f"{BUILT}::test_badencoders_shadow_images_are_normalised_as_told"),
     Mutation("BadEncoder's reference is not augmented", "methods/attack/badencoder.py",
              "View(config.augment, image=reference)", "View(image=reference)", f"{AUGMENTED}[badencoder]"),
-    Mutation("RNP unlearns plain images", "methods/defend/pruning/plan.py",
+    Mutation("RNP unlearns plain images", "methods/defend/defender.py",
              "(View(config.augment),)", "(View(),)", f"{AUGMENTED}[rnp]"),
     Mutation("one of SimCLR's views is plain", "methods/pretrain/simclr.py",
              "(View(config.augment), View(config.augment))", "(View(config.augment), View())", f"{AUGMENTED}[simclr]"),
@@ -120,7 +121,7 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("negative estimates of MIMIC count", "methods/defend/mimic/information.py",
              ".nan_to_num(0.0).clamp(min=0)", ".nan_to_num(0.0)",
              f"{INFORMATION}::test_an_estimate_is_the_mean_of_its_batches_negative_and_undefined_ones_as_zero"),
-    Mutation("RNP stops at just the allowed loss", "methods/defend/pruning/outcome.py",
+    Mutation("RNP stops at just the allowed loss", "methods/defend/pruning/options.py",
              "if count < right[0]", "if count <= right[0]",
              "numerics/test_rnp_pruning.py::test_the_defender_stops_before_accuracy_falls"),
     Mutation("ANP's perturbations go downhill", "methods/defend/anp.py",
@@ -138,8 +139,31 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("a pruned channel of CLP passes its beta", "methods/defend/clp.py",
              "prune_beta: bool = True", "prune_beta: bool = False", PUBLISHED),
     Mutation("a pruning method's rows are RNP's", "methods/defend/pruning/outcome.py",
-             "context.method + ORACLE", '"rnp" + ORACLE', "numerics/test_clp.py::test_a_run_without_data"),
+             "self.context.method + ORACLE", '"rnp" + ORACLE', "numerics/test_clp.py::test_a_run_without_data"),
     Mutation("the oracle's budget holds its bound", "methods/defend/pruning/outcome.py",
              "< acc_ratio * base", "<= acc_ratio * base",
              "numerics/test_rnp_pruning.py::test_the_oracle_takes_the_lowest_asr_within_its_budget"),
+    Mutation("fine-tuning's rate does not follow its schedule", "methods/defend/tuning/step.py",
+             "        self.update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)\n", "",
+             f"{TUNING}::test_fine_tuning"),
+    Mutation("a cosine of epochs goes by steps", "engine/optim.py",
+             'step // steps_per_epoch if config.schedule == "cosine_epochs" else step', "step",
+             f"{TUNING}::test_fine_tuning"),
+    Mutation("SAM's second pass moves running statistics", "methods/defend/ft_sam.py",
+             "with repeated_statistics(self.model, 0):", "with repeated_statistics(self.model, 1):",
+             f"{TUNING}::test_ft_sam"),
+    Mutation("SAM's perturbation is not scaled by the weights twice", "methods/defend/ft_sam.py",
+             "moves = slopes if scale is None else torch._foreach_mul(slopes, scale)", "moves = slopes",
+             f"{TUNING}::test_ft_sam"),
+    Mutation("SAM goes on from the perturbed weights", "methods/defend/ft_sam.py",
+             "torch._foreach_copy_(weights, own)", "torch._foreach_copy_(own, weights)", f"{TUNING}::test_ft_sam"),
+    Mutation("NAD's teacher is in train mode", "methods/defend/nad.py",
+             "self.teacher.eval()(images)", "self.teacher.train()(images)", f"{TUNING}::test_nad"),
+    Mutation("BackdoorBench's NAD moves the last layer's statistics once more", "methods/defend/nad.py",
+             "times - (name == self.names[-1])", "times", f"{TUNING}::test_nad_as_backdoorbench_has_it"),
+    Mutation("fine-tuning brings pruned columns back", "methods/defend/fp.py",
+             "        told = super().follow(scalars, gradients)\n        self.hold()\n",
+             "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
+    Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
+             "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
 )  # fmt: skip

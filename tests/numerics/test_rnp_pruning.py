@@ -32,7 +32,8 @@ from dist_defend.methods.defend.pruning.masks import (
     read_mask_values,
     write_mask_values,
 )
-from dist_defend.methods.defend.pruning.outcome import choose_by_clean_data, choose_by_oracle
+from dist_defend.methods.defend.pruning.options import choose_by_clean_data
+from dist_defend.methods.defend.pruning.outcome import choose_by_oracle
 from dist_defend.methods.defend.pruning.stops import Stops, predict_pruned
 from dist_defend.methods.defend.rnp.steps import RecoverStep
 from dist_defend.models.batch_statistics import StatisticsShift, estimate_statistics

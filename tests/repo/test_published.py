@@ -3,6 +3,7 @@
 import fnmatch
 import importlib
 import json
+import operator
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ def found(place: str) -> Any:
     """What is at a place, as plain JSON."""
     module, separator, name = place.partition(":")
     if separator and module.startswith("dist_defend."):
-        return json.loads(json.dumps(getattr(importlib.import_module(module), name)))
+        return json.loads(json.dumps(operator.attrgetter(name)(importlib.import_module(module))))
     file, _, override = place.partition(" ")
     return json.loads(json.dumps(load_experiment(CONFIGS / f"{file}.yaml", [override] if override else []).resolved()))
 

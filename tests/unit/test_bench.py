@@ -3,11 +3,15 @@
 import json
 import subprocess
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from dist_defend.bench import runner, scaling
+from dist_defend.bench import peaks, runner, scaling
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.cli import main
 
@@ -21,6 +25,7 @@ ROWS = {
     "ibau": ["ibau-outer-step", "ibau-round"],
     "rnp": ["rnp-default", "rnp-full-table"],
     "zskt": ["zskt", "zskt-sv", "zskt-sv-sr"],
+    "graphs": [f"graphs-{x}" for x in ("ibau-inner", "ibau-outer", "rnp-unlearn", "rnp-recover", "rnp-defence")],
 }
 KEYS = {"name", "ratio", "ours_ms", "baseline_ms", "device", "dtype", "batch_size", "ranks", "images_per_second"}
 CASE = Case("case", "small_cifar", 4, 8)
@@ -30,13 +35,14 @@ CASE = Case("case", "small_cifar", 4, 8)
 def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dist_defend.bench.mimic.LEAKED_HOOKS", 3)
     monkeypatch.setattr("dist_defend.bench.mimic_mi.EPOCHS", 1)
-    for setting in ("UNLEARNING_EPOCHS", "RECOVERING_EPOCHS", "TEST_SHARE"):
+    for setting in ("UNLEARNING_EPOCHS", "RECOVERING_EPOCHS", "TEST_SHARE", "EQUAL_SHARE"):
         monkeypatch.setattr(f"dist_defend.bench.rnp.{setting}", 1)
     arguments = ["bench", name, "--json", str(tmp_path / "rows.json"), "--repeats", "1"]
     monkeypatch.setattr("dist_defend.bench.zskt.STUDENT_STEPS", 1)
     monkeypatch.setattr("dist_defend.bench.zskt.TEACHER", "wrn_10_1")
     arguments += ["--batch-size", "4", "--num-images", "8"]
-    encoder = {"ibau": "small_resnet", "rnp": "small_resnet", "zskt": "wrn_10_1"}.get(name, "small_cifar")
+    others = dict.fromkeys(("ibau", "rnp", "graphs"), "small_resnet") | {"zskt": "wrn_10_1"}
+    encoder = others.get(name, "small_cifar")
     arguments += [] if name == "data" else ["--encoder", encoder]
     assert main(arguments) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -51,6 +57,11 @@ def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         if name != "data":
             assert row["encoder"] == encoder and row["note"]
             assert row["min_ratio"] <= row["ratio"] <= row["max_ratio"]
+    for row in (row for row in rows if "flop" in row):
+        duration = row["ours_ms"] / 1e3
+        assert row["matrix_share"] == pytest.approx(row["flop"] / duration / row["peak_flop"])
+        assert row["copy_share"] == pytest.approx(row["bytes"] / duration / row["peak_bytes"])
+        assert row["operators"] > 100 and "no GPU here" in row["note"]
 
 
 def test_scaling_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,11 +129,52 @@ def test_sides_take_turns_and_the_median_counts(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_sides_that_differ_are_not_timed(capsys: pytest.CaptureFixture[str]) -> None:
-    runner.show_equal("case", 2.0, 2.0001)
+    runner.show_equal("case", lambda: 2.0, lambda: 2.0001)
     assert "case: loss 2 as published" in capsys.readouterr().out
     for ours in (2.001, float("nan")):
         with pytest.raises(RuntimeError, match="do not compute the same"):
-            runner.show_equal("case", 2.0, ours)
+            runner.show_equal("case", lambda: 2.0, partial(float, ours))
+
+
+def test_equality_is_shown_without_tf32_and_times_are_taken_as_torch_has_it() -> None:
+    def allowed(told: list[tuple[bool, bool]]) -> float:
+        told.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return 1.0
+
+    shown: list[tuple[bool, bool]] = []
+    timed: list[tuple[bool, bool]] = []
+    runner.show_equal("case", lambda: allowed(shown), lambda: allowed(shown))
+    sides = (lambda: allowed(timed), lambda: allowed(timed))
+    runner.compare(CASE, *sides, Settings(repeats=1), images=1, note="")
+    assert set(shown) == {(False, False)} and set(timed) == {(True, False)}
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(settings: Settings) -> Iterator[dict[str, Any]]:
+        yield runner.compare(CASE, lambda: None, lambda: None, settings, images=1, note="")
+        raise RuntimeError("the second row's baseline broke")
+
+    monkeypatch.setattr("dist_defend.bench.mimic.rows", rows)
+    path = tmp_path / "rows.json"
+    assert main(["bench", "mimic", "--repeats", "1", "--json", str(path)]) == 1
+    assert [row["name"] for row in json.loads(path.read_text())] == ["case"]
+
+
+def test_work_of_an_update() -> None:
+    """A product of (2, 3) with (3, 4), read and written once; a view and what it is of count once."""
+    left, right = torch.ones(2, 3), torch.ones(4, 3)
+    work = peaks.count(lambda: torch.mm(left, right.t()).add_(1.0))
+    assert work == (2 * 2 * 3 * 4, 4 * ((6 + 12 + 8) + (8 + 8)), 2)
+    assert work.shares(peaks.Peaks(flop=96.0, bytes=336.0), 0.5) == {"matrix_share": 1.0, "copy_share": 1.0}
+
+
+def test_peaks_are_what_is_done_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peaks, "_SIDE", {"cpu": 10})
+    monkeypatch.setattr(peaks, "_BYTES", {"cpu": 1000})
+    monkeypatch.setattr(peaks, "seconds", lambda run: 2.0)
+    found = peaks.measure(torch.device("cpu"))
+    assert found == (peaks._CALLS * 2 * 10**3 / 2, peaks._CALLS * 2 * 1000 / 2)
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dist_defend.cli import main
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, WriteOptions, open_dataset, write_dataset, write_splits
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.pruning.plan import read_index
+from dist_defend.methods.defend.defender import read_index
 from tests.forging import seal
 
 SIDE = 6

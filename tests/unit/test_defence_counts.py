@@ -98,6 +98,7 @@ def counted(folder: str, test: str) -> dict[str, float]:
     return {"acc": 100 * float((classes(model, clean) == dataset.labels).mean()), "asr": 100 * float(hits.mean())}
 
 
+TUNING = ("ft", "ft_sam", "nad", "fp")
 DEFENCES = sorted({found.name for found in pkgutil.iter_modules(defend.__path__)} - set(SHARED))
 
 
@@ -126,7 +127,7 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     )  # fmt: skip
     test = str(tmp_path / "test")
     options: dict[str, Any] = {"test": {"path": test}}
-    if method in ("ibau", "rnp", "anp"):
+    if method in ("ibau", "rnp", "anp", *TUNING):
         options |= {"model": suspect, "data": {"path": make_data(tmp_path / "data"), "max_samples": 12}}
     elif method == "clp":
         options |= {"model": suspect}
@@ -138,6 +139,7 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
         "rnp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
         "anp": {"mask_file": str(tmp_path / "masks.txt"), "selection": "pruning_number", "pruning_number": 0.5},
         "clp": {"u": 0.5},
+        **{name: {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}} for name in TUNING},
         "kd": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
         "ood": {"data": {"path": make_data(tmp_path / "data")}, "update": update},
         "cmi": {

@@ -20,8 +20,8 @@ from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images
 from dist_defend.attacks.reference import ReferenceConfig, references_from
 from dist_defend.errors import UserError
+from dist_defend.methods.defend.defender import read_index
 from dist_defend.methods.defend.pruning.masks import read_mask_values
-from dist_defend.methods.defend.pruning.plan import read_index
 from dist_defend.models.classifier import build_classifier
 from dist_defend.models.foreign_classifier import import_classifier
 from dist_defend.models.foreign_file import read_checkpoint

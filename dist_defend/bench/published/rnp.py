@@ -77,6 +77,17 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return self.normalise(pixels.to(self.dtype)), int(self.labels[index])
 
 
+class OnDevice:
+    """A loader's batches, each moved to the device when its turn comes."""
+
+    def __init__(self, loader: Batches, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.loader:
+            yield images.to(self.device), labels.to(self.device)
+
+
 class GivenBatches:
     """Batch sampler: the rows that ``order(epoch)`` lists, batch by batch, an epoch per pass."""
 

@@ -23,8 +23,9 @@ from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage
+from dist_defend.methods.defend.defender import defence_loader
 from dist_defend.methods.defend.pruning.options import MaskConfig
-from dist_defend.methods.defend.pruning.plan import Learning, defence_loader, mask_plan
+from dist_defend.methods.defend.pruning.plan import Learning, mask_plan
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.masked_norm import PerturbedNorm, mask_norms
 from dist_defend.ops.collectives import all_reduce_sum, world_size

@@ -16,14 +16,14 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron
-from dist_defend.methods.defend.pruning.options import PruningConfig
+from dist_defend.methods.defend.pruning.options import NormPruningConfig
 from dist_defend.methods.defend.pruning.plan import score_plan
 from dist_defend.models.pairing import pair_norms
 from dist_defend.ops.lipschitz import channel_lipschitz
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PruningConfig):
+class Config(NormPruningConfig):
     """rkteddy's u, SCLBD/BackdoorBench's sweep.
 
     Keys:

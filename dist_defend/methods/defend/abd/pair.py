@@ -14,7 +14,6 @@ from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.diagnosis import diagnose
 from dist_defend.methods.defend.abd.vaccine import Vaccine
 from dist_defend.models.classifier import build_classifier
-from dist_defend.ops.collectives import convert_sync_batchnorm
 from dist_defend.trial import Trial
 
 
@@ -42,8 +41,7 @@ class Pair:
         torch.manual_seed(context.seed)
         resize = self.teacher.resize if _family(student) == _family(self.teacher.arch) else None
         self.student = build_classifier(student, self.num_classes, self.card.normalization, self.image_size, resize)
-        if context.ranks.world_size > 1:
-            convert_sync_batchnorm(self.student, second_order)
+        context.synchronise(self.student, second_order)
 
     @property
     def num_classes(self) -> int:

@@ -30,7 +30,7 @@ from dist_defend.methods.defend.cmi.inversion import (
 from dist_defend.methods.defend.cmi.memory import ImagePool, MemoryBank
 from dist_defend.methods.defend.cmi.options import SynthesisConfig
 from dist_defend.models.generator import CMIGenerator
-from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum, convert_sync_batchnorm
+from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum
 from dist_defend.ops.hypergrad import all_reduce_together
 from dist_defend.ops.streams import Stream, draws
 from dist_defend.ops.transfer import to_device
@@ -61,8 +61,7 @@ class Synthesis:
             torch.manual_seed(self.seed)
             self.projection = Projection(dim, config.contrast.dim).to(self.device, self.dtype)
             self.generator = CMIGenerator(config.latent_dim, size, config.width)
-        if ranks.world_size > 1:
-            convert_sync_batchnorm(self.generator)
+        pair.context.synchronise(self.generator)
         self.generator.to(self.device, self.dtype)
         codes = torch.zeros(config.batch_size, config.latent_dim, device=self.device, dtype=self.dtype)
         self.codes = nn.Parameter(codes)  # of all ranks; each has gradients for its slice

@@ -20,7 +20,10 @@ _HEADER = "No \t Layer Name \t Neuron Idx \t Mask Score "
 
 
 class Neuron(NamedTuple):
-    """A channel of a batch norm and its score: the lower, the sooner it is pruned. Masks are scores in [0, 1]."""
+    """A channel of a batch norm, or an input of a linear layer, and its score: the lower, the sooner it is pruned.
+
+    Masks are scores in [0, 1].
+    """
 
     layer: str
     channel: int
@@ -119,12 +122,18 @@ def by_number(maximum: float, step: float, off_by_one: bool) -> list[Candidate]:
 
 @torch.no_grad()
 def prune(net: nn.Module, neurons: Sequence[Neuron], with_beta: bool = False) -> None:
-    """Set gamma (and beta, if told so) of these channels to 0, in place. Without beta a channel still passes beta."""
+    """Set gamma (and beta, if told so) of these channels to 0, in place. Without beta a channel still passes beta.
+
+    A channel of a linear layer is one of its inputs: a column of the weight becomes 0.
+    """
     channels = defaultdict(list)
     for layer, channel, _ in neurons:
         channels[layer].append(channel)
     for layer, picked in channels.items():
         norm = net.get_submodule(layer)
+        if isinstance(norm, nn.Linear):
+            norm.weight[:, picked] = 0
+            continue
         for values in (norm.weight, norm.bias) if with_beta else (norm.weight,):
             assert isinstance(values, Tensor)
             values[picked] = 0

@@ -3,13 +3,13 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from dist_defend.attacks.attack import AttackConfig
-from dist_defend.bounds import at_least_one, not_negative, positive
-from dist_defend.data.augment import AugmentConfig
+from dist_defend.bounds import not_negative, positive
 from dist_defend.data.loader import DatasetConfig
+from dist_defend.methods.defend.defender import DefenderConfig
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, by_number, by_threshold, neuron_count
 
 
@@ -21,7 +21,6 @@ class PruningConfig(ABC):
         model: model folder of a classifier
         test: test set
         attack: the attack it is tested with; null: the model card's; without one only accuracy is measured
-        prune_beta: a pruned channel then passes nothing instead of the constant beta
         selection: what chooses the stop that is delivered
         max_accuracy_drop: of the accuracy on the defender's images, relative; for selection: defence_data
         full_table: every stop on the test data, and the choice by test ASR in a row of its own
@@ -32,7 +31,6 @@ class PruningConfig(ABC):
     model: str
     test: DatasetConfig
     attack: AttackConfig | None = None
-    prune_beta: bool = False
     selection: str = "defence_data"
     max_accuracy_drop: float = 0.02
     full_table: bool = True
@@ -46,20 +44,30 @@ class PruningConfig(ABC):
         None leaves the choice to the defender's images.
         """
 
+    def pick(self, right: Sequence[int]) -> int:
+        """The number of the stop that is delivered, by how many images each stop gets right."""
+        return choose_by_clean_data(right, self.max_accuracy_drop)
+
     def __post_init__(self) -> None:
         not_negative(self, "max_accuracy_drop", "acc_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig(PruningConfig):
+class NormPruningConfig(PruningConfig, ABC):
+    """What is pruned is a channel of a batch norm.
+
+    Keys:
+        prune_beta: a pruned channel then passes nothing instead of the constant beta
+    """
+
+    prune_beta: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(NormPruningConfig, DefenderConfig):
     """A mask in [0, 1] per neuron; the stops prune all masks up to a threshold, or a number of lowest masks.
 
     Keys:
-        data: clean labelled images; the defender has ``ratio`` of them, or the rows that ``index`` names
-        ratio: drawn at random; null: 0.01, unless ``data`` itself takes a part
-        index: a text file of row numbers
-        augment: of the images that the masks are learned on
-        batch_size: global; BackdoorBench: 256
         mask_file: a mask_values.txt; nothing is learned then
         pruning_by: whether stops are thresholds of masks or numbers of neurons
         pruning_max, pruning_step: the stops 0, step, ..., max
@@ -69,10 +77,8 @@ class MaskConfig(PruningConfig):
         pruning_number: threshold, or number of neurons, of the model that is delivered then
     """
 
-    data: DatasetConfig
-    ratio: float | None = None
-    index: str | None = None
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    usual_ratio: ClassVar[float] = 0.01
+
     batch_size: int = 128
     mask_file: str | None = None
     pruning_by: Literal["threshold", "number"] = "threshold"
@@ -84,15 +90,8 @@ class MaskConfig(PruningConfig):
     pruning_number: float = 0.70
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        takes_part = self.data.fraction < 1 or self.data.max_samples is not None
-        choices = [("ratio", self.ratio is not None), ("index", self.index is not None), ("data", takes_part)]
-        chosen = [name for name, is_chosen in choices if is_chosen]
-        if len(chosen) > 1:
-            raise ValueError(f"key '{chosen[0]}' is set, but '{chosen[1]}' chooses the images already: leave one out")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"key 'ratio' is {self.ratio}; it must be in (0, 1]")
-        at_least_one(self, "batch_size")
+        PruningConfig.__post_init__(self)
+        DefenderConfig.__post_init__(self)
         positive(self, "pruning_step")
         not_negative(self, "pruning_max", "pruning_number")
 
@@ -104,3 +103,12 @@ class MaskConfig(PruningConfig):
             candidates = by_number(self.pruning_max, self.pruning_step, self.off_by_one)
             fixed = Candidate(None, math.ceil(self.pruning_number) * (1 + self.off_by_one))
         return candidates, fixed if self.selection == "pruning_number" else None
+
+
+def choose_by_clean_data(right: Sequence[int], max_drop: float) -> int:
+    """The last stop before the first that costs more than max_drop of what stop 0 gets right, relatively.
+
+    right: images of the defender that each stop classifies as their label. Nothing of the attack is looked at.
+    """
+    lost = [number for number, count in enumerate(right) if count < right[0] * (1 - max_drop)]
+    return (lost[0] if lost else len(right)) - 1

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +14,7 @@ from dist_defend.data.loader import Loader
 from dist_defend.data.store import PreparedDataset
 from dist_defend.files import write_atomic
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, prune, pruning_order, write_mask_values
-from dist_defend.methods.defend.pruning.options import PruningConfig
+from dist_defend.methods.defend.pruning.options import NormPruningConfig, PruningConfig
 from dist_defend.methods.defend.pruning.stops import predict_pruned
 from dist_defend.models.batch_statistics import StatisticsShift
 from dist_defend.trial import Trial
@@ -22,6 +22,15 @@ from dist_defend.trial import Trial
 log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 128  # images per pass of the sweep: small maps stay in a CPU's cache
+
+
+class Choice(NamedTuple):
+    """A stop, and the counts on the test data: unpruned, at the stop, and where test ASR is lowest."""
+
+    stop: Candidate
+    before: dict[str, Count]
+    after: dict[str, Count]
+    oracle: dict[str, Count] | None
 
 
 class Outcome:
@@ -43,10 +52,28 @@ class Outcome:
         self.config, self.trial, self.context, self.model = config, trial, trial.context, trial.model
         self.test, self.data = trial.examination, data
         self.shift_batch, self.scores_file = shift_batch, scores_file
+        self.with_beta = isinstance(config, NormPruningConfig) and config.prune_beta
         self.defence = None if data is None else self.context.eval_loader(*data, EVALUATION_BATCH)
 
     def result(self, neurons: Sequence[Neuron]) -> dict[str, Any]:
-        """Write the scores and sweep.json, choose, prune, save the model; the entries of result.json."""
+        """Choose, prune, save the model; the entries of result.json."""
+        choice = self.choose(neurons)
+        metrics = {
+            "prune_threshold": choice.stop.threshold,
+            "pruned_neurons": choice.stop.pruned,
+            "neurons": len(neurons),
+        }
+        if self.defence is not None:
+            metrics["defence_images"] = self.defence.num_samples
+        entries = self.trial.result(
+            self.model, choice.after, choice.before, chosen_by=self.config.selection, metrics=metrics
+        )
+        if choice.oracle is not None:
+            entries["rows"].append(self.test.row(self.context.method + ORACLE, choice.oracle))
+        return entries
+
+    def choose(self, neurons: Sequence[Neuron]) -> Choice:
+        """Write the scores and sweep.json, choose a stop, and prune the suspect to it."""
         config, context = self.config, self.context
         order = pruning_order(neurons)
         candidates, fixed = config.stops(order)
@@ -56,7 +83,7 @@ class Outcome:
             on_defence, labels = self._predict(order, stops, self.defence)
             right = [Count(int((classes == labels).sum()), len(labels)) for classes in on_defence.T]
         if fixed is None:
-            chosen = choose_by_clean_data([count.correct for count in right], config.max_accuracy_drop)
+            chosen = config.pick([count.correct for count in self._judging(order, stops, right)])
         tested = range(len(stops)) if config.full_table else sorted({0, chosen})
         counts = self._count(order, stops, tested)
         oracle = (
@@ -76,25 +103,21 @@ class Outcome:
             write_mask_values(context.folder / self.scores_file, neurons)
             write_atomic(context.folder / "sweep.json", json.dumps(table, indent=1) + "\n")
             log.info("pruned %d of %d neurons, threshold %s", stops[chosen].pruned, len(order), stops[chosen].threshold)
-        prune(self.model.net, order[: stops[chosen].pruned], config.prune_beta)
+        prune(self.model.net, order[: stops[chosen].pruned], self.with_beta)
         if self._shift is not None:
             self._shift(self.model)
-        metrics = {
-            "prune_threshold": stops[chosen].threshold,
-            "pruned_neurons": stops[chosen].pruned,
-            "neurons": len(order),
-            **({} if self.defence is None else {"defence_images": self.defence.num_samples}),
-        }
-        entries = self.trial.result(self.model, counts[chosen], counts[0], chosen_by=config.selection, metrics=metrics)
-        if oracle is not None:
-            entries["rows"].append(self.test.row(context.method + ORACLE, counts[oracle]))
-        return entries
+        return Choice(stops[chosen], counts[0], counts[chosen], None if oracle is None else counts[oracle])
+
+    def _judging(self, order: Sequence[Neuron], stops: Sequence[Candidate], right: list[Count]) -> list[Count]:
+        """What the choice looks at: the defender's images, or the test set's, which no defender has."""
+        if self.config.selection != "test_data":
+            return right
+        found = self._count(order, stops, range(len(stops)))
+        return [found[number]["acc"] for number in range(len(stops))]
 
     def _predict(self, order: Sequence[Neuron], stops: Sequence[Candidate], loader: Loader) -> tuple[Tensor, Tensor]:
         pruned = [stop.pruned for stop in stops]
-        return predict_pruned(
-            self.model, order, pruned, loader, self.context.ranks, self.config.prune_beta, self._shift
-        )
+        return predict_pruned(self.model, order, pruned, loader, self.context.ranks, self.with_beta, self._shift)
 
     @cached_property
     def _shift(self) -> StatisticsShift | None:
@@ -121,15 +144,6 @@ class Outcome:
                 kept = labels != test.target
                 counts[number]["acc"] = agreeing(clean[kept], labels[kept])
         return counts
-
-
-def choose_by_clean_data(right: Sequence[int], max_drop: float) -> int:
-    """The last stop before the first that costs more than max_drop of what stop 0 gets right, relatively.
-
-    right: images of the defender that each stop classifies as their label. Nothing of the attack is looked at.
-    """
-    lost = [number for number, count in enumerate(right) if count < right[0] * (1 - max_drop)]
-    return (lost[0] if lost else len(right)) - 1
 
 
 def choose_by_oracle(counts: Mapping[int, dict[str, Count]], acc_ratio: float) -> int:

@@ -15,7 +15,8 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.methods.defend.pruning.plan import Learning, defence_loader, mask_plan
+from dist_defend.methods.defend.defender import defence_loader
+from dist_defend.methods.defend.pruning.plan import Learning, mask_plan
 from dist_defend.methods.defend.rnp.options import PRESETS, Config
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.models.classifier import Classifier
@@ -63,9 +64,16 @@ class Phases:
             schedule=config.schedule,
             max_grad_norm=config.max_grad_norm,
             graph=config.graph,
+            num_batches=loader.num_batches,
         )
         recover = RecoverStep(
-            masked, masks, context.ranks, alpha=config.alpha, lr=config.recovering_lr, graph=config.graph
+            masked,
+            masks,
+            context.ranks,
+            alpha=config.alpha,
+            lr=config.recovering_lr,
+            graph=config.graph,
+            num_batches=loader.num_batches,
         )
         self.accuracy = float("nan")
 

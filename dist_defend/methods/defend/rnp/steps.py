@@ -24,7 +24,8 @@ class CrossEntropyStep:
 
     The ranks' shares may differ in size but not be empty. ``correct`` of ``seen`` counts the predictions that the
     updates of this epoch were made from, over all ranks, until read_accuracy(). model: on the ranks' device, batch
-    norm synchronised; parameters: the trained ones, the others need no gradient.
+    norm synchronised; parameters: the trained ones, the others need no gradient. num_batches: of an epoch; on several
+    ranks the last one may have a shape of its own on some of them alone.
     """
 
     max_grad_norm: float | None = None
@@ -39,8 +40,10 @@ class CrossEntropyStep:
         lr: float,
         weight_decay: float,
         graph: GraphMode = "off",
+        num_batches: int = 0,
     ) -> None:
         self.model, self.parameters = model.train(), list(parameters)
+        self.num_batches = num_batches
         self.scale, self.world_size = scale, ranks.world_size
         model.requires_grad_(False)
         for parameter in self.parameters:
@@ -52,7 +55,8 @@ class CrossEntropyStep:
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the parameters as they were."""
-        return check_finite(self.graphed(batch.images, batch.labels), "the gradient")
+        is_last = at.batch + 1 == self.num_batches
+        return check_finite(self.graphed(batch.images, batch.labels, kind=is_last), "the gradient")
 
     def learn(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W), labels (B,) -> scalars. Nothing here waits for the device or depends on values."""
@@ -124,10 +128,10 @@ class UnlearnStep(CrossEntropyStep):
         schedule: Sequence[int] = (10, 20),
         max_grad_norm: float | None = None,
         graph: GraphMode = "off",
+        num_batches: int = 0,
     ) -> None:
-        super().__init__(
-            model, list(model.parameters()), ranks, scale=-1.0, lr=lr, weight_decay=weight_decay, graph=graph
-        )
+        options: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay, "graph": graph, "num_batches": num_batches}
+        super().__init__(model, list(model.parameters()), ranks, scale=-1.0, **options)
         self.lr, self.schedule = lr, tuple(schedule)
         self.max_grad_norm = max_grad_norm
 
@@ -152,8 +156,10 @@ class RecoverStep(CrossEntropyStep):
         alpha: float = 0.2,
         lr: float = 0.2,
         graph: GraphMode = "off",
+        num_batches: int = 0,
     ) -> None:
-        super().__init__(model, list(masks.values()), ranks, scale=alpha, lr=lr, weight_decay=0.0, graph=graph)
+        options: dict[str, Any] = {"lr": lr, "weight_decay": 0.0, "graph": graph, "num_batches": num_batches}
+        super().__init__(model, list(masks.values()), ranks, scale=alpha, **options)
 
     @torch.no_grad()
     def _after_update(self) -> None:

@@ -1,0 +1,43 @@
+"""The options that all tuning defences have, with SCLBD/BackdoorBench's values."""
+
+from dataclasses import dataclass, field
+
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.bounds import at_least_one
+from dist_defend.data.loader import DatasetConfig
+from dist_defend.engine.graphed import GraphMode
+from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.methods.defend.defender import DefenderConfig
+
+
+def sgd(lr: float = 0.01, **other: object) -> OptimizerConfig:
+    """BackdoorBench's: momentum 0.9, decay 5e-4 on everything, a cosine over 100 epochs that then rises again."""
+    usual = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine_epochs", "period": 100}
+    return OptimizerConfig("sgd", lr, **(usual | other))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig(DefenderConfig):
+    """All weights follow a loss of the defender's images. The last epoch is delivered; nothing is selected.
+
+    Keys:
+        model: model folder of the suspected classifier
+        test: labelled images that only measure
+        attack: what is measured; null: the attack in the model's card, if there is one
+        epochs: passes over the defender's images
+        optimizer: optimizer, rate and schedule
+        evaluate_every: epochs between two measurements; there is one after the last epoch too
+        graph: whether the updates are CUDA graphs
+    """
+
+    model: str
+    test: DatasetConfig
+    attack: AttackConfig | None = None
+    epochs: int = 100
+    optimizer: OptimizerConfig = field(default_factory=sgd)
+    evaluate_every: int = 10
+    graph: GraphMode = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least_one(self, "epochs", "evaluate_every")

@@ -1,0 +1,67 @@
+"""Published values of the baseline defences; a part of tests/published.py."""
+
+from typing import Any
+
+ANP_DEFAULTS = "defend/anp_cifar10 anp={model: x, data: {path: x}, test: {path: x}}"
+CLP_DEFAULTS = "defend/clp_cifar10 clp={model: x, test: {path: x}}"
+BB_TUNING = {
+    "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
+    "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
+}  # fmt: skip
+TUNING = ("ft", "ft_sam", "nad", "fp")
+PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
+
+
+def below(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The same values, their keys in a section."""
+    return {f"{prefix}.{key}": value for key, value in values.items()}
+
+
+def tuning_defaults(name: str, preset: str = "") -> str:
+    """A place where only the method's own values, or a preset's, stand."""
+    own = f"preset: {preset}, " if preset else ""
+    return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}, test: {{path: x}}}}"
+
+
+BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    # ANP
+    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
+    ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
+        "eps": 0.4, "steps": 1, "alpha": 0.2, "lr": 0.2, "iterations": 2000, "batch_size": 128, "project": False,
+        "pruning_by": "threshold", "pruning_max": 0.90, "pruning_step": 0.05, "prune_beta": False, **PAD_AND_FLIP,
+    })),
+    ("SCLBD/BackdoorBench, defense/anp.py and config/defense/anp", ("defend/anp_cifar10 anp={preset: backdoorbench, "
+     "model: x, data: {path: x}, test: {path: x}}",), below("anp", {
+        "lr": 0.01, "ratio": 0.05, "batch_size": 256, "eps": 0.4, "steps": 1, "alpha": 0.2, "acc_ratio": 0.1,
+    })),
+    # FT, FT-SAM, NAD, FP
+    *(("SCLBD/BackdoorBench, config/defense: 5 % of the images", (f"defend/{name}_cifar10",),
+       {"seed": 0, f"{name}.ratio": 0.05}) for name in TUNING),
+    ("SCLBD/BackdoorBench, defense/ft.py and config/defense/ft", (tuning_defaults("ft"),), below("ft", BB_TUNING)),
+    ("SCLBD/BackdoorBench, defense/fp.py", (tuning_defaults("fp", "backdoorbench"),), below("fp", {
+        **BB_TUNING, "once_prune_ratio": 0.01, "max_accuracy_drop": 0.1, "rank_by": "signed",
+        "selection": "test_data", "include_failing_stop": True, "off_by_one": True,
+    })),
+    ("SCLBD/BackdoorBench, defense/ft-sam.py", (tuning_defaults("ft_sam", "backdoorbench"),), below("ft_sam", {
+        **BB_TUNING, "optimizer.schedule": "cosine_steps", "rho": 2.0, "adaptive": True, "smoothing": 0.1,
+    })),
+    ("bboylyg/NAD, main.py and config.py", ("defend/nad_cifar10", tuning_defaults("nad")), below("nad", {
+        "batch_size": 64, "epochs": 20, "optimizer.lr": 0.1, "optimizer.nesterov": True, "optimizer.momentum": 0.9,
+        "optimizer.weight_decay": 1e-4, "optimizer.milestones": [2, 20, 20], "betas": [500, 1000, 1000],
+    })),
+    ("bboylyg/NAD: its loop without attention", (tuning_defaults("ft", "nad"),), below("ft", {
+        "batch_size": 64, "epochs": 20, "optimizer.lr": 0.1, "optimizer.nesterov": True, "optimizer.momentum": 0.9,
+        "optimizer.weight_decay": 1e-4, "optimizer.milestones": [2, 20, 20],
+    })),
+    ("SCLBD/BackdoorBench, defense/nad.py", (tuning_defaults("nad", "backdoorbench"),), below("nad", {
+        "batch_size": 256, "epochs": 10, "teacher_epochs": 10, "optimizer.lr": 0.01, "optimizer.nesterov": False,
+        "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4, "optimizer.schedule": "constant",
+        "teacher_optimizer.lr": 0.01, "teacher_optimizer.schedule": "cosine_epochs", "teacher_optimizer.period": 100,
+        "betas": [500, 1000], "layers": ["layer3", "layer4"], "repeat_statistics": True,
+    })),
+    # CLP
+    ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
+     {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),
+    ("SCLBD/BackdoorBench, defense/clp.py and config/defense/clp", ("defend/clp_cifar10", CLP_DEFAULTS),
+     {"clp.u": 3.0, "clp.u_min": 0.0, "clp.u_max": 10.0, "clp.u_num": 21}),
+]  # fmt: skip

@@ -32,7 +32,7 @@ from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import GradientStep, Position, Step
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from dist_defend.methods.attack import badencoder, input_aware
-from dist_defend.methods.defend import anp
+from dist_defend.methods.defend import anp, fp, ft_sam, nad
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.defend.abd.vaccine import Vaccine
@@ -48,6 +48,8 @@ from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
 from dist_defend.methods.defend.ood import OodObjective
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.defend.tuning.options import sgd
+from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
@@ -278,7 +280,8 @@ def inverted(part: str) -> Call:
     synthesis = Synthesis(config.synthesis, both, 1024, vaccine)
     synthesis.pool.count, synthesis.bank.added = 512, 512
     if part == "retrospection":
-        update: Step = retrospective(both, "sgd", config.update.batch_size, "batchmean", detach_reference=False)
+        short: dict[str, Any] = {"inner_rounds": 2, "K": 2, "detach_reference": False}
+        update: Step = retrospective(both, "sgd", config.update.batch_size, "batchmean", **short)
     else:
         update = GradientStep(PoolObjective(both, 20.0), config.update.optimizer, RANKS, steps_per_epoch=10, epochs=10)
     source = CmiBatches(config, CLASSES, 0, RANKS)
@@ -338,7 +341,32 @@ def pruned(**options: Any) -> Call:
     return stepped(anp.AnpStep(update, objective, 0), cycle([batch_of(128)]))
 
 
-_SV, _SR = VaccineConfig(), RetrospectionConfig()
+_DEFENCE: dict[str, Any] = {"model": "m", "data": _DATA, "test": _DATA}
+
+
+def tuned(make: Callable[[Classifier, dict[str, Any]], TuningStep]) -> Call:
+    """The steps of tuning defences. make: gets the model and the options of its step."""
+    options: dict[str, Any] = {"ranks": RANKS, "steps_per_epoch": 10, "graph": "on"}
+    return stepped(make(classifier("preact_resnet18"), options), cycle([batch_of(128)]))
+
+
+def ft(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return TuningStep(model, sgd(), epochs=10, **options)
+
+
+def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return fp.PrunedStep(fp.Config(**_DEFENCE), model, fp.last_linear(model.net), **options)
+
+
+def ft_sam_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return ft_sam.SamStep(ft_sam.Config(**_DEFENCE), model=model, **options)
+
+
+def nad_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return nad.AttentionStep(nad.Config(**_DEFENCE), model, classifier("preact_resnet18"), **options)
+
+
+_SV, _SR, _SHORT = VaccineConfig(), RetrospectionConfig(), RetrospectionConfig(inner_rounds=2, K=2)
 
 
 def transfer(**options: Any) -> TransferStep:
@@ -452,10 +480,14 @@ CASES: dict[str, Callable[[], Call]] = {
     "rnp resnet18: recover update": lambda: learning(recover()),
     "rnp vgg: unlearn update": lambda: learning(unlearn("ibau_vgg")),
     "anp: step": pruned,
+    "ft: step": partial(tuned, ft),
+    "fp: step": partial(tuned, fp_),
+    "ft_sam: step": partial(tuned, ft_sam_),
+    "nad: step": partial(tuned, nad_),
     "zskt: step": transferred,
     "zskt, sv: step": lambda: transferred(vaccine=_SV),
-    "zskt, sr: step": lambda: transferred(retrospection=_SR),
-    "zskt, both: step": lambda: transferred(vaccine=_SV, retrospection=_SR),
+    "zskt, sr: step": lambda: transferred(retrospection=_SHORT),
+    "zskt, both: step": lambda: transferred(vaccine=_SV, retrospection=_SHORT),
     "zskt: generator update": generator,
     "zskt, sv: generator update": lambda: generator(vaccine=_SV),
     "zskt: student update": student,

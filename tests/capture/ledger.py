@@ -5,10 +5,11 @@
     python -m tests.capture.ledger --write    # lower ledger.json; refuses to raise a number
 
 Steps run on device ``meta``, on tensors without data: nothing is computed, and whoever looks at a value gets an error.
-Counted are operators that a device runs (views are free), their FLOP (of convolutions and matrix products, two per
-multiply-add), the bytes that they read and write if each goes through main memory, and copies from the host. Such a
-copy is blocking, async from pinned memory, or async from pageable memory, where the host waits as well unless it is
-small. What depends on CUDA in the package is as on a GPU; a graph's update is run directly, with the graph's copies.
+Counted are operators that a device runs (views and allocations are free), their FLOP (of convolutions and matrix
+products, two per multiply-add), the bytes that they read and write if each goes through main memory, and copies from
+the host. Such a copy is blocking, async from pinned memory, or async from pageable memory, where the host waits as well
+unless it is small. What depends on CUDA in the package is as on a GPU; a graph's update is run directly, with the
+graph's copies.
 """
 
 import argparse
@@ -63,6 +64,7 @@ class Copies:
 
 
 _TABLES = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::index_put_"}
+_ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 _pinned: set[int] = set()  # storages that were made by pin_memory()
 _of_threads: "list[Ledger]" = []  # of loaders' threads, since the last count
 
@@ -128,7 +130,8 @@ class Ledger(TorchDispatchMode):
         outputs = [tensor for tensor in _tensors(made) if id(tensor) not in known]
         if name in ("aten::_to_copy", "aten::copy_") and self._is_transfer(name, args, given, made):
             return made
-        if all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)) or _is_view(func):
+        is_free = name in _ALLOCATIONS or _is_view(func)
+        if is_free or all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)):
             return made
         self._note_host_operands(name, inputs)
         counter = flop_registry.get(func._overloadpacket)

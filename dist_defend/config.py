@@ -6,12 +6,13 @@ its message (file, path, nearest key) is what saves a user an hour. See docs/dec
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -31,6 +32,7 @@ from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
 
 _RENAMED = {"poison": "attack", "trigger": "attack.trigger"}  # keys of earlier versions
 T = TypeVar("T")
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 _LONGEST_NAME = 200  # bytes of a folder's name; file systems have 255, and temporary names are longer
 
 
@@ -65,12 +67,21 @@ class Experiment:
 
     def resolved(self) -> dict[str, Any]:
         """The file that gives exactly this experiment, as plain containers."""
-        plain = json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists
+        plain = _plain(self)
         return {**{k: v for k, v in plain.items() if k != "options"}, self.method: plain["options"]}
 
     def digest(self) -> str:
         """sha256 of the resolved configuration."""
         return hashlib.sha256(json.dumps(self.resolved(), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, tuples as lists."""
+    if dataclasses.is_dataclass(value):
+        return {field_.name: _plain(getattr(value, field_.name)) for field_ in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_folder(key: str, value: str) -> None:
@@ -122,9 +133,11 @@ def _over_defaults(cls: Any, raw: dict[str, Any]) -> dict[str, Any]:
     """Sections with what they leave out as this dataclass, not only the section's own, has it."""
     full = dict(raw)
     for field_ in dataclasses.fields(cls):
-        default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
         value = raw.get(field_.name)
-        if isinstance(value, dict) and dataclasses.is_dataclass(default) and not isinstance(default, type):
+        if not isinstance(value, dict):
+            continue
+        default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
             full[field_.name] = _merged(dataclasses.asdict(default), value)
     return full
 
@@ -141,37 +154,41 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UserError(f"override {_shown(text)}: write it as key.sub=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(raw.setdefault(parent, {}), dict):
-            raise UserError(f"override {_shown(text)}: '{printable(parent, 80)}' is not a section")
-        raw = raw[parent]
     try:
-        raw[last] = parse_yaml(value, f"override {_shown(text)}")
+        parsed = parse_yaml(value, f"override {_shown(text)}")
     except UserError as error:
         raise UserError(str(error).replace("not valid YAML", "the value is not valid YAML", 1)) from error
+    change(raw, key, parsed)
+
+
+def change(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key.sub`` of a file's content, which takes the value over. UserError where a part of it is no section."""
+    *parents, last = key.split(".")
+    section = raw
+    for parent in parents:
+        if not isinstance(section.setdefault(parent, {}), dict):
+            raise UserError(f"override {_shown(f'{key}={value}')}: '{printable(parent, 80)}' is not a section")
+        section = section[parent]
+    section[last] = value
 
 
 def build_section(cls: type[T], raw: Any, path: Path, prefix: str = "", extra: Sequence[str] = ()) -> T:
     """The dataclass ``cls`` from a section. UserError (path, key below ``prefix``, remedy) if anything does not fit."""
     _check_keys(cls, raw, path, prefix, extra)
-    hints = typing.get_type_hints(cls)
-    for key, value in raw.items():
-        raw[key] = _listed(hints[key], value, path, f"{prefix}{key}")  # in place: the section around it is built later
-    raw = _over_defaults(cls, raw)
-    for key, value in raw.items():  # inner sections first, so that an error names the innermost key
+    hints = _hints(cls)
+    content = {key: _listed(hints[key], value, path, f"{prefix}{key}") for key, value in raw.items()}
+    content = _over_defaults(cls, content)
+    for key, value in content.items():  # inner sections first, so that an error names the innermost key
         if typing.get_origin(hints[key]) is tuple and not isinstance(value, list | tuple):
             raise UserError(f"{path}: key '{prefix}{key}' is {_shown(value)}; expected a list")
         try:
-            sections = _sections(hints[key], value)
+            content[key] = _with_sections(hints[key], value, path, f"{prefix}{key}")
         except ValueError as error:
             told = str(error).replace("key '", f"key '{prefix}{key}.", 1)
             raise UserError(f"{path}: {told}") from error
-        for inner, item, place in sections:
-            build_section(inner, item, path, f"{prefix}{key}{place}.")
     hooks: dict[Any, Any] = {float: _number, int: _integer}
     try:
-        return dacite.from_dict(cls, raw, with_added(dacite.Config(cast=[tuple], type_hooks=hooks)))
+        return dacite.from_dict(cls, content, with_added(dacite.Config(cast=[tuple], type_hooks=hooks)))
     except dacite.MissingValueError as error:
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is missing; it has no default") from error
     except dacite.WrongTypeError as error:
@@ -227,18 +244,26 @@ def _check_keys(cls: Any, raw: Any, path: Path, prefix: str, extra: Sequence[str
             raise UserError(f"{path}: unknown key '{prefix}{told}'; {hint}")
 
 
-def _sections(hint: Any, value: Any) -> list[tuple[Any, Any, str]]:
-    """(dataclass, raw section, place) for every section below a value of this type."""
+@functools.cache
+def _holds_sections(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or any(map(_holds_sections, typing.get_args(hint)))
+
+
+def _with_sections(hint: Any, value: Any, path: Path, place: str) -> Any:
+    """A value of this type, with each section in it as its dataclass."""
+    if not _holds_sections(hint):
+        return value
     if dataclasses.is_dataclass(hint):
-        return [(hint, value, "")]
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, types.UnionType) and value is not None:
-        return [s for inner in _members(arguments, value) for s in _sections(inner, value)]
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return [(c, v, f"[{i}]") for i, item in enumerate(value) for c, v, _ in _sections(arguments[0], item)]
-    if typing.get_origin(hint) is dict and isinstance(value, dict):
-        return [(c, v, f".{k}") for k, item in value.items() for c, v, _ in _sections(arguments[1], item)]
-    return []
+        return build_section(hint, value, path, f"{place}.")  # type: ignore[arg-type]
+    arguments, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType) and value is not None:
+        for inner in _members(arguments, value):
+            value = _with_sections(inner, value, path, place)
+    elif origin is tuple and isinstance(value, list):
+        return [_with_sections(arguments[0], item, path, f"{place}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {k: _with_sections(arguments[1], item, path, f"{place}.{k}") for k, item in value.items()}
+    return value
 
 
 def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
@@ -246,7 +271,7 @@ def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
     classes = [t for t in arguments if dataclasses.is_dataclass(t)]
     if len(classes) < 2 or not isinstance(value, dict):
         return [t for t in arguments if t is not type(None)]
-    sections = {typing.get_args(typing.get_type_hints(t)["name"])[0]: t for t in classes}
+    sections = {typing.get_args(_hints(t)["name"])[0]: t for t in classes}
     name, known = value.get("name"), [str(known) for known in sections]
     if TriggerOptions in arguments:
         known += plugins.names("triggers")

@@ -32,7 +32,7 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection, on_gpu
     )
     if not on_gpus:
         os.environ.update(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
-    warnings.simplefilter("error")
+        warnings.simplefilter("error")
     import torch
     import torch.distributed as dist
 

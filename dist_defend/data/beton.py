@@ -17,7 +17,7 @@ from dist_defend.files import open_regular
 
 IMAGE_FIELD = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 PAGE_BYTES = 1 << 23  # of files that we write: an image must fit into a page
-_RAW = 1  # a mode
+JPEG, _RAW = 0, 1  # modes
 _HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table", "<u8")],
     align=True,

@@ -27,6 +27,12 @@ class BetonSource(NotedSource):
             raise UserError(f"{self.name(row)} is a damaged JPEG") from None
         return image, int(self._labels[row])
 
+    def encoded(self, row: int) -> bytes | None:
+        """The bytes of an image that is stored as JPEG."""
+        images = self._images
+        start = int(images.addresses[row])
+        return None if images.is_raw[row] else images.memory[start : start + int(images.sizes[row])].tobytes()
+
     def name(self, row: int) -> str:
         return f"{self._path}: image {row}"
 

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--max-resolution", type=_positive, metavar="PIXELS", help="shrink to at most this long a side"
     )
-    prepare.add_argument("--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG")
+    prepare.add_argument(
+        "--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG that is made"
+    )
     prepare.add_argument("--storage", choices=("auto", "beton", "npy"), default="auto")
     order = prepare.add_mutually_exclusive_group()
     order.add_argument(

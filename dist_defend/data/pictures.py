@@ -43,6 +43,11 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
+def picture_bytes(path: str | Path) -> bytes:
+    """A picture's file. UserError for what is no regular file or too large, OSError for what is not there."""
+    return read_regular(path, _MOST_BYTES)
+
+
 def open_picture(
     place: str | Path | bytes, name: str | None = None, *, keep_alpha: bool = False
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -56,7 +61,7 @@ def open_picture(
     """
     name = printable(name or ("picture" if isinstance(place, bytes) else str(place)))
     try:
-        data = place if isinstance(place, bytes) else read_regular(place, _MOST_BYTES)
+        data = place if isinstance(place, bytes) else picture_bytes(place)
         with _quiet():
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
         with picture:

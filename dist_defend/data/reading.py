@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dist_defend.data.pictures import Tally, open_picture
+from dist_defend.data.pictures import Tally, open_picture, picture_bytes
 
 
 class Source(Protocol):
@@ -15,7 +15,7 @@ class Source(Protocol):
 
     Label -1 means that the source gives none. ``classes`` are those of all splits together. Our own sources also have
     ``name(row)``, what a message calls an image, and ``notes``: one line each of what was noticed, complete when all
-    rows were read.
+    rows were read. Those that read files have ``encoded(row)``: the file's bytes, or None.
     """
 
     @property
@@ -101,6 +101,9 @@ class PictureSource(NotedSource):
         image, told = open_picture(self._names[row] if self._read is None else self._read(row), self._names[row])
         self._tally.add(row, told)
         return image, int(self._labels[row])
+
+    def encoded(self, row: int) -> bytes:
+        return picture_bytes(self._names[row]) if self._read is None else self._read(row)
 
     def name(self, row: int) -> str:
         return self._names[row]

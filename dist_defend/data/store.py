@@ -168,10 +168,11 @@ class WriteOptions:
     """How images are stored.
 
     image_size: resize to a square of this many pixels. max_resolution: shrink so that the longer side has at most so
-    many pixels, keeping the aspect ratio. Both with Pillow's bilinear filter. write_mode: raw or jpg (``quality``
-    0..100). storage: beton, npy, or auto (beton where ffcv is installed). order_seed: of the shuffled order in which
-    rows are written; None keeps the source's. max_samples: so many rows, the first in this order. skip_broken: so many
-    images that cannot be read are left out, in all splits together.
+    many pixels, keeping the aspect ratio. Both with Pillow's bilinear filter. write_mode: raw or jpg, which keeps the
+    bytes of JPEGs that need no change and encodes the others (``quality`` 0..100). storage: beton, npy, or auto (beton
+    where ffcv is installed). order_seed: of the shuffled order in which rows are written; None keeps the source's.
+    max_samples: so many rows, the first in this order. skip_broken: so many images that cannot be read are left out,
+    in all splits together.
     """
 
     write_mode: str = "raw"
@@ -206,7 +207,12 @@ def write_splits(
     most_broken = max(MOST_BROKEN, options.skip_broken)
     images = {
         split: PreparedImages(
-            source, _rows(len(source), options), options.image_size, options.max_resolution, most_broken
+            source,
+            _rows(len(source), options),
+            options.image_size,
+            options.max_resolution,
+            most_broken,
+            options.write_mode == "jpg",
         )
         for split, source in sources.items()
     }
@@ -281,6 +287,9 @@ def _write_labels(
     if not np.array_equal(images.rows, np.arange(len(images))):
         np.save(folder / "order.npy", images.rows)
     shapes = {(int(height), int(width)) for height, width in images.shapes}
+    notes = list(getattr(source, "notes", ()))
+    if options.write_mode == "jpg":
+        notes.append(f"JPEGs kept as the source has them: {images.is_kept.sum()} of {len(images)}")
     manifest = Manifest(
         format=FORMAT,
         name=name,
@@ -296,7 +305,7 @@ def _write_labels(
         order_seed=options.order_seed,
         source_samples=len(source),
         skipped=tuple(image.name for image in skipped),
-        notes=tuple(getattr(source, "notes", ())),
+        notes=tuple(notes),
     )
     text = json.dumps(dataclasses.asdict(manifest), indent=1) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from accelerate.tracking import get_available_trackers
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from dist_defend.engine.graphed import end_graphs
 from dist_defend.engine.sharding import Sharding, launched_sharding, unwrapped
 from dist_defend.errors import UserError
 
@@ -171,4 +172,5 @@ def _let_go() -> None:
 def stop() -> None:
     """Leave the process group, if there is one, so that no rank hangs or warns at exit."""
     if torch.distributed.is_initialized():
+        end_graphs()
         torch.distributed.destroy_process_group()

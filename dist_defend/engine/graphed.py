@@ -1,8 +1,9 @@
 """One update as one CUDA graph: captured once for each shape of its inputs, then replayed without the host."""
 
 import logging
+import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class GraphedUpdate:
     does another setting of TF32; RuntimeError after so many that it cannot be meant.
 
     On several ranks update may sum over them. All must then capture at the same call, as the calls that warm up wait
-    for each other: where a batch may have a new shape on some ranks alone, ``kind`` must tell it from others, on all.
+    for each other, and NCCL wants all to replay what they captured together. So where a batch may have a new shape on
+    some ranks alone, ``kind`` must tell it from others, on all.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class GraphedUpdate:
     def __call__(self, *inputs: Tensor, kind: Hashable = None) -> dict[str, Tensor]:
         if not self.is_graphed:
             return self.update(*inputs)
-        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        # Where a program has set these, torch refuses to tell allow_tf32, their older name.
+        backends: Any = torch.backends
+        tf32 = backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision
         key = kind, tf32, tuple((tensor.shape, tensor.dtype) for tensor in inputs)
         if key not in self._graphs:
             if len(self._graphs) == _MOST_SHAPES:
@@ -92,12 +96,25 @@ class _Graph:
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # loaders' threads go on
             self._outputs = update(*self._inputs)
         # Capturing records and does not run, so nothing has changed since.
+        _captured.add(self)
 
     def replay(self, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._graph.replay()
         return {name: value.clone() for name, value in self._outputs.items()}
+
+    def end(self) -> None:
+        self._graph.reset()
+
+
+_captured: "weakref.WeakSet[_Graph]" = weakref.WeakSet()
+
+
+def end_graphs() -> None:
+    """No graph can be replayed any more. A process group over NCCL 2.26 does not end before the graphs that use it."""
+    for graph in _captured:
+        graph.end()
 
 
 @torch.no_grad()

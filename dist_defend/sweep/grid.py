@@ -5,18 +5,19 @@ A stage's grid is the product of four lists of changes to an experiment file: ``
 grid once for each point of that one, and reads ``${stage.output}`` and any other key of the points it descends from.
 """
 
+import functools
 import hashlib
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from dist_defend.bounds import at_least_one, not_negative
-from dist_defend.config import Experiment, build_section, check_folder, load_experiment
+from dist_defend.config import Experiment, build_experiment, build_section, change, check_folder
 from dist_defend.errors import UserError
 from dist_defend.strict_yaml import read_yaml
 
@@ -145,8 +146,9 @@ def load_sweep(path: str | Path) -> Sweep:
         raw["stages"] = {"points": stage}
     config: SweepConfig = build_section(SweepConfig, raw, path)
     points: dict[str, Point] = {}
+    read = functools.cache(read_yaml)  # each experiment file once, not once a point
     for name, stage_config in config.stages.items():
-        for point in _Stage(path, config.output, name, stage_config).points(list(points.values())):
+        for point in _Stage(path, config.output, name, stage_config, read).points(list(points.values())):
             if other := points.get(point.key):
                 raise UserError(
                     f"{path}: two points are the same experiment: {other.stage} ({other.name}) and {point.stage} "
@@ -179,8 +181,10 @@ def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> di
 
 
 class _Stage:
-    def __init__(self, path: Path, output: str, name: str, config: StageConfig) -> None:
-        self.path, self.output, self.name, self.config = path, output, name, config
+    def __init__(
+        self, path: Path, output: str, name: str, config: StageConfig, read: Callable[[Path], dict[str, Any]]
+    ) -> None:
+        self.path, self.output, self.name, self.config, self._read = path, output, name, config, read
         if not re.fullmatch(r"\w+", name):
             raise self.error("", f"'{name}' is no name; use letters, digits and _")
 
@@ -198,19 +202,21 @@ class _Stage:
                 known = ", ".join(dict.fromkeys(point.stage for point in earlier)) or "none"
                 raise self.error("after", f"{self.config.after!r} is no stage above this one; those are: {known}")
         self.check_number(len(parents) * len(grid))
-        for parent, (column, (changes, labels)) in itertools.product(parents, enumerate(grid)):
-            root, columns = (column, ()) if parent is None else (parent.root, (*parent.column, column))
-            experiment = self.experiment(changes, parent)
-            key = _key(experiment, changes, self.output)
-            yield Point(
-                stage=self.name,
-                key=key,
-                experiment=replace(experiment, output=f"{self.output}/points/{key}"),
-                labels={**(parent.labels if parent else {}), **labels},
-                parent=parent,
-                root=root,
-                column=columns,
-            )
+        for parent in parents:
+            lineage = _lineage(parent)
+            for column, (changes, labels) in enumerate(grid):
+                root, columns = (column, ()) if parent is None else (parent.root, (*parent.column, column))
+                experiment = self.experiment(changes, lineage)
+                key = _key(experiment, changes, self.output)
+                yield Point(
+                    stage=self.name,
+                    key=key,
+                    experiment=replace(experiment, output=f"{self.output}/points/{key}"),
+                    labels={**(parent.labels if parent else {}), **labels},
+                    parent=parent,
+                    root=root,
+                    column=columns,
+                )
 
     def grid(self) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         """Changes and labels of each of the stage's own points."""
@@ -264,24 +270,19 @@ class _Stage:
             ]
         return [(entry, {self.name: label}) for entry, label in zip(entries, own[self.name], strict=True)]
 
-    def experiment(self, changes: dict[str, Any], parent: Point | None) -> Experiment:
+    def experiment(self, changes: dict[str, Any], lineage: Mapping[str, Any]) -> Experiment:
         """The experiment file with the changes; its output is still the file's own."""
         file = changes.get("config", self.config.config)
         if not isinstance(file, str):
             raise self.error("config", "missing; it names the experiment file that the grid changes")
-        lineage = {}
-        while parent is not None:
-            lineage[parent.stage] = parent.experiment.resolved()
-            parent = parent.parent
-        overrides = []
-        for key, value in changes.items():
-            if key == "output":
-                raise self.error(key, "a point's folder follows from its key; leave it out")
-            if key != "config":
-                known = self.resolve(key, value, lineage)
-                overrides.append(f"{key}={json.dumps(known, ensure_ascii=False)}")
+        known = {key: self.resolve(key, value, lineage) for key, value in changes.items() if key != "config"}
+        if "output" in known:
+            raise self.error("output", "a point's folder follows from its key; leave it out")
         try:
-            return load_experiment(file, overrides)
+            raw = _copied(self._read(Path(file)))
+            for key, value in known.items():
+                change(raw, key, value)
+            return build_experiment(raw, Path(file))
         except UserError as error:
             raise self.error("", str(error)) from error
 
@@ -307,6 +308,21 @@ class _Stage:
 
         whole = _REFERENCE.fullmatch(value)
         return find(whole) if whole else _REFERENCE.sub(lambda match: str(find(match)), value)
+
+
+def _copied(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _copied(value) for key, value in content.items()}
+    return [_copied(value) for value in content] if isinstance(content, list) else content
+
+
+def _lineage(point: Point | None) -> dict[str, Any]:
+    """Stage -> resolved experiment of a point and those that it descends from."""
+    found = {}
+    while point is not None:
+        found[point.stage] = point.experiment.resolved()
+        point = point.parent
+    return found
 
 
 def _key(experiment: Experiment, changes: Mapping[str, Any], output: str) -> str:

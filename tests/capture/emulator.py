@@ -86,6 +86,10 @@ class EmulatedGraph:
         self.random: list[str] = []  # names of operators that draw
         self.collectives: list[torch.Size] = []  # shapes of what is summed or gathered over ranks
         self.generators: list[torch.Generator] = []
+        self.has_ended = False
+
+    def reset(self) -> None:
+        self.has_ended = True
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
@@ -97,6 +101,9 @@ class EmulatedGraph:
 
     @torch.no_grad()
     def replay(self) -> None:
+        if self.has_ended:
+            raise RuntimeError("replay without a capture before it")
+
         def load(value: Any) -> Any:
             return value.tensor() if isinstance(value, _Address) else value
 

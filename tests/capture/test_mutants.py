@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_defend.engine import dist
 from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.methods.defend.zskt.step import TransferStep
 from tests.capture import cases, emulator
@@ -236,14 +237,37 @@ def test_other_threads_do_not_end_a_capture() -> None:
         loader.join()
 
 
-def test_another_setting_of_tf32_is_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph keeps the kernels that its capture chose."""
+def test_graphs_end_before_the_group_that_they_sum_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[bool] = []
     with emulated_gpu() as graphs:
         call = graphed(lambda x: {"total": x.sum()})
-        for is_allowed in (True, False, True):
-            monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", is_allowed)
+        call(torch.ones(2))
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(
+            torch.distributed, "destroy_process_group", lambda: ended.extend(graph.has_ended for graph in graphs)
+        )
+        dist.stop()
+        assert ended == [True]
+        with pytest.raises(RuntimeError, match="replay"):
             call(torch.ones(2))
-        assert len(graphs) == 2
+
+
+def test_another_setting_of_tf32_is_another_graph() -> None:
+    """A graph keeps the kernels that its capture chose; whichever of torch's names for the setting a program uses."""
+    cudnn: Any = torch.backends.cudnn
+    with emulated_gpu() as graphs:
+        call = graphed(lambda x: {"total": x.sum()})
+        try:
+            for is_allowed in (True, False, True):
+                cudnn.allow_tf32 = is_allowed
+                call(torch.ones(2))
+            assert len(graphs) == 2
+            cudnn.conv.fp32_precision = "ieee"
+            call(torch.ones(2))
+            assert len(graphs) == 3
+        finally:
+            cudnn.conv.fp32_precision = "tf32"
+            cudnn.allow_tf32 = True
 
 
 def test_more_shapes_than_can_be_meant_are_refused() -> None:

@@ -20,7 +20,6 @@ NAMES = [
     "ibau, adam inside, clamped",
     "rnp unlearn, clipped",
     "rnp recover",
-    "zskt",
     "zskt, both",
     "cmi",
 ]

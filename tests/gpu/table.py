@@ -45,12 +45,16 @@ HEAD = ["row", "estimate, H100 (products alone)", "wanted", "graph, ms", "eager,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; a dash for what has not been measured."""
+    """Markdown, with the peaks below; a dash for what has not been measured."""
     found = {row["name"]: row for row in rows}
     lines = [HEAD, ["---"] * len(HEAD)]
     for name, estimate in ESTIMATES.items():
         lines.append([estimate.what, estimate.milliseconds, f"<= {estimate.wanted:g}", *_measured(found.get(name))])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    peaks = next((row for row in rows if "peak_flop" in row), None)
+    told = ""
+    if peaks is not None:
+        told = f"\nPeaks: {peaks['peak_flop'] / 1e12:.0f} TFLOP/s, {peaks['peak_bytes'] / 1e12:.2f} TB/s.\n"
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines) + told
 
 
 def _measured(row: dict[str, Any] | None) -> list[str]:

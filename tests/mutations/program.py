@@ -8,6 +8,12 @@ SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our
 PLUGINS = "unit/test_plugins.py"
 SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
 IN_PROGRAM: tuple[Mutation, ...] = (
+    Mutation("a bench shows two sides equal with TF32", "bench/runner.py",
+             "setting.allow_tf32 = False", "setting.allow_tf32 = True",
+             "unit/test_bench.py::test_equality_is_shown_without_tf32_and_times_are_taken_as_torch_has_it"),
+    Mutation("a bench's bytes leave out what is read", "bench/peaks.py",
+             "tree_leaves((args, kwargs, result))", "tree_leaves(result)",
+             "unit/test_bench.py::test_work_of_an_update"),
     Mutation("a call keeps the program's generator where the run left it", "session.py",
              "with torch.random.fork_rng(devices):", "with contextlib.nullcontext(devices):", SESSION),
     Mutation("a call leaves the log of the program cut off", "terminal.py",
@@ -25,7 +31,7 @@ IN_PROGRAM: tuple[Mutation, ...] = (
              'groupby([*attacks, "task"]', 'groupby(["task"]',
              f"{LINEAGE}::test_the_leaderboard_ranks_defences_attack_by_attack"),
     Mutation("a sweep's point cannot read its grandparent", "sweep/grid.py",
-             "            parent = parent.parent\n", "            parent = None\n",
+             "        point = point.parent\n", "        point = None\n",
              f"{LINEAGE}::test_a_point_reads_its_grandparent_too"),
     Mutation("a child gets all signals again at each look", "launch.py",
              "received[told.get(child.pid, 0) :]", "received",

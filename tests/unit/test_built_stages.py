@@ -113,6 +113,7 @@ def test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_wei
     assert (unlearn.lr, unlearn.schedule, unlearn.max_grad_norm) == (0.011, (3, 5), 7.0)
     assert (unlearn.scale, recover.scale) == (-1.0, 0.3)
     assert recover.update.rate == 0.4
+    assert unlearn.num_batches == recover.num_batches == unlearning.loader.num_batches > 0
     for number, batch in enumerate(unlearning.loader.epoch(0)):
         unlearn(Batch((batch.images.double(),), batch.labels, batch.index), Position(batch=number))
     suspect = load_artifact(options["model"])[0].double().state_dict()

@@ -90,8 +90,9 @@ def test_rows_fill_the_table(
     monkeypatch.setattr(table, "ROWS", tmp_path / "gpu.json")
     monkeypatch.setattr(table, "PAGE", tmp_path / "gpu.md")
     table.PAGE.write_text(f"before\n{table.BEGIN}old\n{table.END}after\n")
-    row = {"name": "graphs-ibau-outer", "ours_ms": 1.25, "baseline_ms": 5.0, "ratio": 4.0, "matrix_share": 0.21,
-           "copy_share": 1.1, "device": "a card", "batch_size": 100}  # fmt: skip
+    row = {"name": "graphs-ibau-outer", "ours_ms": 1.25, "baseline_ms": 5.0, "ratio": 4.0, "device": "a card",
+           "batch_size": 100, "matrix_share": 0.21, "copy_share": 1.1, "peak_flop": 4e14,
+           "peak_bytes": 4.3e12}  # fmt: skip
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     table.main([str(tmp_path / "rows.json"), "--keep"])
     page = table.PAGE.read_text()
@@ -99,7 +100,7 @@ def test_rows_fill_the_table(
     line += "| 1.25 | 5.00 | 4.00 | 21% | 110% | a card, batch 100 |"
     assert line in page and line in capsys.readouterr().out
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert json.loads(table.ROWS.read_text()) == [row]
+    assert json.loads(table.ROWS.read_text()) == [row] and "\nPeaks: 400 TFLOP/s, 4.30 TB/s.\n" in page
     assert page.count(" - | - | - | - | - | - |") == len(table.ESTIMATES) - 1
 
 

@@ -8,7 +8,8 @@ import yaml
 
 from dist_defend.config import load_experiment
 from dist_defend.errors import UserError
-from dist_defend.sweep import progress
+from dist_defend.strict_yaml import read_yaml
+from dist_defend.sweep import grid, progress
 from dist_defend.sweep.grid import Sweep, load_sweep
 
 CLASSIFIER = {"data": {"path": "data/train"}, "test": {"path": "data/test"}, "update": {"batch_size": 4, "epochs": 2}}
@@ -125,6 +126,27 @@ def test_keys_of_later_stages_do_not_depend_on_the_folder(tmp_path: Path) -> Non
     here, there = (spread(tmp_path, stages=stages, output=output) for output in ("here", "there"))
     assert [point.key for point in here.points] == [point.key for point in there.points]
     assert here.run_folder(here.points[1]) == Path("here/points") / here.points[1].key
+
+
+def test_a_file_is_read_once_and_no_point_changes_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attack, read = {"trigger": {"name": "badnets"}, "rate": 0.1}, []
+
+    def noted(path: Path, as_written: bool = False) -> dict[str, Any]:
+        read.append(str(path))
+        return read_yaml(path, as_written)
+
+    monkeypatch.setattr(grid, "read_yaml", noted)
+    changes = {
+        "rate": {"classifier.attack.rate": 0.2, "classifier.update.epochs": 5},
+        "none": {},
+        "size": {"classifier.attack.trigger.size": 7, "classifier.data.max_samples": 9},
+    }
+    sweep = spread(tmp_path, set={"classifier.attack": attack}, explicit=changes, seeds=[1, 2])
+    assert read.count(str(tmp_path / "classifier.yaml")) == 1
+    keys = ("attack.rate", "attack.trigger.size", "update.epochs", "data.max_samples")
+    assert values(sweep, *(f"classifier.{key}" for key in keys), "seed") == [
+        (*point, seed) for point in ((0.2, 3, 5, None), (0.1, 3, 2, None), (0.1, 7, 2, 9)) for seed in (1, 2)
+    ]
 
 
 def test_written_points_are_the_experiments(tmp_path: Path) -> None:

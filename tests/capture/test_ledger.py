@@ -11,7 +11,8 @@ from dist_defend.data.augment import SIMCLR, View
 from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.loader import BackendName
 from tests.capture.ledger import DEVICE, Cost, Ledger, Look, changes, counted, pretended_gpu, stored
-from tests.capture.ledger_cases import CASES, OF_JPEGS, loaded
+from tests.capture.ledger_cases import CASES
+from tests.capture.ledger_loaders import OF_JPEGS, loaded
 
 
 @pytest.fixture(scope="module", autouse=True)

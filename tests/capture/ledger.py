@@ -2,7 +2,7 @@
 
     python -m tests.capture.ledger            # the table, with what changed
     python -m tests.capture.ledger KEY ...    # these in full: operators by name, copies by place
-    python -m tests.capture.ledger --write    # lower ledger.json; refuses to raise a number
+    python -m tests.capture.ledger --write    # lower ledger.json, refusing to raise, and rewrite the docs' table
 
 Steps run on device ``meta``, on tensors without data: nothing is computed, and whoever looks at a value gets an error.
 Counted are operators that a device runs (views and allocations are free), their FLOP (of convolutions and matrix
@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import numpy as np
@@ -38,6 +38,7 @@ from dist_defend.engine import graphed, update
 
 DEVICE = torch.device("meta")
 FILE = Path(__file__).with_name("ledger.json")
+PAGE = Path(__file__).parents[2] / "docs/benchmarks/ledger.md"
 SMALL = 1 << 16  # bytes that a copy from pageable memory may have without a wait: CUDA takes them along
 
 
@@ -318,13 +319,28 @@ def counted(call: Callable[[], object]) -> Ledger:
     return ledger
 
 
-def stored() -> dict[str, dict[str, int]]:
+Entry: TypeAlias = dict[str, Any]  # the names of Cost, and under "first" those of the first count
+
+
+def stored() -> dict[str, Entry]:
     """What ledger.json holds."""
-    content: dict[str, dict[str, int]] = json.loads(FILE.read_text())
+    content: dict[str, Entry] = json.loads(FILE.read_text())
     return content
 
 
-def changes(key: str, cost: Cost, before: dict[str, int] | None) -> list[str]:
+def table(entries: dict[str, Entry]) -> str:
+    """What docs/benchmarks/ledger.md shows of them."""
+    lines = ["| call | operators (first) | GFLOP (first) | GB (first) |", "|---|---|---|---|"]
+    for key, entry in sorted(entries.items()):
+        both = [
+            f"{entry[name] / unit:,.{digits}f} ({entry['first'][name] / unit:,.{digits}f})"
+            for name, unit, digits in (("operators", 1, 0), ("flop", 1e9, 2), ("bytes", 1e9, 3))
+        ]
+        lines.append(f"| {key} | {' | '.join(both)} |")
+    return "\n".join(lines) + "\n"
+
+
+def changes(key: str, cost: Cost, before: Entry | None) -> list[str]:
     """One line for each number that is not the stored one."""
     now = asdict(cost)
     if before is None:
@@ -340,7 +356,7 @@ def main() -> int:
     parser.add_argument("keys", nargs="*", metavar="KEY", help="any part of a key")
     parser.add_argument("--write", action="store_true", help="lower ledger.json")
     args = parser.parse_args()
-    before, now = stored() if FILE.exists() else {}, {}
+    before, now = stored() if FILE.exists() else {}, dict[str, Entry]()
     risen: list[str] = []
     with pretended_gpu():
         for key, make in CASES.items():
@@ -352,7 +368,8 @@ def main() -> int:
             print(f"{key:45} {cost.operators:6,} operators {cost.flop / 1e9:9.2f} GFLOP {cost.bytes / 1e9:8.3f} GB")
             for line in changes(key, cost, old):
                 print(f"    {line}")
-            risen += [key] if old and any(now[key][name] > old[name] for name in old) else []
+            risen += [key] if old and any(value > old[name] for name, value in asdict(cost).items()) else []
+            now[key]["first"] = old["first"] if old else asdict(cost)
             if args.keys:
                 _print_details(ledger)
     if not args.write:
@@ -361,8 +378,16 @@ def main() -> int:
         print(f"ledger.json is as it was: {', '.join(risen)} rose. Where that is meant, edit the file, and say why")
         return 1
     kept = {key: values for key, values in before.items() if args.keys and key not in now}
-    FILE.write_text(json.dumps({**kept, **now}, indent=1, sort_keys=True) + "\n")
+    write({**kept, **now})
     return 0
+
+
+def write(entries: dict[str, Entry]) -> None:
+    """To ledger.json, and to the page's table."""
+    FILE.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    head, _, rest = PAGE.read_text().partition("| call |")
+    tail = rest.partition("\n\n")[2]
+    PAGE.write_text(head + table(entries) + (f"\n{tail}" if tail else ""))
 
 
 def _print_details(ledger: Ledger) -> None:

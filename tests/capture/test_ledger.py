@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_defend.data.augment import SIMCLR, View
 from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.loader import BackendName
-from tests.capture.ledger import DEVICE, Cost, Ledger, Look, changes, counted, pretended_gpu, stored
+from tests.capture.ledger import DEVICE, PAGE, Cost, Ledger, Look, changes, counted, pretended_gpu, stored, table
 from tests.capture.ledger_cases import CASES
 from tests.capture.ledger_loaders import OF_JPEGS, loaded
 
@@ -42,8 +42,9 @@ def test_a_batch_of_images_that_differ_in_size_takes_as_many_operators_as_one_im
     assert [cost.copies.free.total() for cost in costs] == 2 * [4 if backend == "torch" else 3]
 
 
-def test_the_ledger_has_no_key_that_nothing_counts() -> None:
+def test_the_ledger_has_no_key_that_nothing_counts_and_the_page_shows_it() -> None:
     assert stored().keys() == CASES.keys()
+    assert table(stored()) in PAGE.read_text()
 
 
 LOOKS: dict[str, Callable[[Tensor], object]] = {
@@ -107,7 +108,7 @@ def test_operators_flop_and_bytes_are_those_that_a_device_has() -> None:
 
 
 def test_a_number_that_rises_and_one_that_falls_are_told() -> None:
-    before = {"operators": 10, "flop": 5, "bytes": 7}
+    before = {"operators": 10, "flop": 5, "bytes": 7, "first": {}}
     assert not changes("k", Cost(10, 5, 7), before)
     assert changes("k", Cost(11, 5, 6), before) == ["k: operators 10 -> 11", "k: bytes 7 -> 6"]
     assert changes("k", Cost(1, 1, 1), None) == ["k: is not in ledger.json"]

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,10 @@ def rows(settings: Settings) -> Iterator[dict[str, Any]]:
     (of_ibau,) = runner.cases(settings, "graphs", ("", "ibau_vgg", 100, 300))
     (of_rnp,) = runner.cases(settings, "graphs", ("", *rnp.sizes(ranks)))
     with tempfile.TemporaryDirectory() as folder:
-        eager, graphed = (_ibau(of_ibau, ranks, Path(folder, graph), graph) for graph in _modes())
-        for name in eager:
-            yield _compare(replace(of_ibau, name=name), ranks, found, settings, eager[name], graphed[name])
-        eager, graphed = (_rnp(of_rnp, ranks, graph) for graph in _modes())
-        for name in eager:
-            yield _compare(replace(of_rnp, name=name), ranks, found, settings, eager[name], graphed[name])
+        both = [_ibau(of_ibau, ranks, Path(folder, graph), graph) for graph in _modes()]
+        yield from _compare(of_ibau, ranks, found, settings, *both)
+        both = [_rnp(of_rnp, ranks, graph) for graph in _modes()]
+        yield from _compare(of_rnp, ranks, found, settings, *both)
         pair = rnp.Pair(replace(of_rnp, name="graphs-rnp-defence"), Path(folder))
         before, after = (pair.ours(ranks, full=True, graph=graph) for graph in _modes())
         note = f"{_note(ranks)}; a whole defence, all thresholds tested"
@@ -86,27 +85,32 @@ def _rnp(case: Case, ranks: Ranks, graph: GraphMode) -> dict[str, Update]:
 
 
 def _compare(
-    case: Case, ranks: Ranks, found: Peaks, settings: Settings, eager: Update, graphed: Update
-) -> dict[str, Any]:
-    """A row, after showing that a first call of both gives the same sum of scalars."""
-    runner.show_equal(case.name, lambda: _told(eager), lambda: _told(graphed))
+    case: Case,
+    ranks: Ranks,
+    found: Peaks,
+    settings: Settings,
+    eager: dict[str, Update],
+    graphed: dict[str, Update],
+) -> Iterator[dict[str, Any]]:
+    """A row for each update, after showing that the first calls of both sides give the same sums of scalars."""
+    for name, update in eager.items():
+        runner.show_equal(name, partial(_told, update), partial(_told, graphed[name]))
     calls = CALLS[ranks.device.type]
 
-    def several(update: Update) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(calls):
-                update()
+    def several(update: Update) -> None:
+        for _ in range(calls):
+            update()
 
-        return run
-
-    both = several(eager), several(graphed)
-    row = runner.compare(case, *both, settings, images=calls * case.batch_size, note=_note(ranks))
-    row |= {key: row[key] / calls for key in ("ours_ms", "baseline_ms")}
-    work = peaks.count(eager)
-    row |= {**work._asdict(), "peak_flop": found.flop, "peak_bytes": found.bytes}
-    shares = work.shares(found, row["ours_ms"] / 1e3)
-    row["note"] += "; " + ", ".join(f"{key.replace('_', ' ')} {share:.0%}" for key, share in shares.items())
-    return row | shares
+    for name, update in eager.items():
+        both = partial(several, update), partial(several, graphed[name])
+        images = calls * case.batch_size
+        row = runner.compare(replace(case, name=name), *both, settings, images=images, note=_note(ranks))
+        row |= {key: row[key] / calls for key in ("ours_ms", "baseline_ms")}
+        work = peaks.count(update)
+        row |= {**work._asdict(), "peak_flop": found.flop, "peak_bytes": found.bytes}
+        shares = work.shares(found, row["ours_ms"] / 1e3)
+        row["note"] += "; " + ", ".join(f"{key.replace('_', ' ')} {share:.0%}" for key, share in shares.items())
+        yield row | shares
 
 
 def _told(update: Update) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dist_defend.engine.graphed import can_capture
 from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer, lr_factor
+from dist_defend.ops.hypergrad import total_norm
 
 
 class Update:
@@ -37,11 +38,12 @@ class Update:
         gradients: of the parameters, in their order and shapes, already summed over ranks; they may be written to.
         norm: of more gradients than these, where other parameters are to be updated or left out together with them.
         """
-        norm = torch.nn.utils.get_total_norm(gradients) if norm is None else norm
+        norm = total_norm(gradients) if norm is None else norm
         self._place(gradients)
         if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
-        nonfinite = (~torch.isfinite(norm)).float()
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+        nonfinite = norm.sub(norm).ne(0).float()  # inf - inf is not a number; half the kernels of isfinite
         self.optimizer.found_inf = nonfinite  # type: ignore[attr-defined]  # the fused kernels then leave all as it is
         self.optimizer.step()
         return norm, nonfinite

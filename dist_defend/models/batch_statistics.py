@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,45 @@ def repeated_statistics(model: nn.Module, times: int) -> Iterator[None]:
     n updates r <- (1 - m) r + m s by the same s are one with 1 - (1 - m)^n in place of the momentum m.
     """
     found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    norms = [(norm, norm.momentum) for norm in found if norm.momentum is not None]
-    for norm, momentum in norms:
+    norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in found if norm.momentum is not None]
+    for norm, momentum, _ in norms:
         norm.momentum = 1 - (1 - momentum) ** times
+        if not times:
+            norm.num_batches_tracked = None  # nothing is counted
     try:
         yield
     finally:
-        for norm, momentum in norms:
-            norm.momentum = momentum
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+class _Passes:
+    """Stands for a norm's count of its batches."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def add_(self, number: int) -> None:
+        self.number += number
+
+
+@contextmanager
+def counted_together(model: nn.Module) -> Iterator[None]:
+    """What passes inside add to num_batches_tracked is added by one kernel, at the end."""
+    found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [norm for norm in found if norm.momentum is not None and norm.num_batches_tracked is not None]
+    counts: list[Any] = [norm.num_batches_tracked for norm in norms]
+    passes = [_Passes() for _ in norms]
+    for norm, own in zip(norms, passes, strict=True):
+        norm._buffers["num_batches_tracked"] = cast(Any, own)
+    try:
+        yield
+    finally:
+        for norm, count in zip(norms, counts, strict=True):
+            norm._buffers["num_batches_tracked"] = count
+    moved = [(count, own.number) for count, own in zip(counts, passes, strict=True) if own.number]
+    if moved:
+        torch._foreach_add_([count for count, _ in moved], [number for _, number in moved])
 
 
 @torch.no_grad()

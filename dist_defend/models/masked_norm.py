@@ -1,9 +1,12 @@
 """Batch norm with a mask per channel, y = m gamma x_hat + beta (RNP, Li et al. 2023, after ANP, Wu and Wang 2021)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from dist_defend.errors import UserError
 
@@ -16,17 +19,51 @@ class MaskedNorm(nn.Module):
     """
 
     neuron_mask: nn.Parameter
+    product: Tensor | None = None  # m gamma, where it is known already
 
     @property
     def weight(self) -> Tensor:
         """m gamma, (C,)."""
         gamma = self._parameters["weight"]
         assert gamma is not None
-        return gamma * self.neuron_mask
+        return gamma * self.neuron_mask if self.product is None else self.product
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.setdefault(f"{prefix}neuron_mask", self.neuron_mask.detach())
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _Products(Function):
+    """All gammas, then all masks -> all m gamma."""
+
+    @staticmethod
+    def forward(context: Any, *factors: Tensor) -> tuple[Tensor, ...]:
+        context.save_for_backward(*factors)
+        count = len(factors) // 2
+        return tuple(torch._foreach_mul(factors[:count], factors[count:]))
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        factors, count = context.saved_tensors, len(gradients)
+        for_gammas = torch._foreach_mul(gradients, factors[count:]) if context.needs_input_grad[0] else [None] * count
+        return *for_gammas, *torch._foreach_mul(gradients, factors[:count])
+
+
+_products: Callable[..., tuple[Tensor, ...]] = _Products.apply  # with a type, which `apply` has none of
+
+
+@contextmanager
+def masked_together(net: nn.Module) -> Iterator[None]:
+    """Passes inside find the weights of all masked norms made by one kernel, and their gradients are made by one."""
+    norms: list[Any] = [module for module in net.modules() if isinstance(module, MaskedNorm)]
+    factors = [norm._parameters["weight"] for norm in norms] + [norm.neuron_mask for norm in norms]
+    for norm, product in zip(norms, _products(*factors), strict=True):
+        norm.product = product
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.product = None
 
 
 def norm_names(net: nn.Module) -> list[str]:

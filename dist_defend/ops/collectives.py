@@ -104,9 +104,15 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        weight = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        assert self.running_mean is not None and self.running_var is not None
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        weight: Tensor | float
+        if self.momentum is None:
+            assert self.num_batches_tracked is not None
+            weight = 1.0 / self.num_batches_tracked
+        else:
+            weight = self.momentum
         self.running_mean += weight * (mean - self.running_mean)
         self.running_var += weight * (unbiased_var - self.running_var)
 

@@ -37,7 +37,7 @@ def neumann(steps: int, step_size: float) -> Solver:
         iterates = [g]
         for _ in range(steps - 1):
             v = iterates[-1]
-            iterates.append(v - step_size * product(v) + g)
+            iterates.append(torch.sub(v, product(v), alpha=step_size) + g)
         return iterates
 
     return solve
@@ -86,7 +86,7 @@ class Hypergradient(NamedTuple):
     @property
     def total(self) -> list[Tensor]:
         """The hypergradient, one tensor per parameter."""
-        return [d + i for d, i in zip(self.direct, self.implicit, strict=True)]
+        return list(torch._foreach_add(self.direct, self.implicit))
 
 
 def hypergradient(
@@ -112,7 +112,7 @@ def hypergradient(
     def product(v: Tensor) -> Tensor:
         with constant_parameters():
             (curved,) = _pull_back(slope, (delta,), v)
-        return all_reduce_sum(curved) + 2 * penalty * v
+        return torch.add(all_reduce_sum(curved), v, alpha=2 * penalty)
 
     iterates = solver(product, all_reduce_sum(g))
     implicit = _pull_back(slope, parameters, -step_size * iterates[-1], is_last=True)
@@ -192,6 +192,12 @@ def all_reduce_together(tensors: list[Tensor]) -> list[Tensor]:
     flat = all_reduce_sum(torch.cat([t.flatten() for t in tensors]))
     parts = flat.split([t.numel() for t in tensors])
     return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all together, as torch.nn.utils.get_total_norm has it, in a few kernels for all."""
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return norm
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

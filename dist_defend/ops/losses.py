@@ -1,14 +1,17 @@
 """Losses on embeddings and between classifiers."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
 from dist_defend.ops.collectives import all_gather_rows, rank, world_size
 
+_NLL = (None, 0, -100)  # no weights of classes, no reduction, no label to ignore
 LOGITS_AT_ONCE = 1 << 24  # similarities held at a time, 64 MiB of float32
 
 
@@ -44,6 +47,60 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, chunk_rows: int | None =
         return torch.stack(sums).sum() / len(rows)
 
 
+class _CrossEntropy(Function):
+    """logits (B, C), labels (B,), weights (B,) -> scalar."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        logarithms = F.log_softmax(logits, 1)
+        losses, total = torch.ops.aten.nll_loss_forward(logarithms, labels, *_NLL)
+        context.save_for_backward(logits, logarithms, labels, weights, total)
+        return torch.dot(losses, weights)
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Any:
+        logits, logarithms, labels, weights, total = context.saved_tensors
+        p = logarithms.exp() if torch.is_grad_enabled() else None  # for a second derivative
+        gradient = _cross_entropy_gradient(logits, logarithms, p, labels, weights * grad.detach(), total)
+        return gradient, None, None
+
+
+class _CrossEntropyGradient(Function):
+    """With p = softmax(logits): weights (p - onehot), whose slope along v is weights p (v - <p, v>)."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        logits: Tensor,
+        logarithms: Tensor,
+        p: Tensor | None,
+        labels: Tensor,
+        weights: Tensor,
+        total: Tensor,
+    ) -> Any:
+        context.save_for_backward(p, weights[:, None])
+        slope = torch.ops.aten.nll_loss_backward(weights, logarithms, labels, *_NLL, total)
+        return torch.ops.aten._log_softmax_backward_data(slope, logarithms, 1, logits.dtype)
+
+    @staticmethod
+    def backward(context: Any, v: Tensor) -> Any:
+        p, weights = context.saved_tensors
+        return torch.ops.aten._softmax_backward_data(v, p, 1, p.dtype) * weights, *[None] * 5
+
+
+# With types, which torch's `apply` has none of.
+_cross_entropy: Callable[..., Tensor] = _CrossEntropy.apply
+_cross_entropy_gradient: Callable[..., Tensor] = _CrossEntropyGradient.apply
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Sum over images of weight times cross-entropy: logits (B, C), labels (B,), weights (B,) -> scalar.
+
+    A product with its Hessian in the logits, where torch makes a dozen passes, takes two.
+    """
+    return _cross_entropy(logits, labels, weights)
+
+
 def negative_cosine(a: Tensor, b: Tensor) -> Tensor:
     """-mean cosine of the rows of a and b, (B, D) each, normalised here; b may be (1, D). In [-1, 1], a scalar."""
     return -F.cosine_similarity(a, b, dim=-1).mean()
@@ -71,5 +128,7 @@ def distillation(
     times T^2 (Hinton et al. 2015). batch_size: what to divide by instead of B; the global batch makes this rank's
     share of a sum over ranks.
     """
-    total = divergence_rows(student / temperature, teacher / temperature).sum() / (batch_size or len(student))
+    if temperature != 1:
+        student, teacher = student / temperature, teacher / temperature
+    total = divergence_rows(student, teacher).sum() / (batch_size or len(student))
     return total / student.shape[1] if convention == "mean" else total * temperature**2

@@ -1,10 +1,11 @@
-"""Layers whose second derivatives exist, and convolutions and batch norms where they cost no more than they must.
+"""Layers whose second derivatives exist, and cost no more than they must: convolutions, norms, ReLU, ELU, max pools.
 
 torch's double backward of a convolution always computes the weight's part too, as a convolution with a kernel as large
-as the image, even where only the images' part is asked for; that of a batch norm, frozen or not, is a dozen passes over
-the activations. Here a Hessian product with an input perturbation costs two convolutions per layer, and the mixed
-derivative uses the ordinary weight-gradient kernels. Values are the same up to rounding. Hardsigmoid and the fused
-kernels of attention, which torch differentiates once only, are computed in other words.
+as the image, even where only the images' part is asked for; that of a batch norm or an ELU is a dozen passes over the
+activations, that of a ReLU or a max pool makes zeros and adds them. Here a Hessian product with an input perturbation
+costs two convolutions per layer and one pass per activation and direction, and the mixed derivative uses the ordinary
+weight-gradient kernels. Values are the same up to rounding. Hardsigmoid and the fused kernels of attention, which torch
+differentiates once only, are computed in other words.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+
+from dist_defend.ops.fused import channels, elu_curve, elu_slope, norm_curve
 
 _backward = torch.ops.aten.convolution_backward
 _constant = [0]  # how many `constant_parameters` are open; autograd's own threads must see it, so no thread local
@@ -42,6 +45,7 @@ class CheapSecondOrder(TorchFunctionMode):
     """
 
     def __enter__(self) -> None:
+        self._zeros: dict[int, Tensor] = {}  # by their number, for norms
         self._kernels = sdpa_kernel(SDPBackend.MATH)  # also where torch's own modules ask for attention
         self._kernels.__enter__()
         TorchFunctionMode.__enter__(self)
@@ -59,14 +63,16 @@ class CheapSecondOrder(TorchFunctionMode):
         if is_affine and kwargs["training"] and kwargs["momentum"] is not None:
             images, mean, variance = args
             options = (kwargs["weight"], kwargs["bias"], mean, variance, kwargs["momentum"], kwargs["eps"])
-            return _norm(images, *options)
+            if images.shape[1] not in self._zeros:
+                self._zeros[images.shape[1]] = torch.zeros_like(kwargs["weight"])
+            return _norm(images, *options, self._zeros[images.shape[1]])
         if is_affine and not kwargs["training"]:
             images, mean, variance = args
             scale = kwargs["weight"] * torch.rsqrt(variance + kwargs["eps"])
-            channel = (1, -1) + (1,) * (images.ndim - 2)
-            return torch.addcmul((kwargs["bias"] - mean * scale).view(channel), images, scale.view(channel))
-        if func is F.hardsigmoid:  # in place or not, as its value is what counts
-            return F.relu6(args[0] + 3) / 6
+            return torch.addcmul(channels(kwargs["bias"] - mean * scale, images), images, channels(scale, images))
+        if func in _ACTIVATIONS:
+            made = _ACTIVATIONS[func](*args, **kwargs)
+            return func(*args, **kwargs) if made is None else made
         return func(*args, **kwargs)
 
 
@@ -136,16 +142,123 @@ class _WeightGradient(Function):
         return for_grad, for_images, None, None
 
 
+class _Relu(Function):
+    """Of any shape. Its second derivative is 0."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        y = torch.relu(x)
+        context.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Any:
+        return _relu_gradient(grad, context.saved_tensors[0].detach())
+
+
+class _ReluGradient(Function):
+    """Linear in grad, and its own transpose."""
+
+    @staticmethod
+    def forward(context: Any, grad: Tensor, y: Tensor) -> Any:
+        context.save_for_backward(y)
+        return torch.ops.aten.threshold_backward(grad, y, 0)
+
+    @staticmethod
+    def backward(context: Any, v: Tensor) -> Any:
+        return _relu_gradient(v, *context.saved_tensors), None
+
+
+class _Elu(Function):
+    """x of any shape -> y and a second name of it, without memory.
+
+    What the slope adds to y's gradient comes back under that name, so that both are added where f' multiplies them.
+    """
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        y = F.elu(x, alpha)
+        name = y.new_empty(()).expand_as(y)
+        context.save_for_backward(y, name)
+        context.alpha = alpha
+        context.set_materialize_grads(False)
+        return y, name
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor | None, more: Tensor | None) -> Any:
+        y, name = context.saved_tensors
+        if grad is None:
+            grad, more = more, None
+        return None if grad is None else _elu_gradient(grad, more, name, y.detach(), context.alpha), None
+
+
+class _EluGradient(Function):
+    """Linear in grad and in more, which may be None."""
+
+    @staticmethod
+    def forward(context: Any, grad: Tensor, more: Tensor | None, name: Tensor, y: Tensor, alpha: float) -> Any:
+        context.save_for_backward(grad, y)
+        context.alpha, context.is_sum = alpha, more is not None
+        if more is not None:
+            return elu_slope(grad, more, y, alpha)
+        return torch.ops.aten.elu_backward(grad, alpha, 1.0, 1.0, True, y)
+
+    @staticmethod
+    def backward(context: Any, v: Tensor) -> Any:
+        assert not context.is_sum, "a third derivative"
+        for_grad, for_y = elu_curve(v, *context.saved_tensors, context.alpha)
+        return for_grad, None, for_y, None, None
+
+
+class _MaxPool(Function):
+    """x (B, C, H, W) -> (B, C, H', W'). Its second derivative is 0."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, options: Any) -> Any:
+        y, indices = torch.ops.aten.max_pool2d_with_indices(x, *options)
+        context.save_for_backward(x, indices)
+        context.options = options
+        return y
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Any:
+        x, indices = context.saved_tensors
+        return _pool_gradient(grad, x.detach(), indices, context.options), None
+
+
+class _PoolGradient(Function):
+    """Linear in grad; x is read for its shape."""
+
+    @staticmethod
+    def forward(context: Any, grad: Tensor, x: Tensor, indices: Tensor, options: Any) -> Any:
+        context.save_for_backward(indices)
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *options, indices)
+
+    @staticmethod
+    def backward(context: Any, v: Tensor) -> Any:
+        (indices,) = context.saved_tensors
+        chosen = _laid_out_as(indices, v).flatten(2).gather(2, indices.flatten(2))
+        return chosen.view_as(indices), None, None, None
+
+
 class _Norm(Function):
     """Batch norm by the batch's own statistics: x (B, C, ...), weight and bias (C,); moves the running ones."""
 
     @staticmethod
     def forward(
-        context: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Any, variance: Any, momentum: float, eps: float
+        context: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        mean: Any,
+        variance: Any,
+        momentum: float,
+        eps: float,
+        zeros: Tensor,
     ) -> Tensor:
         y: Tensor
         y, centre, rate = torch.ops.aten.native_batch_norm(x, weight, bias, mean, variance, True, momentum, eps)
-        context.save_for_backward(x, weight, centre, rate)
+        context.save_for_backward(x, weight, centre, rate, zeros)
         return y
 
     @staticmethod
@@ -155,7 +268,7 @@ class _Norm(Function):
             for_x,
             for_weight if _wants(context, 1) else None,
             for_bias if _wants(context, 2) else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -166,32 +279,31 @@ class _NormGradient(Function):
     """
 
     @staticmethod
-    def forward(context: Any, grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor) -> Any:
+    def forward(
+        context: Any, grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor, zeros: Tensor
+    ) -> Any:
         grad = _laid_out_as(x, grad)
         for_x, for_weight, for_bias = _norm_backward(grad, x, weight, centre, rate)
-        context.save_for_backward(grad, x, weight, centre, rate, for_weight, for_bias)
+        context.save_for_backward(grad, x, weight, centre, rate, zeros, for_weight, for_bias)
         context.mark_non_differentiable(for_weight, for_bias)
+        context.set_materialize_grads(False)
         return for_x, for_weight, for_bias
 
     @staticmethod
     def backward(context: Any, v: Tensor, *_: Any) -> Any:
-        grad, x, weight, centre, rate, grad_x, grad_1 = context.saved_tensors
-        v, count = _laid_out_as(x, v), x.numel() // x.shape[1]
+        grad, x, weight, centre, rate, zeros, grad_x, grad_1 = context.saved_tensors
+        v = _laid_out_as(x, v)
         for_grad, v_x, v_1 = _norm_backward(v, x, weight, centre, rate)  # the map is symmetric; sums of v x^ and of v
-        grad_x, grad_1, v_x, v_1 = (total / count for total in (grad_x, grad_1, v_x, v_1))
-        both = (v * grad).sum([d for d in range(x.ndim) if d != 1]) / count - grad_1 * v_1 - grad_x * v_x
-        of_x = (both - 2 * grad_x * v_x) * rate
-        rest = -(grad_1 * v_x + grad_x * v_1) - of_x * centre
-        channel = (1, -1) + (1,) * (x.ndim - 2)
-        scale = -weight * rate.square()
-        rest, of_grad, of_v, of_x = ((scale * part).view(channel) for part in (rest, v_x, grad_x, of_x))
-        for_x = torch.addcmul(rest, grad, of_grad).addcmul_(v, of_v).addcmul_(x, of_x)
-        return for_grad, for_x, count * rate * both, None, None
+        both = _norm_backward(v, grad, weight, zeros, rate, is_sum=True)[1]  # the sums of rate v grad
+        for_x, for_weight = norm_curve(v, grad, x, weight, centre, rate, grad_x, grad_1, v_x, v_1, both)
+        return for_grad, for_x, for_weight, None, None, None
 
 
-def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
-    """Gradients for x, weight and bias."""
-    options = (None, None, centre, rate, True, 0.0, [True, True, True])
+def _norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor, is_sum: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradients for x, weight and bias; is_sum: that for the weight alone, the sums of rate (x - centre) grad."""
+    options = (None, None, centre, rate, True, 0.0, [not is_sum, True, not is_sum])
     gradients: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm_backward(grad, x, weight, *options)
     return gradients
 
@@ -205,5 +317,51 @@ def _laid_out_as(x: Tensor, other: Tensor) -> Tensor:
 _convolve: Callable[..., Tensor] = _Convolve.apply
 _image_gradient: Callable[..., Tensor] = _ImageGradient.apply
 _weight_gradient: Callable[..., Tensor] = _WeightGradient.apply
+_relu: Callable[..., Tensor] = _Relu.apply
+_relu_gradient: Callable[..., Tensor] = _ReluGradient.apply
+_elu: Callable[..., tuple[Tensor, Tensor]] = _Elu.apply
+_elu_gradient: Callable[..., Tensor] = _EluGradient.apply
+_max_pool: Callable[..., Tensor] = _MaxPool.apply
+_pool_gradient: Callable[..., Tensor] = _PoolGradient.apply
 _norm: Callable[..., Tensor] = _Norm.apply
 _norm_gradient: Callable[..., tuple[Tensor, ...]] = _NormGradient.apply
+
+
+# As torch's functions are called, in place or not, as the value is what counts. None: torch's own must do it.
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    return _relu(x)
+
+
+def elu(x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor | None:
+    return _elu(x, alpha)[0] if alpha > 0 else None  # else y does not tell f'
+
+
+def hardsigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+    return F.relu6(x + 3) / 6
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | None:
+    if return_indices or x.ndim != 4:
+        return None
+    sizes = [[n, n] if isinstance(n, int) else list(n) for n in (kernel_size, stride or kernel_size, padding, dilation)]
+    return _max_pool(x, (*sizes, ceil_mode))
+
+
+_ACTIVATIONS: dict[Any, Callable[..., Tensor | None]] = {
+    F.relu: relu,
+    torch.relu: relu,
+    Tensor.relu: relu,
+    F.elu: elu,
+    F.hardsigmoid: hardsigmoid,
+    F.max_pool2d: max_pool2d,
+}

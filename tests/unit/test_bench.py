@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from dist_defend.bench import peaks, runner, scaling
+from dist_defend.bench import graphs, peaks, runner, scaling
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.cli import main
+from tests.capture.emulator import emulated_gpu
 
 ROWS = {
     "data": ["plain-32px", "twoview-32px", "jpeg-224px"],
@@ -158,6 +159,19 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "rows.json"
     assert main(["bench", "mimic", "--repeats", "1", "--json", str(path)]) == 1
     assert [row["name"] for row in json.loads(path.read_text())] == ["case"]
+
+
+def test_an_update_is_timed_against_its_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One side's updates are captured, each once; with TF32 and, to show that both are equal, without."""
+    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    case, ranks = Case("case", "small_resnet", 4, 8), runner.start()
+    with emulated_gpu() as captured:
+        both = [graphs._ibau(case, ranks, tmp_path / graph, graph) for graph in graphs._modes()]
+        assert not captured
+        found = list(graphs._compare(case, ranks, peaks.Peaks(1e12, 1e12), Settings(repeats=1), *both))
+        assert len(captured) == 4 and all(graph.kernels > 50 for graph in captured)
+    assert [row["name"] for row in found] == ["graphs-ibau-inner", "graphs-ibau-outer"]
+    assert all("eager calls against replays" in row["note"] for row in found)
 
 
 def test_work_of_an_update() -> None:

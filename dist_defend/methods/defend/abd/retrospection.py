@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_defend.methods.defend.abd.options import RetrospectionConfig
 from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.ops.collectives import all_reduce_sum, world_size
-from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann
+from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann, total_norm
 from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
 
@@ -111,8 +111,8 @@ class SelfRetrospection:
         scalars = {
             "outer_loss": outer.detach() * world_size(),
             "delta_norm": delta.detach().norm(),
-            "direct_norm": torch.nn.utils.get_total_norm(result.direct),
-            "implicit_norm": torch.nn.utils.get_total_norm(result.implicit),
+            "direct_norm": total_norm(result.direct),
+            "implicit_norm": total_norm(result.implicit),
         }
         return result, scalars
 

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.engine.graphed import GraphedUpdate
@@ -15,6 +14,7 @@ from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
+from dist_defend.models.folding import FoldedNetwork
 from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.ops.hypergrad import (
     Solver,
@@ -23,7 +23,9 @@ from dist_defend.ops.hypergrad import (
     exact,
     hypergradient,
     neumann,
+    total_norm,
 )
+from dist_defend.ops.losses import weighted_cross_entropy
 from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
 from dist_defend.ops.transfer import to_device
@@ -48,8 +50,9 @@ class UnlearningStep:
         self.enter: nn.Module = model.normalize if is_normalized else nn.Identity()
         _warn_of_unpatched(config, rounds)
         check_twice_differentiable(self.network, rounds.image_size, f"{config.model} ({model.arch})")
-        self.parameters = list(model.parameters())
         delta = torch.zeros(1, 3, *2 * (rounds.image_size,), device=ranks.device, dtype=ranks.dtype)
+        self.folded = FoldedNetwork(self.network, delta)
+        self.parameters = list(model.parameters())
         self.delta = nn.Parameter(delta)
         self.first = rounds.first()
         self.solver = solver_of(config)
@@ -76,9 +79,11 @@ class UnlearningStep:
     def ascend(self, images: Tensor, weights: Tensor) -> dict[str, Tensor]:
         """delta <- delta - lr grad(penalty |delta|^2 - CE(f(x + delta), argmax f(x))); images (B, 3, H, W)."""
         x = self.enter(images)
-        with torch.no_grad():
-            pseudo_labels = self.network(x).argmax(1)
-        loss = -self._cross_entropy(self.network(self._bounded(x + self.delta)), pseudo_labels, weights)
+        with torch.no_grad(), self.folded() as network:
+            pseudo_labels = network(x).argmax(1)
+            with torch.enable_grad():
+                logits = network(self._bounded(x + self.delta))
+        loss = weighted_cross_entropy(logits, pseudo_labels, -weights)
         (slope,) = torch.autograd.grad(loss, self.delta)
         penalty = self.config.penalty * self.delta.detach().square().sum()  # through the norm, its slope at 0 is nan
         _, nonfinite = self.inner_update.step([all_reduce_sum(slope) + 2 * self.config.penalty * self.delta.detach()])
@@ -93,22 +98,23 @@ class UnlearningStep:
 
         The inner loss of the fixed-point map is that of the first batch with its labels, as published.
         """
-        x = self._bounded(self.enter(images) + patched * self.delta)
-        outer = self._cross_entropy(self.network(x), labels, weights)
         first_images, first_labels, first_weights = self.first
-        with CheapSecondOrder():
-            logits = self.network(self._bounded(self.enter(first_images) + self.delta))
-        inner = -self._cross_entropy(logits, first_labels, first_weights)
+        with self.folded() as network:
+            logits = network(self._bounded(torch.addcmul(self.enter(images), patched, self.delta)))
+            with CheapSecondOrder():
+                first_logits = network(self._bounded(self.enter(first_images) + self.delta))
+        outer = weighted_cross_entropy(logits, labels, weights)
+        inner = weighted_cross_entropy(first_logits, first_labels, -first_weights)
         result = hypergradient(
             outer, inner, self.delta, self.parameters, self.solver, self.config.step_size, self.config.penalty
         )
-        norm, nonfinite = self.update.step(result.total)
+        length, nonfinite = self.update.step(result.total)
         return {
             "outer_loss": outer.detach() * self.ranks.world_size,
-            "direct_norm": torch.nn.utils.get_total_norm(result.direct),
-            "implicit_norm": torch.nn.utils.get_total_norm(result.implicit),
-            **{f"v{k}_norm": v.norm() for k, v in enumerate(result.iterates, 1)},
-            "grad_norm": norm,
+            "direct_norm": total_norm(result.direct),
+            "implicit_norm": total_norm(result.implicit),
+            **{f"v{k}_norm": norm for k, norm in enumerate(torch._foreach_norm(result.iterates), 1)},
+            "grad_norm": length,
             "nonfinite": nonfinite,
         }
 
@@ -127,10 +133,6 @@ class UnlearningStep:
         with torch.no_grad():
             self.delta.copy_(state["delta"])
         self.inner_update.load_state_dict(state["inner_optimizer"])
-
-    def _cross_entropy(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """This rank's share of the mean over the global batch."""
-        return (functional.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
     def _bounded(self, x: Tensor) -> Tensor:
         return x.clamp(0, 1) if self.config.clamp else x

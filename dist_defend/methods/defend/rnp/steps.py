@@ -14,6 +14,8 @@ from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
+from dist_defend.models.batch_statistics import counted_together
+from dist_defend.models.masked_norm import masked_together
 from dist_defend.ops.hypergrad import all_reduce_together
 
 _MOMENTUM = 0.9  # of both phases, as published
@@ -48,7 +50,8 @@ class CrossEntropyStep:
         model.requires_grad_(False)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.correct, self.seen = torch.zeros(2, dtype=torch.float64, device=ranks.device).unbind()
+        self.counts = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        self.correct, self.seen = self.counts.unbind()
         self.graphed = GraphedUpdate(f"rnp's {type(self).__name__}", self.learn, self.changed, ranks.device, graph)
         sgd = OptimizerConfig("sgd", lr, weight_decay, momentum=_MOMENTUM)
         self.update = Update(self.parameters, sgd, self.graphed.is_graphed)
@@ -60,31 +63,37 @@ class CrossEntropyStep:
 
     def learn(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W), labels (B,) -> scalars. Nothing here waits for the device or depends on values."""
-        logits = self.model(images)
-        counts = torch.stack([(logits.detach().argmax(1) == labels).sum(), torch.ones_like(labels).sum()])
+        with counted_together(self.model):
+            logits = self._logits(images)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        counts = torch.stack([correct, correct.new_full((), len(labels))])
         if self.world_size > 1:
             torch.distributed.all_reduce(counts)
-        self.correct += counts[0]
-        self.seen += counts[1]
+        self.counts += counts
         total = functional.cross_entropy(logits, labels, reduction="sum")
-        cross_entropy = total * self.world_size / counts[1]  # its mean over ranks is the mean over the global batch
-        loss = self.scale * cross_entropy
-        gradients = torch.autograd.grad(loss / self.world_size, self.parameters)
+        # The mean over ranks of scale CE is that over the global batch; the ranks' gradients are summed.
+        slope = total.new_full((), self.scale) / counts[1]
+        gradients = torch.autograd.grad(total, self.parameters, slope)
         _, nonfinite = self.update.step(all_reduce_together(list(gradients)), self.max_grad_norm)
         self._after_update()
+        cross_entropy = total.detach() * self.world_size / counts[1]
         return {
-            "loss": loss.detach(),
-            "cross_entropy": cross_entropy.detach(),
+            "loss": self.scale * cross_entropy,
+            "cross_entropy": cross_entropy,
             "accuracy": counts[0] / counts[1],
             "nonfinite": nonfinite,
         }
+
+    def _logits(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
 
     def changed(self) -> Iterator[Tensor]:
         """Every tensor that learn() writes to."""
         yield from self.model.parameters()
         yield from self.model.buffers()
         yield from self.update.state()
-        yield from (self.correct, self.seen)
+        yield self.counts
 
     def _after_update(self) -> None:
         """After the update."""
@@ -161,7 +170,12 @@ class RecoverStep(CrossEntropyStep):
         options: dict[str, Any] = {"lr": lr, "weight_decay": 0.0, "graph": graph, "num_batches": num_batches}
         super().__init__(model, list(masks.values()), ranks, scale=alpha, **options)
 
+    def _logits(self, images: Tensor) -> Tensor:
+        with masked_together(self.model):
+            return super()._logits(images)
+
     @torch.no_grad()
     def _after_update(self) -> None:
-        for mask in self.parameters:
-            mask.clamp_(0, 1)
+        masks: list[Tensor] = list(self.parameters)
+        torch._foreach_clamp_min_(masks, 0)
+        torch._foreach_clamp_max_(masks, 1)

@@ -1,0 +1,77 @@
+"""Operators that torch lacks, each one pass over an activation: second derivatives of ELU and of batch norm.
+
+Each is ``dist_defend::name``, written twice: in torch's own operators, for every device, and as one Triton kernel
+(ops/kernels.py), which a CUDA device runs where Triton is installed. A CUDA graph, and whoever counts, sees one.
+They have no derivatives of their own: ops/second_order.py calls them inside of its.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("dist_defend", "DEF")
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """Registers the formula below it; calls go through torch's dispatcher."""
+    name = schema.partition("(")[0]
+
+    def register(formula: Callable[..., Any]) -> Any:
+        _library.define(schema)
+        _library.impl(name, formula, "CompositeExplicitAutograd")
+        return getattr(torch.ops.dist_defend, name).default
+
+    return register
+
+
+def channels(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) as it multiplies x (B, C, ...)."""
+    return values.view((1, -1) + (1,) * (x.ndim - 2))
+
+
+@_operator("elu_slope(Tensor grad, Tensor more, Tensor y, float alpha) -> Tensor")
+def elu_slope(grad: Tensor, more: Tensor, y: Tensor, alpha: float) -> Tensor:
+    """(grad + more) f', f' of y = ELU(x): y + alpha for y <= 0, else 1."""
+    slope: Tensor = torch.ops.aten.elu_backward(grad + more, alpha, 1.0, 1.0, True, y)
+    return slope
+
+
+@_operator("elu_curve(Tensor v, Tensor grad, Tensor y, float alpha) -> (Tensor, Tensor)")
+def elu_curve(v: Tensor, grad: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Of <v, grad f'(y)>, as elu_slope has it: the gradients for grad and for y, that is v f' and v grad (y < 0)."""
+    return torch.ops.aten.elu_backward(v, alpha, 1.0, 1.0, True, y), (v * grad).mul_(y < 0)
+
+
+@_operator(
+    "norm_curve(Tensor v, Tensor grad, Tensor x, Tensor weight, Tensor centre, Tensor rate, "
+    "Tensor grad_x, Tensor grad_1, Tensor v_x, Tensor v_1, Tensor both) -> (Tensor, Tensor)"
+)
+def norm_curve(
+    v: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    centre: Tensor,
+    rate: Tensor,
+    grad_x: Tensor,
+    grad_1: Tensor,
+    v_x: Tensor,
+    v_1: Tensor,
+    both: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Of <v, batch norm's gradient for x>: the gradients for x and for the weight.
+
+    v, grad, x (B, C, ...), the rest (C,). With x^ the normalised x: grad_x sums grad x^, grad_1 sums grad, so v_x and
+    v_1; both sums rate grad v.
+    """
+    count = x.numel() // x.shape[1]
+    grad_x, grad_1, v_x, v_1 = (total / count for total in (grad_x, grad_1, v_x, v_1))
+    both = both / (count * rate) - grad_1 * v_1 - grad_x * v_x
+    of_x = (both - 2 * grad_x * v_x) * rate
+    rest = -(grad_1 * v_x + grad_x * v_1) - of_x * centre
+    scale = -weight * rate.square()
+    rest, of_grad, of_v, of_x = (channels(scale * part, x) for part in (rest, v_x, grad_x, of_x))
+    for_x = torch.addcmul(rest, grad, of_grad).addcmul_(v, of_v).addcmul_(x, of_x)
+    return for_x, count * rate * both

@@ -1,14 +1,15 @@
 """report.html: everything in one file that opens anywhere and asks nobody for anything."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 
-from dist_defend.report import plots, tables
+from dist_defend.report import plots, shared, tables
 from dist_defend.report.runs import Run
 from dist_defend.report.tables import Line
 
@@ -22,15 +23,16 @@ class Pictures:
     task: str
     target: str
     sheet: str  # PNG data URI
+    others: int = 0  # tasks of other runs that look the same
 
 
 @dataclass(frozen=True)
 class Map:
-    """A task's features: one panel per encoder."""
+    """A task's features: one panel per encoder, or where there are many runs one thumbnail (PNG data URI)."""
 
     task: str
     has_target: bool
-    panels: list[tuple[str, plots.Panel]]  # kind, panel
+    panels: list[tuple[str, Any]]  # kind, panel or thumbnail
 
 
 def render(
@@ -46,11 +48,12 @@ def render(
         loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters["svg"] = lambda panel: Markup(panel.svg)  # our own drawing, its texts escaped by matplotlib
-    has_runs = len({line.run for line in lines}) > 1
+    has_runs, is_large = len({line.run for line in lines}) > 1, len(runs) > shared.MOST_OWN
 
     def name(task: str, run: str) -> str:
         return f"{task} ({run})" if has_runs else task
 
+    configurations = shared.configurations(runs) if is_large else [(run.label, run.config_text) for run in runs]
     values: dict[str, Any] = {
         "style": Markup((folder / "page.css").read_text(encoding="utf-8")),
         "groups": _groups(lines),
@@ -60,17 +63,54 @@ def render(
         "spread": tables.spread(lines),
         "alarms": alarms,
         "notices": notices,
-        "pictures": [pictures for run in runs for pictures in _pictures(run, name)],
-        "generated": [(run, plots.data_uri(run.generated)) for run in runs if run.generated],
-        "maps": [map_ for run in runs for map_ in _maps(run, name, embedding)],
+        "is_large": is_large,
         "embedding": embedding,
         "colours": plots,
-        "sweeps": [(run, plots.sweep(run.sweep, run.label)) for run in runs if run.sweep],
-        "curves": [(run, panels) for run in runs if (panels := plots.curves(run.metrics[0], run.label))],
+        **(_shared(runs, name, embedding) if is_large else _own(runs, name, embedding)),
         "provenance": tables.provenance(runs),
         "runs": runs,
+        "configurations": [each for each in configurations if each[1]],
     }
     return environment.get_template("page.html").render(values)
+
+
+def _own(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"]) -> dict[str, Any]:
+    """What the page shows of each run."""
+
+    def draw(clean: np.ndarray, triggered: np.ndarray, is_target: np.ndarray | None, told: str) -> plots.Panel:
+        return plots.feature_map(clean, triggered, is_target, embedding, told)
+
+    return {
+        "pictures": [pictures for run in runs for pictures in _pictures(run, name, plots.image_grid)],
+        "generated": [(run.label, plots.data_uri(run.generated)) for run in runs if run.generated],
+        "maps": [map_ for run in runs for map_ in _maps(run, name, draw)],
+        "sweeps": [(run.label, plots.sweep(run.sweep, run.label)) for run in runs if run.sweep],
+        "curves": [
+            (run.label, run.result.get("method", ""), panels)
+            for run in runs
+            if (panels := plots.curves(run.metrics[0], run.label))
+        ],
+    }
+
+
+def _shared(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"]) -> dict[str, Any]:
+    """What it shows of many: thumbnails, and figures of a method's runs together."""
+
+    def draw(clean: np.ndarray, triggered: np.ndarray, is_target: np.ndarray | None, told: str) -> str:
+        return shared.feature_map(clean, triggered, is_target, embedding)
+
+    alike: dict[tuple[str, str], Pictures] = {}
+    for run in runs:
+        for each in _pictures(run, name, lambda rows: shared.thumbnail([images[0] for images in rows])):
+            known = alike.get((each.target, each.sheet))
+            alike[each.target, each.sheet] = each if known is None else replace(known, others=known.others + 1)
+    return {
+        "pictures": list(alike.values()),
+        "generated": [(run.label, shared.generated(run.generated)) for run in runs if run.generated],
+        "maps": [map_ for run in runs for map_ in _maps(run, name, draw)],
+        "sweeps": shared.sweeps(runs),
+        "curves": [(method, "", panels) for method, panels in shared.curves(runs)],
+    }
 
 
 def _groups(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
@@ -80,18 +120,18 @@ def _groups(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
     return list(groups.items())
 
 
-def _pictures(run: Run, name: _Name) -> list[Pictures]:
+def _pictures(run: Run, name: _Name, draw: Callable[[list[np.ndarray]], str]) -> list[Pictures]:
     tasks = [key.removesuffix("/clean") for key in run.examples if key.endswith("/clean")]
     found = []
     for task in tasks:
         triggered = run.examples.get(f"{task}/triggered")
         if triggered is not None:
-            sheet = plots.image_grid([run.examples[f"{task}/clean"], triggered])
+            sheet = draw([run.examples[f"{task}/clean"], triggered])
             found.append(Pictures(name(task, run.label), run.target_name(task), sheet))
     return found
 
 
-def _maps(run: Run, name: _Name, embedding: Literal["pca", "tsne"]) -> list[Map]:
+def _maps(run: Run, name: _Name, draw: Callable[..., Any]) -> list[Map]:
     maps = []
     lines = tables.summarise([run])
     for task in dict.fromkeys(line.task for line in lines):
@@ -103,9 +143,7 @@ def _maps(run: Run, name: _Name, embedding: Literal["pca", "tsne"]) -> list[Map]
             if clean is None or triggered is None or len(clean) + len(triggered) < 3:
                 continue
             is_target = None if labels is None or target is None else labels == target
-            panels.append(
-                (kind, plots.feature_map(clean, triggered, is_target, embedding, f"{run.label}/{kind}/{task}"))
-            )
+            panels.append((kind, draw(clean, triggered, is_target, f"{run.label}/{kind}/{task}")))
         if panels:
             maps.append(Map(name(task, run.label), target is not None, panels))
     return maps

@@ -9,7 +9,7 @@ import html
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ _STYLE: Any = {
     "legend.fontsize": 7.5,
     "figure.constrained_layout.use": True,
 }
+SWEPT = {"acc": "ACC", "asr": "ASR", "acc_defence": "ACC, defender's images"}
 _NOT_DRAWN = {"step", "stage", "epoch", "time", "images_per_second", "grad_norm"}
 _MOST_POINTS = 300
 
@@ -57,33 +58,42 @@ class Panel:
     svg: str
 
 
-@matplotlib.rc_context(_STYLE)
 def curves(rows: Sequence[dict[str, Any]], name: str) -> list[Panel]:
     """A run's scalars over its steps: a panel per stage for what the steps log, another for what evaluations log.
 
     rows: lines of metrics.jsonl; those of training steps have images_per_second. ``name`` tells runs apart.
     """
+    panels = []
+    for (stage, is_training), group in by_stage(rows).items():
+        if series := scalars(group):
+            panels.append(curve_panel(series, stage if is_training else f"{stage}, evaluated", name))
+    return panels
+
+
+def by_stage(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
+    """Lines of metrics.jsonl by their stage, and by whether a training step logged them."""
     groups: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["stage"], "images_per_second" in row), []).append(row)
-    panels = []
-    for (stage, is_training), group in groups.items():
-        series = _scalars(group)
-        if not series:
-            continue
-        figure, axes = _figure(3.7, 2.2)
-        values = np.concatenate([y for _, y in series.values()])
-        if values.min() > 0 and values.max() > 30 * values.min():
-            axes.set_yscale("log")
-        for (key, (x, y)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
-            is_main = key == "loss" or len(series) == 1
-            marker = "" if len(x) > 20 else "."
-            axes.plot(x, y, color=colour, linewidth=1.4 if is_main else 0.8, label=_plain(key), marker=marker)
-        axes.set_xlabel("step")
-        figure.legend(loc="outside upper left", ncols=3)
-        title = stage if is_training else f"{stage}, evaluated"
-        panels.append(Panel(title, _inline(figure, f"{name}/{title}", f"{', '.join(series)} of {title}")))
-    return panels
+    return groups
+
+
+@matplotlib.rc_context(_STYLE)
+def curve_panel(series: Mapping[str, tuple[np.ndarray, ...]], title: str, name: str, axis: str = "step") -> Panel:
+    """Lines in one figure. series: what it is -> (x, y), or (x, y, low, high) with a band around y, each (P,)."""
+    figure, axes = _figure(3.7, 2.2)
+    values = np.concatenate([each[1] for each in series.values()])
+    if values.min() > 0 and values.max() > 30 * values.min():
+        axes.set_yscale("log")
+    for (key, (x, y, *band)), colour in zip(series.items(), itertools.cycle(PALETTE), strict=False):
+        is_main = key == "loss" or len(series) == 1
+        marker = "" if len(x) > 20 else "."
+        axes.plot(x, y, color=colour, linewidth=1.4 if is_main else 0.8, label=_plain(key), marker=marker)
+        if band:
+            axes.fill_between(x, band[0], band[1], color=colour, alpha=0.2, linewidth=0)
+    axes.set_xlabel("pruned neurons" if axis == "pruned" else axis)
+    figure.legend(loc="outside upper left", ncols=3)
+    return Panel(title, _inline(figure, f"{name}/{title}", f"{', '.join(series)} of {title}"))
 
 
 @matplotlib.rc_context(_STYLE)
@@ -97,8 +107,7 @@ def sweep(rows: Sequence[dict[str, Any]], name: str) -> Panel:
     axis = "threshold" if by_threshold else "pruned"
     stops = sorted((row for row in rows if row.get(axis) is not None), key=lambda row: (row["pruned"], row[axis]))
     figure, axes = _figure(3.7, 2.4)
-    series = {"acc": "ACC", "asr": "ASR", "acc_defence": "ACC, defender's images"}
-    for (key, label), colour in zip(series.items(), (TARGET, TRIGGERED, CLEAN), strict=True):
+    for (key, label), colour in zip(SWEPT.items(), (TARGET, TRIGGERED, CLEAN), strict=True):
         points = [(row[axis], Count(row[key]["correct"], row[key]["n"]).percent) for row in stops if key in row]
         if points:
             axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=".", linewidth=1.2)
@@ -118,7 +127,7 @@ def _plain(name: str) -> str:
     return f" {told}" if told.startswith("_") else told
 
 
-def _scalars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def scalars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """key -> (steps, values) of everything finite, the loss first, averaged into at most 300 points."""
     out = {}
     keys = dict.fromkeys(key for row in rows for key in row if key not in _NOT_DRAWN)
@@ -140,7 +149,7 @@ def feature_map(
     clean and triggered: (M, D); is_target: (M,) bool, clean images of the target class, None when it is not known.
     The panel's title says how much of the variance a PCA shows.
     """
-    points, share = _project(np.concatenate([clean, triggered]).astype(np.float64), method)
+    points, share = project(np.concatenate([clean, triggered]).astype(np.float64), method)
     of_target = np.zeros(len(clean), bool) if is_target is None else is_target
     figure, axes = _figure(2.7, 2.4)
     at_clean, at_triggered = points[: len(clean)], points[len(clean) :]
@@ -155,7 +164,7 @@ def feature_map(
     return Panel(share, _inline(figure, name, f"features of {name}: clean and triggered test images"))
 
 
-def _project(points: np.ndarray, method: str) -> tuple[np.ndarray, str]:
+def project(points: np.ndarray, method: str) -> tuple[np.ndarray, str]:
     from sklearn.decomposition import PCA  # imported here: it costs a second, and not every report has features
     from sklearn.manifold import TSNE
 
@@ -203,5 +212,6 @@ def _inline(figure: Figure, name: str, description: str) -> str:
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", body)
+    body = re.sub(r" font-family: [^;\"]*;", "", body)  # page.css has the page's own for all of them
     head = f'<svg {box.group() if box else ""} role="img" aria-label="{html.escape(description)}">'
     return head + body.replace(INK, "currentColor")

@@ -98,7 +98,7 @@ missing = ["ffcv", "deepspeed", "transformers", "open_clip", "pandas", "pyarrow"
 sys.modules.update(dict.fromkeys(missing))  # None: import raises ModuleNotFoundError
 import dist_defend
 names = [m.name for m in pkgutil.walk_packages(dist_defend.__path__, "dist_defend.")]
-drawing = ["report.html", "report.plots", "sweep.collect", "sweep.report"]
+drawing = ["report.html", "report.plots", "report.shared", "sweep.collect", "sweep.report"]
 names = [n for n in names if n.removeprefix("dist_defend.") not in drawing]
 names = [n for n in names if "ffcv" not in n.rpartition(".")[2] and not n.endswith("__main__")]
 for name in names:

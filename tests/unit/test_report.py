@@ -323,7 +323,7 @@ def test_long_curves_are_averaged_and_gaps_left_out() -> None:
     rows = [
         {"step": s, "stage": "a", "epoch": 0, "aux": 1.0, "loss": float(s), "gap": float("nan")} for s in range(600)
     ]
-    series = plots._scalars(rows)
+    series = plots.scalars(rows)
     assert list(series) == ["loss", "aux"]
     steps, values = series["loss"]
     assert len(steps) == 300

@@ -74,7 +74,7 @@ def heads() -> Call:
     tasks = {"task": probe.TaskConfig(DATA, DATA, 0)}
     config = probe.Config({"clean": "m"}, tasks, seeds=(1, 2, 3), update=UpdateConfig(256, 1))
     context = surroundings()
-    made = probe.TrainedHeads("task", config, [encoder().f.to(DEVICE)], context, *context.dataset("", DATA))
+    made = probe.TrainedHeads("task", config, [encoder().f.to(DEVICE)], context, context.dataset("", DATA))
     return staged(made.stages[0])
 
 

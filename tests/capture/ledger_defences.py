@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position, Step
 from dist_defend.methods.defend import anp, fp, ft_sam, nad
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
@@ -105,7 +105,7 @@ def inverted(part: str) -> Call:
         short: dict[str, Any] = {"inner_rounds": 2, "K": 2, "detach_reference": False}
         update: Step = retrospective(both, "sgd", config.update.batch_size, "batchmean", **short)
     else:
-        update = GradientStep(PoolObjective(both, 20.0), config.update.optimizer, RANKS, steps_per_epoch=10, epochs=10)
+        update = GradientStep(PoolObjective(both, 20.0), config.update, RANKS, steps_per_epoch=10)
     source = CmiBatches(config, CLASSES, 0, RANKS)
     step = CmiStep(source, synthesis, update, both, 1)
     number = {"synthesis": 1, "last of the synthesis": config.synthesis.iterations - 1}.get(part, 4)
@@ -158,8 +158,8 @@ def pruned(**options: Any) -> Call:
     with mock.patch.object(torch, "Generator", lambda device: torch._C.Generator("cpu")):
         model = classifier("preact_resnet18")
         objective = anp.AnpObjective(model, norm_names(model.net), config)
-    sgd = OptimizerConfig("sgd", lr=0.2)
-    update = GradientStep(objective, sgd, RANKS, steps_per_epoch=10, epochs=10)
+    sgd = UpdateConfig(epochs=10, optimizer=OptimizerConfig("sgd", lr=0.2))
+    update = GradientStep(objective, sgd, RANKS, steps_per_epoch=10)
     return stepped(anp.AnpStep(update, objective, 0), cycle([batch_of(128)]))
 
 

@@ -18,7 +18,7 @@ from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position, Step
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -103,7 +103,8 @@ def staged(stage: Stage) -> Call:
 
 
 def gradient(objective: Objective, batch: Batch, **options: Any) -> Call:
-    step = GradientStep(objective, OptimizerConfig("adam"), RANKS, steps_per_epoch=10, epochs=10, **options)
+    update = UpdateConfig(epochs=10, optimizer=OptimizerConfig("adam"), **options)
+    step = GradientStep(objective, update, RANKS, steps_per_epoch=10)
     return stepped(step, cycle([batch]))
 
 

@@ -100,7 +100,7 @@ IN_METHODS: tuple[Mutation, ...] = (
              "replace(config.attack, target_class=int(classes[0]), rate=1.0)", "replace(config.attack, rate=1.0)",
              "unit/test_any_attack.py::test_badencoder_takes_any_trigger"),
     Mutation("a poisoned classifier is trained on clean images", "methods/pretrain/classifier.py",
-             "        train, rows, config.update.batch_size", "        clean_train, rows, config.update.batch_size",
+             "train_loader(train, rows, update", "train_loader(clean_train, rows, update",
              f"{AUGMENTED}[classifier]"),
     Mutation("self-retrospection starts a batch late", "methods/defend/zskt/step.py",
              "number >= self.retrospection.config.start", "number > self.retrospection.config.start", STARTS),

@@ -21,13 +21,14 @@ from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
 from dist_defend.engine.update import Update
-from dist_defend.methods.defend import fp, ft_sam, nad
+from dist_defend.methods.defend import fp, ft_sam, nad, sau
 from dist_defend.methods.defend.abd import vaccine
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
+from dist_defend.methods.defend.nc.search import SearchConfig, SearchStep
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.methods.defend.tuning.options import sgd
 from dist_defend.methods.defend.tuning.step import TuningStep
@@ -213,6 +214,17 @@ def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
     return step
 
 
+def sau_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return sau.SharedStep(sau.Config(**_DEFENCE), model, **options)
+
+
+def nc(graph: GraphMode) -> Case:
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    step = SearchStep(classifier("small_resnet", ranks), SearchConfig(), [0, 3], ranks, epoch, graph)
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
 _DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
@@ -235,6 +247,8 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ft_sam": partial(tuned, make=ft_sam_),
     "nad": partial(tuned, make=nad_),
     "fp": partial(tuned, make=fp_),
+    "sau": partial(tuned, make=sau_),
+    "nc": nc,
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

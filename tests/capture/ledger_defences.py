@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position, Step
-from dist_defend.methods.defend import anp, fp, ft_sam, nad
+from dist_defend.methods.defend import anp
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.defend.abd.vaccine import Vaccine
@@ -24,9 +24,9 @@ from dist_defend.methods.defend.ibau.options import Config as IbauConfig
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.methods.defend.kd import DistillationObjective
+from dist_defend.methods.defend.nc.search import SearchConfig, SearchStep
 from dist_defend.methods.defend.ood import OodObjective
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
-from dist_defend.methods.defend.tuning.options import sgd
 from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
@@ -35,6 +35,7 @@ from dist_defend.models.classifier import Classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
 from dist_defend.ops.losses import Convention, distillation
+from tests.capture import cases
 from tests.capture.ledger import DEVICE
 from tests.capture.ledger_parts import (
     CLASSES,
@@ -163,29 +164,21 @@ def pruned(**options: Any) -> Call:
     return stepped(anp.AnpStep(update, objective, 0), cycle([batch_of(128)]))
 
 
-_DEFENCE: dict[str, Any] = {"model": "m", "data": DATA, "test": DATA}
+def tuned(make: Callable[[Classifier, dict[str, Any]], TuningStep], arch: str = "preact_resnet18") -> Call:
+    """What one graph of a tuning defence replays, for BackdoorBench's 256 images."""
+    batch = batch_of(256)
+    step = make(classifier(arch), {"ranks": RANKS, "steps_per_epoch": 10, "graph": "on"})
+    return partial(step.learn, batch.images, batch.labels)
 
 
-def tuned(make: Callable[[Classifier, dict[str, Any]], TuningStep]) -> Call:
-    """The steps of tuning defences. make: gets the model and the options of its step."""
-    options: dict[str, Any] = {"ranks": RANKS, "steps_per_epoch": 10, "graph": "on"}
-    return stepped(make(classifier("preact_resnet18"), options), cycle([batch_of(128)]))
+def tuning() -> Call:
+    step = cases.ft(classifier("preact_resnet18"), {"ranks": RANKS, "steps_per_epoch": 10, "graph": "on"})
+    return stepped(step, cycle([batch_of(256)]))
 
 
-def ft(model: Classifier, options: dict[str, Any]) -> TuningStep:
-    return TuningStep(model, sgd(), epochs=10, **options)
-
-
-def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
-    return fp.PrunedStep(fp.Config(**_DEFENCE), model, fp.last_linear(model.net), **options)
-
-
-def ft_sam_(model: Classifier, options: dict[str, Any]) -> TuningStep:
-    return ft_sam.SamStep(ft_sam.Config(**_DEFENCE), model=model, **options)
-
-
-def nad_(model: Classifier, options: dict[str, Any]) -> TuningStep:
-    return nad.AttentionStep(nad.Config(**_DEFENCE), model, classifier("preact_resnet18"), **options)
+def searched() -> Call:
+    step = SearchStep(classifier("preact_resnet18"), SearchConfig(), range(CLASSES), RANKS, 10, "on")
+    return partial(step.learn, images(256))
 
 
 _SV, _SR, _SHORT = VaccineConfig(), RetrospectionConfig(), RetrospectionConfig(inner_rounds=2, K=2)
@@ -244,10 +237,14 @@ DEFENCES: dict[str, Callable[[], Call]] = {
     "rnp resnet18: recover update": lambda: learning(recover()),
     "rnp vgg: unlearn update": lambda: learning(unlearn("ibau_vgg")),
     "anp: step": pruned,
-    "ft: step": partial(tuned, ft),
-    "fp: step": partial(tuned, fp_),
-    "ft_sam: step": partial(tuned, ft_sam_),
-    "nad: step": partial(tuned, nad_),
+    "ft: step": tuning,
+    "ft: update": lambda: tuned(cases.ft),
+    "ft_sam: update": lambda: tuned(cases.ft_sam_),
+    "nad: update": lambda: tuned(cases.nad_),
+    "nad wrn: update": lambda: tuned(cases.nad_, "wrn_16_1"),
+    "fp: update": lambda: tuned(cases.fp_),
+    "sau: update": lambda: tuned(cases.sau_),
+    "nc: search update": searched,
     "zskt: step": transferred,
     "zskt, sv: step": lambda: transferred(vaccine=_SV),
     "zskt, sr: step": lambda: transferred(retrospection=_SHORT),

@@ -35,7 +35,7 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        self.of_made.forget()\n", "        self.of_made.optimizer.state.clear()\n",
              "repo/test_one_owner.py::test_optimizers_have_one_writer"),
     Mutation("I-BAU's graphs warm up its inner optimizer for good", "methods/defend/ibau/step.py",
-             ", *self.update.state(), *self.inner_update.state()]", ", *self.update.state()]",
+             ", *self.update.state(), *self.inner_update.state(), *places]", ", *self.update.state(), *places]",
              f"{REPLAYS}[ibau, adam inside, clamped]"),
     Mutation("a rejected vaccine frees the drafts that a graph writes to", "methods/defend/zskt/step.py",
              "self.vaccine.select()  #", "self.vaccine.select()\n            self.drafts = []  #",

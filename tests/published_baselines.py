@@ -8,7 +8,7 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
-TUNING = ("ft", "ft_sam", "nad", "fp")
+TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
 
@@ -59,6 +59,18 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "teacher_optimizer.lr": 0.01, "teacher_optimizer.schedule": "cosine_epochs", "teacher_optimizer.period": 100,
         "betas": [500, 1000], "layers": ["layer3", "layer4"], "repeat_statistics": True,
     })),
+    ("SCLBD/BackdoorBench, defense/sau.py", ("defend/sau_cifar10", tuning_defaults("sau")), below("sau", {
+        "batch_size": 256, "epochs": 100, "bound": 0.2, "step_size": 0.2, "attack_steps": 5, "beta_adv": 0.01,
+        "beta_js": 1.0, "weight_clean": 1.0, "weight_adversarial": 0.0, "weight_shared": 1.0, "augment.crop": "none",
+        "optimizer.name": "adam", "optimizer.lr": 1e-4, "optimizer.amsgrad": True, "optimizer.schedule": "constant",
+    })),
+    ("SCLBD/BackdoorBench, defense/nc.py", ("defend/nc_cifar10", tuning_defaults("nc")), below("nc", {
+        **BB_TUNING, "search.epochs": 80, "search.lr": 0.1, "search.cost": 1e-3, "search.threshold": 98.0,
+        "search.patience": 5, "search.multiplier": 2.0, "search.early_patience": 25, "anomaly_threshold": 2.0,
+        "stamped_share": 0.2,
+    })),
+    ("SCLBD/BackdoorBench, defense/nc.py", (tuning_defaults("nc", "backdoorbench"),),
+     {"nc.search.normalise_first_rows": True}),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

@@ -64,6 +64,11 @@ def grey_levels(images: Tensor) -> Tensor:
     return (images * 255 + ROUNDING).floor().clamp(0, 255)
 
 
+def blend(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
+    """x (1 - mask) + pattern mask, of shapes that broadcast: what a mask means."""
+    return images * (1 - mask) + pattern * mask
+
+
 @dataclass(frozen=True)
 class Replacing(Trigger):
     """x (1 - mask) + pattern mask; mask (1, 1 or 3, H, W) and pattern (1, 3, H, W) in [0, 1], mask 1 replaces."""
@@ -72,7 +77,7 @@ class Replacing(Trigger):
     pattern: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        return images * (1 - self.mask) + self.pattern * self.mask
+        return blend(images, self.mask, self.pattern)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Replacing":
         return Replacing(self.mask.to(device, dtype), self.pattern.to(device, dtype))

@@ -21,13 +21,14 @@ from dist_defend.engine.graphed import GraphedUpdate, GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position, Step
 from dist_defend.engine.update import Update
-from dist_defend.methods.defend import fp, ft_sam, nad
+from dist_defend.methods.defend import fp, ft_sam, nad, sau
 from dist_defend.methods.defend.abd import vaccine
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
+from dist_defend.methods.defend.nc.search import SearchConfig, SearchStep
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
 from dist_defend.methods.defend.tuning.options import sgd
 from dist_defend.methods.defend.tuning.step import TuningStep
@@ -95,13 +96,13 @@ class Shares(InMemory):
         return (share for share in shares if len(share.labels))
 
 
-def ibau(graph: GraphMode, arch: str = "ibau_vgg", **options: Any) -> Case:
-    """Rounds of six batches; the last of a pass is short, and padded."""
+def ibau(graph: GraphMode, arch: str = "ibau_vgg", is_constant: bool = False, **options: Any) -> Case:
+    """Rounds of six batches; the last of a pass is short, and padded. is_constant: graphs find them on the device."""
     images, labels = images_and_labels(2 * BATCH + 3)
     ranks = dist.start(PRECISION, None)
     options = {"patched_fraction": 0.3, "project_radius": 10.0, **options}
     config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
-    rounds = Rounds(Shares(images, labels, BATCH, ranks), IMAGE, ranks)  # type: ignore[arg-type]
+    rounds = Rounds(Shares(images, labels, BATCH, ranks), IMAGE, ranks, is_constant)  # type: ignore[arg-type]
     step = UnlearningStep(classifier(arch, ranks), config, rounds, seed=0)
     batches = (batch for epoch in range(STEPS) for batch in rounds.epoch(epoch))
     given = list(islice(zip(batches, positions(rounds.num_batches), strict=False), STEPS))
@@ -213,6 +214,17 @@ def fp_(model: Classifier, options: dict[str, Any]) -> TuningStep:
     return step
 
 
+def sau_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    return sau.SharedStep(sau.Config(**_DEFENCE), model, **options)
+
+
+def nc(graph: GraphMode) -> Case:
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    step = SearchStep(classifier("small_resnet", ranks), SearchConfig(), [0, 3], ranks, epoch, graph)
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
 _DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
@@ -221,6 +233,7 @@ _LATE = RetrospectionConfig(start=3, restart_lr=5e-4, inner_rounds=2)
 _OF_STUDENT = RetrospectionConfig(start=3, inner_rounds=2, perturbs="student", statistics="published")
 CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ibau": ibau,
+    "ibau, kept": lambda graph: ibau(graph, is_constant=True),
     "ibau, cg": lambda graph: ibau(graph, solver="cg"),
     "ibau, amsgrad": lambda graph: ibau(graph, optimizer=OptimizerConfig("adam", lr=1e-4, amsgrad=True)),
     "ibau, sgd outside and inside": lambda graph: ibau(graph, optimizer=_SGD, inner=_SGD),
@@ -235,6 +248,8 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ft_sam": partial(tuned, make=ft_sam_),
     "nad": partial(tuned, make=nad_),
     "fp": partial(tuned, make=fp_),
+    "sau": partial(tuned, make=sau_),
+    "nc": nc,
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

@@ -41,8 +41,10 @@ from dist_defend.methods.defend.ibau.step import UnlearningStep
 from dist_defend.methods.defend.kd import DistillationObjective
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
+from dist_defend.methods.defend.nc.search import SearchConfig, SearchStep
 from dist_defend.methods.defend.ood import OodObjective
 from dist_defend.methods.defend.rnp.steps import RecoverStep, UnlearnStep
+from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
@@ -54,6 +56,7 @@ from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
 from dist_defend.ops.losses import Convention, distillation
+from tests.capture import cases
 from tests.capture.ledger import DEVICE, Accelerator
 
 SIZE, CLASSES, ROWS = 32, 10, 1000
@@ -317,6 +320,18 @@ def pruned(**options: Any) -> Call:
     return stepped(anp.AnpStep(update, objective, 0), cycle([batch_of(128)]))
 
 
+def tuned(make: Callable[[Classifier, dict[str, Any]], TuningStep], arch: str = "preact_resnet18") -> Call:
+    """What one graph of a tuning defence replays, for BackdoorBench's 256 images."""
+    batch = batch_of(256)
+    step = make(classifier(arch), {"ranks": RANKS, "steps_per_epoch": 10, "graph": "on"})
+    return partial(step.learn, batch.images, batch.labels)
+
+
+def searched() -> Call:
+    step = SearchStep(classifier("preact_resnet18"), SearchConfig(), range(CLASSES), RANKS, 10, "on")
+    return partial(step.learn, images(256))
+
+
 _SV, _SR = VaccineConfig(), RetrospectionConfig()
 
 
@@ -379,6 +394,13 @@ CASES: dict[str, Callable[[], Call]] = {
     "rnp resnet18: recover update": lambda: learning(recover()),
     "rnp vgg: unlearn update": lambda: learning(unlearn("ibau_vgg")),
     "anp: step": pruned,
+    "ft: update": lambda: tuned(cases.ft),
+    "ft_sam: update": lambda: tuned(cases.ft_sam_),
+    "nad: update": lambda: tuned(cases.nad_),
+    "nad wrn: update": lambda: tuned(cases.nad_, "wrn_16_1"),
+    "fp: update": lambda: tuned(cases.fp_),
+    "sau: update": lambda: tuned(cases.sau_),
+    "nc: search update": searched,
     "zskt: step": transferred,
     "zskt, sv: step": lambda: transferred(vaccine=_SV),
     "zskt, sr: step": lambda: transferred(retrospection=_SR),

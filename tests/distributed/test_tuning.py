@@ -1,4 +1,4 @@
-"""FT, FT-SAM, NAD and FP on two gloo ranks are what they are on one: the same weights, scores and counts."""
+"""FT, FT-SAM, NAD, FP, SAU and NC on two gloo ranks are what they are on one: the same weights, scores and counts."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ft": {},
     "ft_sam": {},
     "nad": {"teacher_epochs": 1, "teacher_optimizer": SGD},
+    "sau": {"attack_steps": 2},
+    "nc": {"search": {"epochs": 2, "threshold": 30.0, "patience": 1}, "anomaly_threshold": 1e-3, "stamped_share": 0.5},
     "fp": {"once_prune_ratio": 0.1, "max_accuracy_drop": 0.5},
 }
 

@@ -6,6 +6,7 @@ COUNTS = "unit/test_defence_counts.py"
 BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
+SEARCH = "numerics/test_nc.py"
 TUNING = "numerics/test_tuning.py"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
@@ -34,7 +35,7 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        self.of_made.forget()\n", "        self.of_made.optimizer.state.clear()\n",
              "repo/test_one_owner.py::test_optimizers_have_one_writer"),
     Mutation("I-BAU's graphs warm up its inner optimizer for good", "methods/defend/ibau/step.py",
-             ", *self.update.state(), *self.inner_update.state()]", ", *self.update.state()]",
+             ", *self.update.state(), *self.inner_update.state(), *places]", ", *self.update.state(), *places]",
              f"{REPLAYS}[ibau, adam inside, clamped]"),
     Mutation("a rejected vaccine frees the drafts that a graph writes to", "methods/defend/zskt/step.py",
              "self.vaccine.select()  #", "self.vaccine.select()\n            self.drafts = []  #",
@@ -169,4 +170,22 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
     Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
              "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
+    Mutation("SAU perturbs images downhill", "methods/defend/sau.py",
+             "delta.detach() - config.step_size", "delta.detach() + config.step_size",
+             f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("SAU takes the label's class away too", "methods/defend/sau.py",
+             "((wanted != labels) & (wanted != said))", "(wanted != said)",
+             f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("SAU's networks are in train mode", "methods/defend/sau.py",
+             "in_train_mode = False", "in_train_mode = True", f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("NC's cost rises as it falls", "methods/defend/nc/search.py",
+             "config.multiplier**-1.5", "config.multiplier**-1.0", f"{SEARCH}::test_the_search_of_a_class"),
+    Mutation("NC keeps a mask that turns too few images", "methods/defend/nc/search.py",
+             "is_better = going & is_hit & (norms", "is_better = going & (norms",
+             f"{SEARCH}::test_the_search_of_a_class"),
+    Mutation("NC flags classes with large masks", "methods/defend/nc/search.py",
+             "torch.where(norms <= middle, index, -index)", "index", f"{SEARCH}::test_flagged_classes"),
+    Mutation("NC's classes share a mask's cost", "methods/defend/nc/search.py",
+             "(self.cost * norms).sum()", "(self.cost.mean() * norms).sum()",
+             f"{SEARCH}::test_classes_side_by_side_are_classes_alone"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""FT, NAD, FT-SAM and FP against what the published code gave, update by update."""
+"""FT, NAD, FT-SAM, FP and SAU against what the published code gave, update by update."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
 from dist_defend.errors import UserError
-from dist_defend.methods.defend import fp, ft_sam, nad
+from dist_defend.methods.defend import fp, ft_sam, nad, sau
 from dist_defend.methods.defend.ft_sam import SamStep, smooth_kl
 from dist_defend.methods.defend.nad import AttentionStep, attention_layers
 from dist_defend.methods.defend.pruning.masks import Candidate, Neuron, pruning_order
@@ -21,6 +21,7 @@ from dist_defend.methods.defend.pruning.stops import Stops
 from dist_defend.methods.defend.tuning.options import sgd
 from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.models.classifier import Classifier, build_classifier
+from dist_defend.models.pixel_space import normalization_constants
 from dist_defend.ops.attention import attention_loss, attention_map
 from tests.numerics.det import assert_fingerprint, det_images, det_init, golden
 
@@ -167,7 +168,9 @@ def test_ft_sam() -> None:
         assert rate_of(step) == pytest.approx(expected["lr"], rel=1e-12)
         if "after" in expected:
             assert_state(model.net, expected["after"])
-    assert model.net.get_buffer("layer1.0.bn1.num_batches_tracked") == case["num_batches_tracked"]
+    assert (
+        model.net.get_buffer("layer1.0.bn1.num_batches_tracked") * 2 == case["num_batches_tracked"]
+    )  # of one pass each
     assert model.net.get_submodule("layer1.0.bn1").momentum == case["bn_momentum_after"]
 
 
@@ -241,3 +244,39 @@ def test_fine_pruning() -> None:
     assert_fingerprint(model.net.get_parameter("linear.weight"), case["finetune_linear_effective"])
     assert_state(model.net, {key: value for key, value in case["finetune_after"].items() if "linear.weight" not in key})
     assert step.metrics() == {"pruned_neurons": 103, "neurons": 512}
+
+
+def test_shared_adversarial_unlearning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded on normalised images, with perturbations in units of pixels."""
+    case = golden("baselines")["sau"]
+    model = build_classifier("preact_resnet18", 10, "cifar10_backdoorbench").double()
+    det_init(model.net, case["seed"])
+    mean, std = (
+        torch.tensor(row, dtype=torch.float64).view(1, 3, 1, 1)
+        for row in normalization_constants("cifar10_backdoorbench")
+    )
+    model.normalize.mean, model.normalize.std = mean, std  # the program keeps them in float32
+    options = {"bound": case["bound"], "step_size": case["step"], "attack_steps": case["steps"]}
+    step = sau.SharedStep(sau.Config(**DATA, **options), model, ranks=dist.start("fp64", None), steps_per_epoch=1)
+    perturb, made = step.perturb, []
+
+    def noting(images: Tensor, labels: Tensor) -> Tensor:
+        made.append(perturb(images, labels))
+        with torch.no_grad():
+            made.extend(network(images + made[0]).argmax(1) for network in (step.model, step.reference))
+        return made[0]
+
+    monkeypatch.setattr(step, "perturb", noting)
+    images = det_images((case["batch"], 3, 32, 32), case["images"]) * std + mean
+    batch = Batch((images,), torch.tensor(case["labels"]), torch.arange(case["batch"]))
+    for epoch, expected in enumerate(case["steps_taken"]):
+        made.clear()
+        told = step(batch, Position(epoch=epoch))
+        assert_fingerprint(made[0], expected["perturbation"])
+        assert made[0].flatten()[:8].tolist() == pytest.approx(expected["first8"])
+        assert made[1].tolist() == expected["prediction_perturbed"]
+        assert made[2].tolist() == expected["reference_perturbed"]
+        assert told["loss"].isfinite()
+        if "after" in expected:
+            assert_state(model.net, expected["after"])
+    assert_state(model.net, case["after"])

@@ -98,7 +98,7 @@ def counted(folder: str, test: str) -> dict[str, float]:
     return {"acc": 100 * float((classes(model, clean) == dataset.labels).mean()), "asr": 100 * float(hits.mean())}
 
 
-TUNING = ("ft", "ft_sam", "nad", "fp")
+TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 DEFENCES = sorted({found.name for found in pkgutil.iter_modules(defend.__path__)} - set(SHARED))
 
 
@@ -148,6 +148,8 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
         },
         "zskt": {"attention": 0.0, "batch_size": 4, "pseudo_batches": 1, "student_steps": 1},
     }  # fmt: skip
+    if method == "nc":
+        more[method] |= {"search": {"epochs": 1}, "anomaly_threshold": 1e-3, "stamped_share": 0.5}
     options |= more[method]
     names = norm_names(model.net)
     write_mask_values(

@@ -51,7 +51,7 @@ def tuning_plan(
     options = {"ranks": context.ranks, "steps_per_epoch": loader.num_batches, "graph": config.graph}
     first, step = make(Tuned(model, trial, data, rows, loader, options))
     stage = Stage(context.method, loader, step, config.epochs, lambda _: trial.evaluate(model), config.evaluate_every)
-    stage.shown = shown
+    stage.stop_when, stage.shown = step.is_over, shown
 
     def result() -> dict[str, Any]:
         metrics, provenance = {"defence_images": len(rows), **step.metrics()}, {"epochs": config.epochs}

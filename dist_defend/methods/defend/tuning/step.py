@@ -24,6 +24,8 @@ class TuningStep:
     The ranks' shares may differ in size but not be empty. model: on the ranks' device, batch norm synchronised.
     """
 
+    in_train_mode = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -42,7 +44,7 @@ class TuningStep:
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the parameters as they were."""
-        self.model.train()
+        self.model.train(self.in_train_mode)
         self.update.follow(at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)
         is_last = at.batch + 1 == self.steps_per_epoch
         return check_finite(self.graphed(batch.images, batch.labels, kind=is_last), "the gradient")
@@ -79,6 +81,10 @@ class TuningStep:
         yield from self.model.parameters()
         yield from self.model.buffers()
         yield from self.update.state()
+
+    def is_over(self) -> bool:
+        """Asked after each epoch: whether there is nothing left to do."""
+        return False
 
     def metrics(self) -> dict[str, Any]:
         """What result.json tells of the step's outcome."""

@@ -21,6 +21,11 @@ def not_negative(section: Any, *keys: str) -> None:
     _check(section, keys, lambda value: value >= 0, "not be negative")
 
 
+def share(section: Any, *keys: str) -> None:
+    """ValueError for the first of these keys that is not in 0 to 1."""
+    _check(section, keys, lambda value: 0 <= value <= 1, "be in [0, 1]")
+
+
 def _check(section: Any, keys: tuple[str, ...], fits: Any, told: str) -> None:
     for key in keys:
         value = getattr(section, key)

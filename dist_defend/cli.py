@@ -144,12 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(main=_run)
 
 
+@stoppable()  # before torch is imported, which takes seconds
 def _run(args: argparse.Namespace) -> int:
-    with stoppable():  # before torch is imported, which takes seconds
-        return _run_stoppable(args)
-
-
-def _run_stoppable(args: argparse.Namespace) -> int:
     from dist_defend import config, experiment
     from dist_defend.engine import dist
     from dist_defend.engine.checkpoint import SaveError
@@ -161,17 +157,15 @@ def _run_stoppable(args: argparse.Namespace) -> int:
         return 0
     try:
         experiment.run(loaded, dry_run=args.dry_run)
+        return 0
     except NonFiniteError as error:
         _tell(f"failed: {error}; the newest checkpoint is from before it; lower the learning rate")
-        return 1
     except SaveError as error:
         _tell(f"failed: {error}")
-        return 1
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         _tell(f"failed: {error}; make room and start the same command, which resumes")
-        return 1
     finally:
         dist.stop()
-    return 0
+    return 1

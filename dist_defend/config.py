@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ from dist_defend.attacks.trigger import TriggerOptions
 from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.trainer import TrainerConfig
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, did_you_mean
+from dist_defend.keys import default_of
 from dist_defend.methods import find_method, method_names
 from dist_defend.screen import printable
 from dist_defend.strict_yaml import dump_yaml, parse_yaml, read_yaml
@@ -136,7 +138,7 @@ def _over_defaults(cls: Any, raw: dict[str, Any]) -> dict[str, Any]:
         value = raw.get(field_.name)
         if not isinstance(value, dict):
             continue
-        default = field_.default if field_.default_factory is dataclasses.MISSING else field_.default_factory()
+        default = default_of(field_)
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             full[field_.name] = _merged(dataclasses.asdict(default), value)
     return full
@@ -192,14 +194,9 @@ def build_section(cls: type[T], raw: Any, path: Path, prefix: str = "", extra: S
     except dacite.MissingValueError as error:
         raise UserError(f"{path}: key '{prefix}{error.field_path}' is missing; it has no default") from error
     except dacite.WrongTypeError as error:
-        wanted = (
-            str(getattr(error.field_type, "__name__", error.field_type))
-            if isinstance(error.field_type, type)
-            else (str(error.field_type).replace("typing.", "").replace("NoneType", "null").replace("None", "null"))
-        )
-        raise UserError(
-            f"{path}: key '{prefix}{error.field_path}' is {_shown(error.value)}; expected {wanted}"
-        ) from error
+        kind, told = error.field_type, f"key '{prefix}{error.field_path}' is {_shown(error.value)}"
+        wanted = kind.__name__ if isinstance(kind, type) else re.sub("None(Type)?", "null", f"{kind}")
+        raise UserError(f"{path}: {told}; expected {wanted.replace('typing.', '')}") from error
     except (ValueError, dacite.DaciteError) as error:  # a dataclass' own check of its values
         told = str(error).replace("key '", f"key '{prefix}", 1)
         raise UserError(f"{path}: {told}") from error
@@ -279,8 +276,7 @@ def _members(arguments: Sequence[Any], value: Any) -> list[Any]:
         if added is not None:
             return [added]
     if not isinstance(name, str) or name not in sections:
-        near = difflib.get_close_matches(printable(name, 100), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(printable(name, 100), known)
         raise ValueError(f"key 'name' is {_shown(name)}; {hint}it must be one of {', '.join(known)}")
     return [sections[name]]
 

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -136,21 +136,18 @@ def rating(gain: float, loss: float) -> float:
     return (max(0.0, gain) - max(0.0, loss) + 1) / 2
 
 
-@torch.no_grad()
 def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """Most likely classes (N,), labels (N,) and rows (N,), int64, of a data set in the loader's order, on every rank.
 
     model: images (B, 3, H, W) -> logits; put in eval mode and back. The ranks share the images; each counts once.
     """
-    was_training = model.training
-    model.eval()
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for batch in loader.epoch(0):
+
+    def classes(images: Tensor) -> Tensor:
         with ranks.accelerator.autocast():
-            logits = model(batch.views[0].to(ranks.device, ranks.dtype))
-        parts.append((logits.argmax(1), batch.labels.to(ranks.device), batch.index.to(ranks.device)))
-    model.train(was_training)
-    return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
+            logits: Tensor = model(images)
+        return logits.argmax(1)
+
+    return over_images(model, loader, ranks, classes)
 
 
 def evaluate_classifier(
@@ -171,20 +168,27 @@ def unit_features(encoder: nn.Module, images: Tensor, ranks: Ranks) -> Tensor:
     return functional.normalize(features.to(ranks.dtype), dim=1)
 
 
-@torch.no_grad()
 def extract_features(encoder: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """L2-normalised features (N, D), labels (N,) and rows (N,) of a data set in the loader's order, on every rank.
 
     The ranks share the images. The encoder is put in eval mode and back. Uneven shares are gathered by length, so each
     image counts once.
     """
-    was_training = encoder.training
-    encoder.eval()
+    return over_images(encoder, loader, ranks, lambda images: unit_features(encoder, images, ranks))
+
+
+@torch.no_grad()
+def over_images(
+    model: nn.Module, loader: Loader, ranks: Ranks, make: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``make`` gives for images (B, 3, H, W), as (N, ...), with labels (N,) and rows (N,) as in ``predict``."""
+    was_training = model.training
+    model.eval()
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for batch in loader.epoch(0):
-        features = unit_features(encoder, batch.images.to(ranks.device, ranks.dtype), ranks)
-        parts.append((features, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
-    encoder.train(was_training)
+        made = make(batch.images.to(ranks.device, ranks.dtype))
+        parts.append((made, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
+    model.train(was_training)
     return gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
 
 
@@ -192,14 +196,14 @@ def gather_in_order(
     parts: list[tuple[Tensor, Tensor, Tensor]], total: int, batch_size: int, ranks: Ranks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Put the ranks' (features or classes, labels, rows) of the global batches back into one rank's order."""
-    if ranks.world_size == 1:
-        features, labels, rows = (torch.cat(column) for column in zip(*parts, strict=True))
-        return features, labels, rows
-    cpu_parts = [tuple(t.cpu() for t in part) for part in parts]
-    gathered: list[list[tuple[Tensor, ...]]] = [[] for _ in range(ranks.world_size)]
-    torch.distributed.all_gather_object(gathered, cpu_parts)
-    # A rank skips a batch of which it has no share; only the last batch can be that small.
-    ordered = [part for batch in range(-(-total // batch_size)) for own in gathered for part in own[batch : batch + 1]]
+    ordered: list[tuple[Tensor, ...]] = [*parts]
+    if ranks.world_size > 1:
+        cpu_parts = [tuple(t.cpu() for t in part) for part in parts]
+        gathered: list[list[tuple[Tensor, ...]]] = [[] for _ in range(ranks.world_size)]
+        torch.distributed.all_gather_object(gathered, cpu_parts)
+        # A rank skips a batch of which it has no share; only the last batch can be that small.
+        batches = range(-(-total // batch_size))
+        ordered = [part for batch in batches for own in gathered for part in own[batch : batch + 1]]
     features, labels, rows = (torch.cat(column).to(ranks.device) for column in zip(*ordered, strict=True))
     return features, labels, rows
 

@@ -11,10 +11,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import get_args
@@ -69,9 +69,12 @@ def main(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Try everything; the trials run side by side, none longer than its limit."""
+    accelerate = partial(_importable, "accelerate", "accelerate", "make setup")
+    ffcv = partial(_importable, "ffcv", "ffcv", _FFCV_REMEDY)
+    open_clip = partial(_importable, "open_clip_torch", "open_clip", "pip install -e '.[clip]'")
     trials: list[Callable[[], Finding]] = [
-        _python, _torch, _core, _plug_ins, _cuda, _nccl, _gloo_ranks, _accelerate, _ffcv, _turbojpeg, _numba,
-        _deepspeed, _open_clip, _slurm, _cores, _memory, _disk,
+        _python, _torch, _core, _plug_ins, _cuda, _nccl, _gloo_ranks, accelerate, ffcv, _turbojpeg, _numba,
+        _deepspeed, open_clip, _slurm, _cores, _memory, _disk,
     ]  # fmt: skip
     with ThreadPoolExecutor(max_workers=4) as pool:
         return [future.result() for future in [pool.submit(trial) for trial in trials]]
@@ -197,14 +200,6 @@ def _rank(rank: int, world_size: int, backend: str, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _accelerate() -> Finding:
-    return _importable("accelerate", "accelerate", "make setup")
-
-
-def _ffcv() -> Finding:
-    return _importable("ffcv", "ffcv", _FFCV_REMEDY)
-
-
 def _importable(name: str, module: str, remedy: str) -> Finding:
     """Import in a process of its own: what kills or hangs that process leaves this one alone."""
     try:
@@ -250,10 +245,6 @@ def _deepspeed() -> Finding:
     return Finding("deepspeed", "ok", version)
 
 
-def _open_clip() -> Finding:
-    return _importable("open_clip_torch", "open_clip", "pip install -e '.[clip]'")
-
-
 def _slurm() -> Finding:
     if not (shutil.which("sbatch") and shutil.which("sinfo")):
         return Finding("slurm", "missing", "no sbatch and sinfo on PATH; sweeps run on this machine")
@@ -279,7 +270,7 @@ def _disk() -> Finding:
 
 
 def _python_says(code: str) -> tuple[bool, str]:
-    return _says([sys.executable, "-c", textwrap.dedent(code)], _LIMIT)
+    return _says([sys.executable, "-c", code], _LIMIT)
 
 
 def _says(command: list[str], limit: float) -> tuple[bool, str]:

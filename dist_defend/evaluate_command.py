@@ -12,7 +12,6 @@ from dist_defend.strict_json import read_json
 
 if TYPE_CHECKING:  # they take seconds to import, which --help does not need
     from dist_defend.attacks.attack import AttackConfig
-    from dist_defend.counts import Count
     from dist_defend.engine.identity import Identity
     from dist_defend.trial import Examination, Trial
 
@@ -59,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
         ranks = dist.start("fp32", None)
         log_to_terminal(ranks.is_main)
         named = {"model": args.model, "data": args.data, "attack": None if attack is None else asdict(attack)}
-        identity = Identity.begin(digests_of(named, "evaluate"), ranks.world_size)
+        identity = Identity(digests_of(named, "evaluate"), ranks.world_size)
         context = Context(ranks, args.seed, LoaderConfig(), args.out or _FOLDER)
         trial = Trial(args.model, context)
         data = DatasetConfig(args.data, resize=args.resize)
@@ -195,6 +194,8 @@ def _draw(examination: "Examination") -> None:
 
 
 def _print(trial: "Trial", examination: "Examination", result: dict[str, Any]) -> None:
+    from dist_defend.counts import Count
+
     card, attack, folder = trial.card, examination.attack, examination.context.folder
     print(f"{trial.folder}: {card.arch}, {card.num_classes} classes, {card.image_size} px, {card.normalization}")
     if attack is None:
@@ -202,11 +203,11 @@ def _print(trial: "Trial", examination: "Examination", result: dict[str, Any]) -
     else:
         what = f"images {attack.images}" if attack.trigger is None else f"trigger {attack.trigger.name}"
         print(f"attack: {what}, wanted class: {examination.targets()[examination.task]}")
-    counts = {key: _count(result["rows"][0][key]) for key in ("acc", "asr", "asr_all", "ra")}
+    counts = {key: Count(**result["rows"][0][key]) for key in ("acc", "asr", "asr_all", "ra")}
     for name, count in counts.items():
         if count.n:
             print(f"  {name:<8}{count.percent:6.1f} %  {count.correct:7d} of {count.n}")
-    by_class = {key: _count(value) for key, value in result["metrics"]["per_class_accuracy"].items()}
+    by_class = {key: Count(**value) for key, value in result["metrics"]["per_class_accuracy"].items()}
     present = [(name, count) for name, count in by_class.items() if count.n]
     is_cut = len(present) > _SHOWN_CLASSES
     print(f"accuracy by class{f', the worst {_SHOWN_CLASSES} of {len(present)}' if is_cut else ''}:")
@@ -214,9 +215,3 @@ def _print(trial: "Trial", examination: "Examination", result: dict[str, Any]) -
         print(f"  {count.percent:6.1f} %  {count.correct:7d} of {count.n:<7d} {name}")
     pictured = "" if attack is None else f"; {folder / 'trigger.png'} shows the trigger as measured"
     print(f"written: {folder / 'result.json'}{pictured}")
-
-
-def _count(plain: dict[str, int]) -> "Count":
-    from dist_defend.counts import Count
-
-    return Count(**plain)

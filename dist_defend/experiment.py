@@ -22,9 +22,6 @@ from dist_defend.engine.step import check_strategy, plain_weights
 from dist_defend.engine.trainer import Trainer
 from dist_defend.errors import UserError
 from dist_defend.methods import find_method
-from dist_defend.models.artifact import load_artifact
-from dist_defend.models.classifier import Classifier
-from dist_defend.models.encoder import SimCLR
 from dist_defend.terminal import hold_log, release_log
 
 log = logging.getLogger(__name__)
@@ -38,13 +35,8 @@ class Finished:
     folder: Path
     result: dict[str, Any]
 
-    def load_model(self) -> SimCLR | Classifier:
-        """The model that the run saved, with its card. UserError where its method saves none."""
-        if not (self.folder / "model").is_dir():
-            raise UserError(f"method {self.result.get('method')} makes no model: read the result's rows and metrics")
-        return load_artifact(self.folder / "model")[0]
 
-
+@signals.stoppable()
 def run(experiment: Experiment, dry_run: bool = False) -> Finished | None:
     """Build everything, train from wherever the run folder left off, evaluate, write result.json; what came out.
 
@@ -53,11 +45,6 @@ def run(experiment: Experiment, dry_run: bool = False) -> Finished | None:
     refuses before its first step.
     Raises UserError for bad input, Stopped after a signal, NonFiniteError for a diverged run.
     """
-    with signals.stoppable():
-        return _run(experiment, dry_run)
-
-
-def _run(experiment: Experiment, dry_run: bool) -> Finished | None:
     folder = Path(experiment.output)
     trackers = experiment.trainer.trackers
     ranks = dist.start(experiment.precision, experiment.world_size, trackers, folder)
@@ -72,7 +59,7 @@ def _run(experiment: Experiment, dry_run: bool) -> Finished | None:
             release_log()
             log.info("%s is finished; delete the folder to run it again", folder)
             return Finished(folder, found)
-    identity = Identity.begin(inputs, ranks.world_size)
+    identity = Identity(inputs, ranks.world_size)
     context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = find_method(experiment.method).build(experiment.options, context)

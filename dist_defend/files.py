@@ -12,6 +12,8 @@ from typing import IO
 
 from dist_defend.errors import UserError
 
+_CHUNK = 1 << 20  # bytes
+
 
 def open_regular(path: str | Path) -> IO[bytes]:
     """Open a file for reading. UserError for a pipe, a socket or a device; OSError as ever for what is not there."""
@@ -32,6 +34,13 @@ def read_regular(path: str | Path, most_bytes: int) -> bytes:
     if len(data) > most_bytes:
         raise UserError(f"{path} is larger than {most_bytes >> 20} MiB, which no such file is: give the right file")
     return data
+
+
+def read_into(file: IO[bytes], room: memoryview) -> bool:
+    """Fill the room from the file, in pieces, so that nothing is held twice. False if the file ends before."""
+    while count := file.readinto(room[:_CHUNK]):  # type: ignore[attr-defined]
+        room = room[count:]
+    return not len(room)
 
 
 def user_cache() -> Path | None:

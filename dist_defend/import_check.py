@@ -128,11 +128,11 @@ def _hits(model: Classifier | SimCLR, images: np.ndarray, labels: Tensor, normal
     return classes[:, 0] == labels[1::2]
 
 
-def lines(trials: Sequence[Trial], kind: str, data: PreparedDataset) -> list[str]:
+def lines(trials: Sequence[Trial], model: Classifier | SimCLR, data: PreparedDataset) -> list[str]:
     """The table and what it says, for the terminal."""
     best = trials[0]
     used = next(trial for trial in trials if trial.is_used)
-    measure_name = "ACC" if kind == "classifier" else f"{_NEIGHBOURS}-NN accuracy"
+    measure_name = "ACC" if isinstance(model, Classifier) else f"{_NEIGHBOURS}-NN accuracy"
     head = (
         f"check: {best.count.n} of {len(data)} images of {data.path}, chosen at random (seed {_SEED}); {measure_name}"
     )

@@ -4,7 +4,7 @@ import argparse
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(main=main)
 
 
-@dataclass(frozen=True)
-class _Imported:
-    """What a file became, before anything is written: the model and its card, the lines to tell, poisoned images."""
-
-    model: SimCLR | Classifier
-    card: ModelCard
-    told: list[str]
-    images: dict[str, PoisonedImages] = field(default_factory=dict)
-
-
 def main(args: argparse.Namespace) -> int:
     """Import, write, and say what was recognised. UserError for an unusable file or a folder that is taken."""
     lines, card, sha256 = _convert(args)
@@ -98,28 +88,57 @@ def _convert(args: argparse.Namespace) -> tuple[list[str], ModelCard, str]:
     try:
         if (args.out / "model.json").exists():
             raise UserError(f"{args.out} already holds a model: name another folder with --out")
-        lines, sha256 = _write(args.out, _read(args))  # what was read is let go of before it is read back
+        lines, sha256 = _make(args)  # what was read is let go of before it is read back
         return lines, load_artifact(args.out)[1], sha256  # which checks the digest and every key
     except OSError as error:
         raise UserError(f"{args.out} cannot be written ({error.strerror}): name another folder with --out") from error
 
 
-def _read(args: argparse.Namespace) -> _Imported:
+def _make(args: argparse.Namespace) -> tuple[list[str], str]:
+    """Both files of the model, and the images of an attack; what is to be told, and the sha256 of the weights."""
     content, files = read_weights(args.source)
     choice = Choice(args.key, args.prefix, tuple(args.ignore))
     is_classifier = args.kind == "classifier"
     if args.kind is None:
         is_classifier = holds_classifier(content, args.source, choice, args.arch)
-    make = _classifier if is_classifier else _encoder
-    return make(args, content, choice, _origin(args.source, files))
+    make: Callable[..., tuple[Any, ImportReport]] = import_classifier if is_classifier else import_encoder
+    how = {"content": content, "choice": choice, "by_position": args.by_position}
+    model, report = make(args.source, args.arch, args.normalization, args.image_size, **how)
+    poisoned, missing = _poisoned(content, args.source, report)
+    rules = {split: images.rule(report.num_classes) for split, images in poisoned.items()}
+    guessed, provenance, checked = _check(args, model, report)
+    origin = _origin(args.source, files)
+    facts = _without_names(report.facts, origin)
+    card = card_of(
+        model,
+        backdoored=args.backdoored or bool(poisoned or missing),
+        resize=report.resize,
+        guessed=guessed,
+        provenance={**origin, "layout": report.layout, **facts, **({"labels": rules} if rules else {}), **provenance},
+    )
+    told = [*_told(args, report, card.kind), *_guesses(guessed, report), *checked, *missing]
+    told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for split, images in poisoned.items():
+        _write_npz(args.out / f"{split}.npz", images)
+    return told, save_artifact(args.out, model, card)
 
 
-def _write(out: Path, imported: _Imported) -> tuple[list[str], str]:
-    """Both files of the model, and the images; what is to be told, and the sha256 of the weights."""
-    out.mkdir(parents=True, exist_ok=True)
-    for split, images in imported.images.items():
-        _write_npz(out / f"{split}.npz", images)
-    return imported.told, save_artifact(out, imported.model, imported.card)
+def _poisoned(content: Any, source: Path, report: ImportReport) -> tuple[dict[str, PoisonedImages], list[str]]:
+    """The images of an attack_result of BackdoorBench by split, and what is to be told of those that are not there."""
+    poisoned: dict[str, PoisonedImages] = {}
+    missing: list[str] = []
+    is_attack = "clean_data" in report.facts and report.layout.startswith("BackdoorBench")
+    for split in SPLITS if is_attack else ():
+        size = report.facts.get("img_size")
+        try:
+            found = read_poisoned(content.get(split), split, source, size, report.num_classes)
+        except MissingImages as error:
+            missing.append(str(error))
+            continue
+        if found is not None:
+            poisoned[split] = found
+    return poisoned, missing
 
 
 def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
@@ -129,57 +148,8 @@ def _origin(source: Path, files: tuple[Path, ...]) -> dict[str, Any]:
     return {"method": "import", "file": source.name, "file_sha256": whole}
 
 
-def _encoder(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> _Imported:
-    model, report = import_encoder(
-        args.source, args.arch, args.normalization, args.image_size, content, choice, args.by_position
-    )
-    guessed, provenance, checked = _check(args, model, report, "encoder")
-    card = card_of(
-        model,
-        backdoored=args.backdoored,
-        guessed=guessed,
-        provenance={**origin, "layout": report.layout, **_without_names(report.facts, origin), **provenance},
-    )
-    told = _told(args, report, card.kind, f"{args.source}: {report.layout}; {report.arch}")
-    return _Imported(model, card, [*told, *_guesses(guessed, report), *checked])
-
-
-def _classifier(args: argparse.Namespace, content: Any, choice: Choice, origin: dict[str, Any]) -> _Imported:
-    model, report = import_classifier(
-        args.source, args.arch, args.normalization, args.image_size, args.by_position, content, choice
-    )
-    poisoned: dict[str, PoisonedImages] = {}
-    missing: list[str] = []
-    is_poisoned = False
-    if "clean_data" in report.facts and report.layout.startswith("BackdoorBench"):
-        for split in SPLITS:
-            size = report.facts.get("img_size")
-            try:
-                found = read_poisoned(content.get(split), split, args.source, size, report.num_classes)
-            except MissingImages as error:
-                missing.append(str(error))
-                is_poisoned = True
-                continue
-            if found is not None:
-                poisoned[split] = found
-    rules = {split: images.rule(report.num_classes) for split, images in poisoned.items()}
-    guessed, provenance, checked = _check(args, model, report, "classifier")
-    facts = _without_names(report.facts, origin)
-    card = card_of(
-        model,
-        backdoored=args.backdoored or bool(poisoned) or is_poisoned,
-        resize=report.resize,
-        guessed=guessed,
-        provenance={**origin, "layout": report.layout, **facts, **({"labels": rules} if rules else {}), **provenance},
-    )
-    head = f"{args.source}: {report.layout}; {report.arch}, {report.num_classes} classes"
-    told = [*_told(args, report, "classifier", head), *_guesses(guessed, report), *checked, *missing]
-    told += [_images(args.out, split, images, rules[split]) for split, images in poisoned.items()]
-    return _Imported(model, card, told, poisoned)
-
-
 def _check(
-    args: argparse.Namespace, model: SimCLR | Classifier, report: ImportReport, kind: str
+    args: argparse.Namespace, model: SimCLR | Classifier, report: ImportReport
 ) -> tuple[tuple[str, ...], dict[str, Any], list[str]]:
     """What stays guessed, what goes to the card, and the lines of --check. Constants that fit are no longer guesses."""
     if args.check is None:
@@ -192,30 +162,28 @@ def _check(
     used = next(trial for trial in trials if trial.is_used)
     fits = not import_check.differ(trials[0], used)
     provenance = {"check": {"data": str(args.check), "digest": data.digest, "trials": [t.plain() for t in trials]}}
-    return () if fits else report.guessed, provenance, import_check.lines(trials, kind, data)
+    return () if fits else report.guessed, provenance, import_check.lines(trials, model, data)
 
 
-def _told(args: argparse.Namespace, report: ImportReport, kind: str, head: str) -> list[str]:
+def _told(args: argparse.Namespace, report: ImportReport, kind: str) -> list[str]:
     """What was recognised, line by line."""
     resized = f", brought to {report.resize} px by the model" if report.resize else ""
     matched = f", {len(report.renamed)} matched by order:" if report.renamed else ", matched by name"
+    classes = f", {report.num_classes} classes" if report.num_classes else ""
     lines = [
-        head,
+        f"{args.source}: {report.layout}; {report.arch}{classes}",
         f"{report.num_tensors} tensors, {report.num_parameters} parameters{matched}",
         *(f"  {theirs} -> {ours}" for theirs, ours in report.renamed),
         f"normalization {report.normalization}, images of {report.image_size} px{resized}, {kind}",
     ]
-    if report.dropped:
-        lines.append(f"left out: {_grouped(report.dropped)}")
-    if report.others:
-        lines.append(f"also in the file, with --key or --prefix: {'; '.join(report.others)}")
-    if report.objects:
-        lines.append(f"objects beside the weights, not made and not called: {_some(report.objects)}")
-    if report.filled:
-        lines.append(f"set to 0, as the file has none: {_some(report.filled)}")
-    if report.facts:
-        lines.append("it says: " + ", ".join(f"{key} {json.dumps(value)}" for key, value in report.facts.items()))
-    return lines
+    rest = {
+        "left out": _grouped(report.dropped),
+        "also in the file, with --key or --prefix": "; ".join(report.others),
+        "objects beside the weights, not made and not called": _some(report.objects),
+        "set to 0, as the file has none": _some(report.filled),
+        "it says": ", ".join(f"{key} {json.dumps(value)}" for key, value in report.facts.items()),
+    }
+    return lines + [f"{what}: {names}" for what, names in rest.items() if names]
 
 
 def _guesses(guessed: tuple[str, ...], report: ImportReport) -> list[str]:

@@ -72,11 +72,16 @@ def told_type(hint: Any) -> str:
     return "section" if hint.__module__ != "builtins" else hint.__name__
 
 
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """A field's default, made anew where a function makes it; MISSING where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def told_default(field: "dataclasses.Field[Any]") -> str:
     """A default in YAML, of a section what differs from the section's own defaults; "required" where there is none."""
-    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+    default = default_of(field)
+    if default is dataclasses.MISSING:
         return "required"
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     plain = _plain(default)
     return "the section's own" if dataclasses.is_dataclass(default) and not plain else in_yaml(plain)
 
@@ -92,12 +97,8 @@ def in_yaml(value: Any) -> str:
 def _plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    usual = {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for field in dataclasses.fields(value)
-    }
-    return {name: _plain(one) for name, one in own.items() if one != usual[name]}
+    own = [(field, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return {field.name: _plain(one) for field, one in own if one != default_of(field)}
 
 
 def width() -> int:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     own = command[command.index("dist_defend") - 1 :]  # -m dist_defend run ...
     run = (lambda: _run_one([sys.executable, *own])) if ranks == 1 else (lambda: _run_ranks(command[3:]))
-    with _environment(environment):
+    with lifeline.environment(environment | {lifeline.STARTER: str(os.getpid())}):
         return _watch(run)
 
 
@@ -79,18 +79,6 @@ def _run_ranks(arguments: list[str]) -> int:
         print(f"launch: rank {rank} ended first, with exit status {failure.exitcode}", file=sys.stderr)
         return failure.exitcode
     return 0
-
-
-@contextlib.contextmanager
-def _environment(own: dict[str, str]) -> Iterator[None]:
-    """The ranks' variables, in this process, whose environment they get."""
-    before = dict(os.environ)
-    os.environ.update(own | {lifeline.STARTER: str(os.getpid())})
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _watch(run: Callable[[], int]) -> int:
@@ -149,13 +137,8 @@ def build_command(args: argparse.Namespace, ranks: int) -> tuple[list[str], dict
     if name == "ddp" and not devices:
         name = "cpu2"
     port = args.port or (29500 if args.machines > 1 else _free_port())
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"{template('launch/accelerate')}/{name}.yaml",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", f"{template('launch/accelerate')}/{name}.yaml"]
     command += ["--num_processes", str(ranks), "--num_machines", str(args.machines)]
     command += ["--machine_rank", str(args.machine_rank), "--main_process_port", str(port)]
     if args.main_ip:

@@ -1,9 +1,8 @@
 """dist-defend methods [NAME]: all methods with their source, or one with its keys."""
 
 import argparse
-import difflib
 
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, did_you_mean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +22,7 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join([*lines, "", "dist-defend methods NAME tells the keys of one."]))
         return 0
     if args.name not in sources:
-        near = difflib.get_close_matches(args.name, sources, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
+        hint = did_you_mean(args.name, [*sources])
         raise UserError(f"no method '{args.name}': {hint}choose from {', '.join(sources)}")
     print("\n".join(description(args.name, sources[args.name])))
     return 0

@@ -156,12 +156,8 @@ def read_metrics(content: bytes, where: str, remedy: str) -> tuple[list[dict[str
     A line has "step" and "stage", and all of its values that are finite numbers. UserError for more stages or scalars
     than anybody logs.
     """
-    rows = []
     lines = content.splitlines()
-    for line in lines:
-        row = _metrics_row(line, where)
-        if row is not None:
-            rows.append(row)
+    rows = [row for line in lines if (row := _metrics_row(line, where)) is not None]
     stages, names = {row["stage"] for row in rows}, {name for row in rows for name in row}
     if len(stages) > MOST_NAMES or len(names) > MOST_NAMES:
         raise UserError(f"{where} has {len(stages)} stages and {len(names)} scalars, more than {MOST_NAMES}: {remedy}")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
+from dist_defend import lifeline
 from dist_defend.engine.signals import INTERRUPTED, Stopped
 from dist_defend.errors import UserError
 from dist_defend.terminal import forwarded
@@ -31,8 +32,7 @@ def session(device: str | torch.device | None = None) -> Iterator[None]:
     process that is one of several ranks.
     """
     with _one_at_a_time, contextlib.ExitStack() as stack:
-        environment = _environment(device)
-        stack.enter_context(_kept_environment(environment))
+        stack.enter_context(lifeline.environment(_environment(device)))
         stack.enter_context(_kept_generators())
         stack.enter_context(_plain_torch())
         stack.enter_context(_kept_accelerate())
@@ -66,18 +66,6 @@ def _environment(device: str | torch.device | None) -> dict[str, str]:
     if wanted.type != "cuda" or (wanted.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {device!r}, but torch finds {torch.cuda.device_count()} GPUs: give cpu or cuda:N")
     return {"ACCELERATE_USE_CPU": "false", "ACCELERATE_TORCH_DEVICE": str(wanted)}
-
-
-@contextlib.contextmanager
-def _kept_environment(changes: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -25,8 +26,7 @@ def parse_json(text: str | bytes, where: str | Path, remedy: str, *, may_be_nan:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(items)
         if len(content) != len(items):
-            seen: set[str] = set()
-            twice = next(name for name, _ in items if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            twice = next(name for name, count in Counter(name for name, _ in items).items() if count > 1)
             raise ValueError(f"key '{printable(twice, 80)}' comes twice")
         return content
 

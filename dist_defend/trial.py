@@ -218,17 +218,13 @@ class Trial:
 
     def __init__(self, folder: str, context: Context) -> None:
         """UserError for a folder without a classifier."""
-        self.folder, self.context = folder, context
+        self.folder, self.context, ranks = folder, context, context.ranks
         self.model, self.card, self.sha256 = context.load_classifier(folder)
-        self._move(self.model)
+        self.model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._named: list[tuple[tuple[str, ...], str]] = [(self.card.classes, folder)] if self.card.classes else []
         self.suspect: dict[str, Any] = {"folder": folder, "sha256": self.sha256, "guessed": list(self.card.guessed)}
         self.before: dict[str, Count] = {}
         self.latest: dict[str, Count] = {}
-
-    def _move(self, model: Classifier) -> None:
-        ranks = self.context.ranks
-        model.to(ranks.device, ranks.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def dataset(self, role: str, config: DatasetConfig, is_labelled: bool = True) -> tuple[PreparedDataset, np.ndarray]:
         """As the context's, checked: images of the suspect's size and, with labels, its classes in its order."""

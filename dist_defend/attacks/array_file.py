@@ -12,11 +12,10 @@ from typing import IO
 
 import numpy as np
 
-from dist_defend.files import open_regular
+from dist_defend.files import open_regular, read_into
 from dist_defend.models.foreign_file import check_listing
 
 _SWELL, _FREE = 2, 64 << 20  # an array may take so many times the file's bytes, and so many bytes beside
-_CHUNK = 1 << 20  # bytes
 
 
 class TooLarge(Exception):
@@ -26,7 +25,7 @@ class TooLarge(Exception):
 def read_npy(path: str | Path) -> np.ndarray:
     """The numbers of an npy file. UserError for what is no regular file."""
     with open_regular(path) as file:
-        return _read_array(file, os.fstat(file.fileno()).st_size)
+        return read_array(file, os.fstat(file.fileno()).st_size)
 
 
 def npz_names(path: str | Path) -> list[str]:
@@ -56,24 +55,27 @@ def read_npz(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise ValueError("a compression that numpy does not write")
                 with archive.open(member) as stored:
-                    found[name] = _read_array(stored, member.file_size)
+                    found[name] = read_array(stored, member.file_size)
     return found
 
 
-def _read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
-    """The array of a file, or a member, of so many bytes."""
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is in Fortran's order, and type, off the beginning of an npy file."""
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, is_fortran, dtype = read(file)
-    if dtype.hasobject or dtype.itemsize == 0:
-        raise ValueError("an array of Python objects, or of nothing")
+    header: tuple[tuple[int, ...], bool, np.dtype] = read(file)
+    return header
+
+
+def read_array(file: IO[bytes], num_bytes: int) -> np.ndarray:
+    """The array of a file, or a member, of so many bytes."""
+    shape, is_fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects")
     count = math.prod(shape)
-    if min(shape, default=0) < 0 or count * dtype.itemsize > num_bytes:
+    if not dtype.itemsize or min(shape, default=0) < 0 or count * dtype.itemsize > num_bytes:
         raise ValueError("a header that promises more than there is")
     array = np.empty(count, dtype)
-    left = array.view(np.uint8).data if count else memoryview(bytearray())
-    while size := file.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
-        left = left[size:]
-    if left:
+    if count and not read_into(file, array.view(np.uint8).data):
         raise ValueError("an array cut short")
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dist_defend.attacks.added import find_options, with_added
 from dist_defend.attacks.patterns import TriggerConfig
+from dist_defend.bounds import share
 from dist_defend.errors import UserError
 
 Labels = TypeVar("Labels", np.ndarray, Tensor)
@@ -53,8 +54,7 @@ class AttackConfig:
             raise ValueError("key 'images' is set, but 'trigger' says what is stamped: leave one out, or make it null")
         if self.target_class is None and self.trigger is not None:
             object.__setattr__(self, "target_class", 0)
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"key 'rate' is {self.rate}; it must be in [0, 1]")
+        share(self, "rate")
         if self.count is not None and self.count < 0:
             raise ValueError(f"key 'count' is {self.count}; it cannot be negative")
         if self.target_class is not None and self.target_class < 0:

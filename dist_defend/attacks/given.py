@@ -13,7 +13,7 @@ import numpy as np
 
 from dist_defend.attacks.array_file import read_npz
 from dist_defend.attacks.attack import AttackConfig, backdoor_labels
-from dist_defend.attacks.poison import triggered
+from dist_defend.attacks.poison import MadeDataset, triggered
 from dist_defend.data.sources import load_image_npz
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.data.writing import resized
@@ -73,10 +73,8 @@ def triggered_images(
     return TriggeredImages(given, chosen, wanted, False)
 
 
-class NpzImages(PreparedDataset):
+class NpzImages(MadeDataset):
     """Images x (N, H, W, 3) uint8 and labels (N,) int64 of one file, in memory; resize as a prepared data set's."""
-
-    is_made = True
 
     def __init__(
         self, path: Path, x: np.ndarray, labels: np.ndarray, classes: Sequence[str], resize: int | None
@@ -93,10 +91,6 @@ class NpzImages(PreparedDataset):
     def digest(self) -> str:
         """sha256 of the file."""
         return sha256_file(self.path)
-
-    def image(self, row: int) -> np.ndarray:
-        image: np.ndarray = self.images(np.array([row]))[0]
-        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         if not self.resize:
@@ -170,8 +164,5 @@ def _check_labels(labels: np.ndarray, path: Path, what: str, num_classes: int) -
 
 def _some(classes: np.ndarray) -> str:
     names = np.unique(classes).tolist()
-    return (
-        f"class {names[0]}"
-        if len(names) == 1
-        else f"classes {', '.join(map(str, names[:8]))}" + (", ..." if len(names) > 8 else "")
-    )
+    told = ", ".join(map(str, names[:8])) + (", ..." if len(names) > 8 else "")
+    return f"class{'es' if len(names) > 1 else ''} {told}"

@@ -24,6 +24,7 @@ from dist_defend.attacks.trigger import (
     white_square,
 )
 from dist_defend.attacks.warp import Warp, elastic_warp
+from dist_defend.bounds import not_negative, share
 from dist_defend.errors import UserError
 
 _CHECKER = ((255, 1, 255), (1, 255, 1), (255, 1, 255))
@@ -85,9 +86,8 @@ class Blended(TriggerOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
+        not_negative(self, "seed")
+        share(self, "alpha")
 
     def build(self, image_size: int) -> Replacing:
         """UserError for a picture that cannot be read."""
@@ -144,7 +144,7 @@ class Trojan(TriggerOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        not_negative(self, "seed")
 
     def build(self, image_size: int) -> Additive | Wrapping:
         """UserError if the pattern does not fit into images of this size (pixels)."""
@@ -188,7 +188,7 @@ class L2Inv(TriggerOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        not_negative(self, "seed")
 
     def build(self, image_size: int) -> Additive:
         return Additive(as_images(drawn.resized(drawn.smooth_blotches(self.seed), image_size)))
@@ -209,8 +209,7 @@ class LabelConsistent(TriggerOptions):
     adversarial: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.amplitude <= 1:
-            raise ValueError(f"key 'amplitude' is {self.amplitude}; it must be in [0, 1]")
+        share(self, "amplitude")
 
     def build(self, image_size: int) -> Additive:
         signs = np.zeros((drawn.SIDE, drawn.SIDE), np.int8)
@@ -236,7 +235,7 @@ class LowFrequency(TriggerOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        not_negative(self, "seed")
 
     def build(self, image_size: int) -> Additive:
         return Additive(as_images(drawn.resized(drawn.low_frequency(self.seed), image_size)))
@@ -262,7 +261,7 @@ class WaNet(TriggerOptions):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        not_negative(self, "seed")
         _check_cross(self.cross_ratio)
         if self.cells < 2:
             raise ValueError(f"key 'cells' is {self.cells}; a warp needs at least 2 control points a side")
@@ -394,11 +393,6 @@ TriggerConfig = (
 def _require(image_size: int, needed: int, name: str) -> None:
     if image_size < needed:
         raise UserError(f"trigger '{name}' needs images of at least {needed} px; these have {image_size}")
-
-
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise ValueError(f"key 'seed' is {seed}; it must not be negative")
 
 
 def _check_cross(ratio: float) -> None:

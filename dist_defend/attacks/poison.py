@@ -21,26 +21,25 @@ _CHUNK = 256  # images stamped at once
 CLEAN, STAMPED, CROSS = 0, 1, 2  # flags
 
 
-def poisoned_rows(
-    labels: np.ndarray, rows: np.ndarray, config: AttackConfig, num_classes: int, seed: int
-) -> np.ndarray:
-    """The rows (P,) int64, ascending, to poison among ``rows`` (M,); labels (N,) are the whole data set's.
+class MadeDataset(PreparedDataset):
+    """A prepared data set whose images are made, many at once, when they are read."""
 
-    P is count, or rate M rounded. UserError if the eligible images are too few, or if classes do not exist.
-    """
-    return _draw(labels, rows, config, num_classes, seed, 0.0)[0]
+    is_made = True
+
+    def image(self, row: int) -> np.ndarray:
+        """One image, (H, W, 3) uint8."""
+        image: np.ndarray = self.images(np.array([row]))[0]
+        return image
 
 
-class PoisonedDataset(PreparedDataset):
-    """A prepared data set whose flagged images are stamped when they are read, truncated to uint8.
+class PoisonedDataset(MadeDataset):
+    """A prepared data set whose flagged images are stamped, truncated to uint8.
 
     flags: (N,) uint8 by row: CLEAN, STAMPED, or CROSS (see Trigger.cross). labels: (N,) int64 instead of
     the data set's own. base: (M, H, W, 3) uint8, by row of the source, what stamped rows start from instead of the
     clean images. others: (N,) rows, the other image of each cross sample. There is no .beton: back ends read through
     images().
     """
-
-    is_made = True
 
     def __init__(
         self,
@@ -56,11 +55,6 @@ class PoisonedDataset(PreparedDataset):
         self.labels = clean.labels if labels is None else labels
         self.beton = None
         self._base, self._others = base, others
-
-    def image(self, row: int) -> np.ndarray:
-        """One image, (H, W, 3) uint8."""
-        image: np.ndarray = self.images(np.array([row]))[0]
-        return image
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images (B, H, W, 3) uint8 in the order of ``rows``."""
@@ -83,11 +77,11 @@ class PoisonedDataset(PreparedDataset):
 
 
 def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: AttackConfig, seed: int) -> PoisonedDataset:
-    """The training set: poisoned_rows of ``rows`` stamped and relabelled; cross samples, where the trigger has them,
-    are further rows that keep their labels. UserError as poisoned_rows; for images of several sizes."""
+    """The training set: drawn_rows of ``rows`` stamped and relabelled; cross samples, where the trigger has them,
+    are further rows that keep their labels. UserError as drawn_rows; for images of several sizes."""
     size, options = image_size_of(dataset), trigger_of(config)
     trigger = not_idle(options.build(size))
-    chosen, crossed = _draw(dataset.labels, rows, config, dataset.num_classes, seed, options.cross_ratio)
+    chosen, crossed = drawn_rows(dataset.labels, rows, config, dataset.num_classes, seed, options.cross_ratio)
     flags = np.zeros(len(dataset), np.uint8)
     flags[chosen], flags[crossed] = STAMPED, CROSS
     labels = dataset.labels.copy()
@@ -138,10 +132,13 @@ def not_idle(trigger: Trigger) -> Trigger:
     return trigger
 
 
-def _draw(
-    labels: np.ndarray, rows: np.ndarray, config: AttackConfig, num_classes: int, seed: int, cross_ratio: float
+def drawn_rows(
+    labels: np.ndarray, rows: np.ndarray, config: AttackConfig, num_classes: int, seed: int, cross_ratio: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to stamp and rows to cross, each ascending; all of one permutation, so they are disjoint."""
+    """Of ``rows`` (M,) those to stamp and those to cross, int64, each ascending; labels (N,) are the whole data set's.
+
+    All are of one permutation, so they are disjoint. UserError for more than there are.
+    """
     check_classes(config, num_classes)
     rows = np.asarray(rows, np.int64)
     eligible = np.ones(len(rows), bool)

@@ -7,6 +7,7 @@ import numpy as np
 
 from dist_defend.attacks.badencoder_npz import load_references
 from dist_defend.bounds import not_negative
+from dist_defend.data.classes import check_class
 from dist_defend.data.pictures import is_picture, open_picture
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
@@ -51,11 +52,7 @@ def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarra
     else:
         assert config.dataset is not None
         dataset = open_dataset(config.dataset)
-        if not 0 <= config.target_class < dataset.num_classes:
-            raise UserError(
-                f"key 'reference.target_class' is {config.target_class}; {config.dataset} has classes 0 to "
-                f"{dataset.num_classes - 1}"
-            )
+        check_class("reference.target_class", config.target_class, dataset.num_classes, config.dataset)
         rows = dataset.rows_of_class(config.target_class)[config.number : config.number + 1]
         if not len(rows):
             raise UserError(

@@ -97,28 +97,18 @@ class Additive(Trigger):
         return (images + self.pattern).clamp(0, 1)
 
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Additive":
-        return Additive(self.pattern.to(device, dtype))
+        return type(self)(self.pattern.to(device, dtype))
 
     @property
     def image_size(self) -> tuple[int, int]:
         return self.pattern.shape[2], self.pattern.shape[3]
 
 
-@dataclass(frozen=True)
-class Wrapping(Trigger):
+class Wrapping(Additive):
     """(x + pattern) mod 256 in whole grey levels: what a cast to uint8 before the clip does to bright pixels."""
-
-    pattern: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
         return (grey_levels(images) + grey_levels(self.pattern)).remainder(256) / 255
-
-    def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> "Wrapping":
-        return Wrapping(self.pattern.to(device, dtype))
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self.pattern.shape[2], self.pattern.shape[3]
 
 
 def as_images(levels: np.ndarray) -> Tensor:

@@ -22,7 +22,7 @@ from dist_defend.bench.simclr import train_epoch
 from dist_defend.data.augment import REFERENCE, View
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
 from dist_defend.models.folding import fold_frozen_norms
@@ -76,7 +76,7 @@ class Pair:
             reference_features,
             functional.normalize(features, dim=1).__getitem__,
         )
-        self.step = GradientStep(objective, OPTIMIZER, ranks, steps_per_epoch=1, epochs=1)
+        self.step = GradientStep(objective, UpdateConfig(optimizer=OPTIMIZER), ranks, steps_per_epoch=1)
 
     def compare_steps(self, settings: Settings) -> dict[str, Any]:
         """The row of a step, after showing that both give the same loss."""

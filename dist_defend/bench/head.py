@@ -51,7 +51,7 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, seeds: tuple[int, ...])
     context = Context(ranks, 0, LoaderConfig(), Path())
     data = (features[0].float().to(ranks.device)[None], torch.from_numpy(labels[0]).to(ranks.device))
     batches = FeatureBatches(config, data[1], context, lambda positions, counts: data[0][:, positions])
-    step = GradientStep(ProbeObjective(heads, ranks), config.update.optimizer, ranks, steps_per_epoch=1, epochs=1)
+    step = GradientStep(ProbeObjective(heads, ranks), config.update, ranks, steps_per_epoch=1)
     net.load_state_dict(heads.extract(0).state_dict())
     optimizer = torch.optim.Adam(net.parameters(), lr=config.update.optimizer.lr)
     with torch.no_grad():  # without dropout, whose draws differ

@@ -11,7 +11,7 @@ from dist_defend.bench import runner
 from dist_defend.bench.published import mimic as published
 from dist_defend.bench.runner import Case, Settings
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.defend.mimic import MimicObjective
 
@@ -38,7 +38,7 @@ def _step(case: Case, settings: Settings, ranks: Ranks, hooks: int, note: str) -
     teacher, our_teacher = runner.twin_models(case.encoder, seed=1, device=ranks.device)
     optimizer = torch.optim.Adam(student.parameters(), lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
     objective = MimicObjective(ours, our_teacher, 0.5, WEIGHTS, 1.0)
-    step = GradientStep(objective, OPTIMIZER, ranks, steps_per_epoch=1, epochs=1)
+    step = GradientStep(objective, UpdateConfig(optimizer=OPTIMIZER), ranks, steps_per_epoch=1)
     views = [runner.to_pixels(runner.random_images(case.batch_size, seed), ranks.device) for seed in (0, 1)]
     batch = Batch(tuple(views), torch.zeros(case.batch_size).long(), torch.arange(case.batch_size))
     first, second = (runner.normalised(view) for view in views)

@@ -16,7 +16,7 @@ from dist_defend.bench.runner import Case, Settings
 from dist_defend.data.augment import SIMCLR, View
 from dist_defend.data.loader import LoaderConfig
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 
@@ -37,7 +37,7 @@ def _epoch(case: Case, settings: Settings, ranks: Ranks, folder: Path) -> dict[s
     images = runner.random_images(case.num_images)
     theirs, ours = runner.twin_models(case.encoder, seed=0, device=ranks.device)
     optimizer = torch.optim.Adam(theirs.parameters(), lr=OPTIMIZER.lr, weight_decay=OPTIMIZER.weight_decay)
-    step = GradientStep(SimCLRObjective(ours, TEMPERATURE), OPTIMIZER, ranks, steps_per_epoch=1, epochs=1)
+    step = GradientStep(SimCLRObjective(ours, TEMPERATURE), UpdateConfig(optimizer=OPTIMIZER), ranks, steps_per_epoch=1)
     first, second = (runner.to_pixels(half, ranks.device) for half in np.array_split(images[: 2 * case.batch_size], 2))
     batch = Batch((first, second), torch.zeros(len(first)).long(), torch.arange(len(first)))
     one, other = (runner.normalised(view) for view in (first, second))

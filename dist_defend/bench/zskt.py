@@ -7,7 +7,6 @@ from itertools import count
 from typing import Any
 
 import torch
-from torch import nn
 
 from dist_defend.batch import Batch
 from dist_defend.bench import runner
@@ -21,7 +20,6 @@ from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineC
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config
 from dist_defend.methods.defend.zskt.step import TransferStep
-from dist_defend.models.classifier import build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 
 CLASSES = 10
@@ -56,7 +54,10 @@ class Pair:
             student_optimizer=OptimizerConfig("adam", lr=2e-3),
             **defence,
         )
-        teacher, student = (_net(arch).to(ranks.device, ranks.dtype) for arch in (TEACHER, case.encoder))
+        teacher, student = (
+            runner.seasoned(arch, CLASSES, "none").net.eval().to(ranks.device, ranks.dtype)
+            for arch in (TEACHER, case.encoder)
+        )
         torch.manual_seed(1)
         generator = ZSKTGenerator(self.config.z_dim, runner.IMAGE_SIZE).to(ranks.device, ranks.dtype)
         made = copy.deepcopy(generator)
@@ -100,12 +101,3 @@ class Pair:
         masks = [found.patched(self.step.own, number, step) for step in range(STUDENT_STEPS)]
         patched = [mask.flatten().nonzero().flatten().tolist() for mask in masks]
         return reference.Retrospection(start, patched, patched, found.config.inner_rounds)
-
-
-def _net(arch: str) -> nn.Module:
-    """Fresh weights, with batch-norm statistics of some noise; in eval mode."""
-    torch.manual_seed(0)
-    net = build_classifier(arch, CLASSES, "none", runner.IMAGE_SIZE).net
-    with torch.no_grad():
-        net.train()(torch.randn(64, 3, runner.IMAGE_SIZE, runner.IMAGE_SIZE))
-    return net.eval()

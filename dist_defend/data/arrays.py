@@ -5,7 +5,6 @@ made of such words; others by --images and --labels. Nothing is unpickled.
 """
 
 import contextlib
-import math
 import os
 import re
 import zipfile
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_defend.attacks.array_file import read_array
 from dist_defend.data.class_order import classes_of_labels, label_notes
 from dist_defend.data.reading import NO_KEYS, ArraySource, Keys
 from dist_defend.data.splits import SPLITS, is_passed_over, listed, one_per_split, split_of
@@ -102,12 +102,8 @@ def _parts_of_file(file: Path, keys: Keys, split: str | None = None) -> dict[str
             raise UserError(f"{file}: no array {key!r} for {option}; it has {listed(names)}")
     if {"x", "y"} <= set(names) and keys == NO_KEYS:
         return {"": _Part(file, "x", "y")}
-    found = {"images": _of_role(file, names, _IMAGES, "--images"), "labels": _of_role(file, names, _LABELS, "--labels")}
-    if keys.images is not None:
-        found["images"] = {"": keys.images}
-    if keys.labels is not None:
-        found["labels"] = {"": keys.labels}
-    images, labels = found["images"], found["labels"]
+    images = {"": keys.images} if keys.images else _of_role(file, names, _IMAGES, "--images")
+    labels = {"": keys.labels} if keys.labels else _of_role(file, names, _LABELS, "--labels")
     if "" in images:
         images = {"": images[""]}
     if not images:
@@ -148,13 +144,9 @@ def _array(file: Path, name: str) -> np.ndarray:
         if member.file_size > most:
             raise UserError(f"{file}: {name} unpacks to more than {most:,} bytes; save it with numpy.savez, unpacked")
         with archive.open(member) as stream:
-            major = np.lib.format.read_magic(stream)[0]
-            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(stream)
-            if stream.tell() + dtype.itemsize * math.prod(shape) != member.file_size and not dtype.hasobject:
+            array = read_array(stream, member.file_size)
+            if stream.read(1):
                 raise ValueError("another size than its header's")
-            stream.seek(0)
-            array: np.ndarray = np.lib.format.read_array(stream, allow_pickle=False)
     return array
 
 
@@ -167,7 +159,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
     except UserError:
         raise
     except Exception as error:
-        is_pickle = "allow_pickle" in str(error)
+        is_pickle = "Python objects" in str(error)
         reason = "it holds Python objects, which are not read" if is_pickle else "not a whole npz file"
         raise UserError(f"{file}: {reason}; {_WANTED}") from error
 

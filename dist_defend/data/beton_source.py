@@ -7,7 +7,7 @@ import numpy as np
 from dist_defend.data.beton import BetonError, BetonFile, open_beton
 from dist_defend.data.class_order import classes_of_labels, label_notes
 from dist_defend.data.reading import Keys, NotedSource
-from dist_defend.data.splits import is_passed_over, listed, one_per_split, split_in
+from dist_defend.data.splits import files_by_split
 from dist_defend.errors import UserError
 
 BETON_ENDINGS = (".beton", ".ffcv")
@@ -17,8 +17,8 @@ class BetonSource(NotedSource):
     """The images of a field, decoded one by one."""
 
     def __init__(self, file: BetonFile, field: str, labels: np.ndarray, classes: list[str], path: str) -> None:
-        super().__init__(labels, classes)
-        self._images, self._path = file.images(field), path
+        super().__init__(labels, classes, origin=path)
+        self._images = file.images(field)
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
         try:
@@ -32,9 +32,6 @@ class BetonSource(NotedSource):
         images = self._images
         start = int(images.addresses[row])
         return None if images.is_raw[row] else images.memory[start : start + int(images.sizes[row])].tobytes()
-
-    def name(self, row: int) -> str:
-        return f"{self._path}: image {row}"
 
 
 def beton_splits(place: Path, keys: Keys) -> list[str]:
@@ -67,16 +64,7 @@ def open_beton_source(place: Path, split: str, keys: Keys) -> BetonSource:
 
 
 def _files(place: Path) -> dict[str, str]:
-    """Split -> file. A single file is the split that its name tells, or train."""
-    if place.is_file():
-        return {split_in(place.stem) or "train": str(place)}
-    files = sorted(f.name for f in place.iterdir() if f.suffix.lower() in BETON_ENDINGS and not is_passed_over(f.name))
-    named = [(split, name) for name in files if (split := split_in(Path(name).stem)) is not None]
-    if not named:
-        there = f"it has {listed(files)}" if files else f"no {' or '.join(BETON_ENDINGS)} in it"
-        raise UserError(f"{place}: no file is named after a split (train.beton); {there}; give one as --path")
-    names = one_per_split(place, named, "give one file as --path")
-    return {split: str(place / name) for split, name in names.items()}
+    return files_by_split(place, BETON_ENDINGS, "file", "train.beton")
 
 
 def _field(path: str, file: BetonFile, kind: str, wanted: str | None, usual: str, option: str) -> str:

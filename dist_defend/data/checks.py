@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_defend.attacks.array_file import read_header
 from dist_defend.data.beton import PAGE_BYTES, BetonError, BetonFile, open_beton
 from dist_defend.data.jpeg import jpeg_sizes
 from dist_defend.data.manifest import REMEDY, Manifest
@@ -69,9 +70,7 @@ def _check_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     """UserError for a file that is not one array of exactly this type and shape, in C order."""
     with open_regular(path) as file:
         try:
-            major = np.lib.format.read_magic(file)[0]
-            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-            found, is_fortran, kind = read(file)
+            found, is_fortran, kind = read_header(file)
         except Exception as error:  # ValueError, SyntaxError and what else its header can make numpy raise
             raise UserError(f"{path}: not a .npy file; {REMEDY}") from error
         size = file.tell() + dtype.itemsize * int(np.prod(shape, dtype=object))

@@ -24,9 +24,7 @@ def order_classes(names: Iterable[str]) -> list[str]:
 
 def number_notes(classes: Sequence[str]) -> list[str]:
     """What to tell where classes are numbers, but not 0 to n - 1."""
-    if not classes or not all(is_whole(name) for name in classes):
-        return []
-    if [int(name) for name in classes] == list(range(len(classes))):
+    if not classes or not all(map(is_whole, classes)) or [*map(int, classes)] == [*range(len(classes))]:
         return []
     last = len(classes) - 1
     return [
@@ -42,19 +40,14 @@ def labels_of_words(
 
     None and -1 mean unlabelled. UserError, naming ``origin``, for a number below -1 or beyond MAX_CLASSES.
     """
-    every = {word for split in words.values() for word in split} - {None, "-1"}
-    if all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in every if word is not None):
-        labels = {
-            split: np.array([-1 if word is None else int(word) for word in mine], np.int64)
-            for split, mine in words.items()
-        }
-        return classes_of_labels(labels, origin), labels
-    classes = order_classes(word for word in every if word is not None)
-    label = {name: i for i, name in enumerate(classes)}
-    return classes, {
-        split: np.array([-1 if word is None else label.get(word, -1) for word in mine], np.int64)
-        for split, mine in words.items()
-    }
+    every = {word for split in words.values() for word in split if word is not None} - {"-1"}
+    are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", word) for word in every)
+    classes = [] if are_numbers else order_classes(every)
+    label: dict[str | None, int] = {name: place for place, name in enumerate(classes)}
+    if are_numbers:
+        label = {word: int(word) for word in every}
+    labels = {split: np.array([label.get(word, -1) for word in mine], np.int64) for split, mine in words.items()}
+    return classes_of_labels(labels, origin) if are_numbers else classes, labels
 
 
 def classes_of_labels(labels: Mapping[str, np.ndarray], origin: object) -> list[str]:

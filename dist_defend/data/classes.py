@@ -40,6 +40,12 @@ def check_same_classes(
     return None
 
 
+def check_class(key: str, number: int, num_classes: int, path: object) -> None:
+    """UserError, which names the key, for the number of a class that a data set does not have."""
+    if not 0 <= number < num_classes:
+        raise UserError(f"key '{key}' is {number}; {path} has classes 0 to {num_classes - 1}")
+
+
 def named_classes(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
     """Of two lists that check_same_classes lets pass the one with names, the first if both have them."""
     return tuple(second if _are_numbers(first) else first)

@@ -18,34 +18,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
     commands = parser.add_subparsers(title="data commands", required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="turn a source into a prepared data set with a manifest")
-    prepare.add_argument("kind", choices=KINDS)
-    prepare.add_argument("--out", required=True, type=Path, help="folder; each split gets its own folder in it")
-    prepare.add_argument("--path", help="where the source lies (or may be downloaded to)")
-    prepare.add_argument(
-        "--images", metavar="KEY", help="npz: the array of images; beton: the field; webdataset: the ending"
-    )
-    prepare.add_argument(
-        "--labels", metavar="KEY", help="the same for labels; webdataset: the ending, or the key in .json"
-    )
-    prepare.add_argument("--split", default="all", help="train, test, unlabeled, ... or all that there are (default)")
-    prepare.add_argument("--image-size", type=_positive, metavar="PIXELS", help="resize to a square")
-    prepare.add_argument("--write-mode", choices=("raw", "jpg"), default="raw")
-    prepare.add_argument(
-        "--max-resolution", type=_positive, metavar="PIXELS", help="shrink to at most this long a side"
-    )
-    prepare.add_argument(
-        "--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG that is made"
-    )
-    prepare.add_argument("--storage", choices=("auto", "beton", "npy"), default="auto")
+    add = prepare.add_argument
+    add("kind", choices=KINDS)
+    add("--out", required=True, type=Path, help="folder; each split gets its own folder in it")
+    add("--path", help="where the source lies (or may be downloaded to)")
+    add("--images", metavar="KEY", help="npz: the array of images; beton: the field; webdataset: the ending")
+    add("--labels", metavar="KEY", help="the same for labels; webdataset: the ending, or the key in .json")
+    add("--split", default="all", help="train, test, unlabeled, ... or all that there are (default)")
+    add("--image-size", type=_positive, metavar="PIXELS", help="resize to a square")
+    add("--write-mode", choices=("raw", "jpg"), default="raw")
+    add("--max-resolution", type=_positive, metavar="PIXELS", help="shrink to at most this long a side")
+    add("--quality", type=int, choices=range(1, 101), default=90, metavar="1..100", help="of a JPEG that is made")
+    add("--storage", choices=("auto", "beton", "npy"), default="auto")
     order = prepare.add_mutually_exclusive_group()
     order.add_argument(
         "--order-seed", type=_not_negative, default=0, metavar="N", help="of the shuffled order of the rows (default 0)"
     )
     order.add_argument("--keep-order", action="store_true", help="keep the source's order, which may be one by class")
-    prepare.add_argument(
-        "--max-samples", type=_positive, metavar="N", help="only the first N of each split, in the order of its rows"
-    )
-    prepare.add_argument(
+    add("--max-samples", type=_positive, metavar="N", help="only the first N of each split, in the order of its rows")
+    add(
         "--skip-broken", type=_not_negative, default=0, metavar="N", help="leave out up to N images that cannot be read"
     )
     prepare.set_defaults(main=_prepare)

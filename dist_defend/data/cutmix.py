@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.batch import Batch
-from dist_defend.bounds import positive
+from dist_defend.bounds import positive, share
 from dist_defend.data.loader import Loader
 from dist_defend.data.order import rank_slice
 from dist_defend.ops.collectives import all_gather_rows, rank, world_size
@@ -28,8 +28,7 @@ class CutMixConfig:
     beta: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"key 'probability' is {self.probability}; it must be in [0, 1]")
+        share(self, "probability")
         positive(self, "beta")
 
 

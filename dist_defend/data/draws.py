@@ -8,6 +8,7 @@ ColorJitter and RandomGrayscale.
 
 import itertools
 import math
+from dataclasses import astuple
 
 import numpy as np
 
@@ -37,24 +38,9 @@ _FLIP, _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAYSCALE = 
 
 
 def pack(config: AugmentConfig) -> np.ndarray:
-    """The configuration as the float64 vector that compiled code reads."""
-    return np.array(
-        [
-            CROPS.index(config.crop),
-            config.size or 0,
-            *config.scale,
-            *config.ratio,
-            config.pad,
-            config.flip,
-            config.jitter,
-            config.brightness,
-            config.contrast,
-            config.saturation,
-            config.hue,
-            config.grayscale,
-        ],
-        np.float64,
-    )
+    """The configuration as the float64 vector that compiled code reads: its keys' values in their order."""
+    crop, size, scale, ratio, *others = astuple(config)
+    return np.array([CROPS.index(crop), size or 0, *scale, *ratio, *others], np.float64)
 
 
 @kernel()

@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_defend.data.class_order import label_notes, labels_of_words
 from dist_defend.data.pictures import is_picture
 from dist_defend.data.reading import Keys, PictureSource
-from dist_defend.data.splits import listed, one_per_split, split_in
+from dist_defend.data.splits import files_by_split
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular
 
@@ -49,16 +49,7 @@ def open_list(place: Path, split: str, keys: Keys) -> PictureSource:
 
 
 def _lists(place: Path) -> dict[str, str]:
-    """Split -> list. A single file is the split that its name tells, or train."""
-    if place.is_file():
-        return {split_in(place.stem) or "train": str(place)}
-    files = sorted(f.name for f in place.iterdir() if f.is_file() and f.suffix.lower() in LIST_ENDINGS)
-    found = [(split, name) for name in files if (split := split_in(Path(name).stem)) is not None]
-    if not found:
-        there = f"it has {listed(files)}" if files else f"no {', '.join(LIST_ENDINGS)} in it"
-        raise UserError(f"{place}: no list is named after a split (train.txt, test.txt); {there}; give one as --path")
-    names = one_per_split(place, found, "give one file as --path")
-    return {split: str(place / name) for split, name in names.items()}
+    return files_by_split(place, LIST_ENDINGS, "list", "train.txt, test.txt")
 
 
 def _read(file: Path, must_exist: bool) -> tuple[list[_Entry], list[str]]:

@@ -9,7 +9,6 @@ import atexit
 import functools
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
+
+from dist_defend.files import user_cache
 
 SOURCES = ("augment.py", "draws.py", "fused.py", "kernels.py", "pixels.py")  # beside this file
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -60,13 +61,8 @@ def _places() -> Iterator[Path]:
     if _settings.CACHE_DIR:
         yield Path(_settings.CACHE_DIR)
     yield Path(__file__).parent / "__pycache__"
-    if os.environ.get("XDG_CACHE_HOME"):
-        yield Path(os.environ["XDG_CACHE_HOME"])
-    else:
-        try:
-            yield Path.home() / ".cache"
-        except RuntimeError:  # a user without a home
-            return
+    if (cache := user_cache()) is not None:
+        yield cache.parent
 
 
 def _can_write(folder: Path) -> bool:

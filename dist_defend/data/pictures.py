@@ -65,11 +65,10 @@ def open_picture(
         with _quiet():
             picture = Image.open(io.BytesIO(data), formats=FORMATS)
         with picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                size = f"{picture.width}x{picture.height}"
+            size, num_pixels = f"{picture.width}x{picture.height}", picture.width * picture.height
+            if num_pixels > MAX_PIXELS:
                 raise UserError(f"{name}: {size} px, more than {MAX_PIXELS:,} pixels; shrink it")
-            if picture.width * picture.height > FREE_PIXELS + PIXELS_PER_BYTE * len(data):
-                size = f"{picture.width}x{picture.height}"
+            if num_pixels > FREE_PIXELS + PIXELS_PER_BYTE * len(data):
                 raise UserError(f"{name}: {size} px in only {len(data):,} bytes; shrink it, or save it unpacked")
             pixels, told = _pixels(picture, keep_alpha)
             return pixels, tuple(told)
@@ -80,11 +79,7 @@ def open_picture(
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a picture that can be read (none of {', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and more
-        reason = (
-            error.strerror
-            if isinstance(error, OSError) and error.strerror
-            else printable(" ".join(str(error).split()), 200)
-        )
+        reason = getattr(error, "strerror", None) or printable(" ".join(str(error).split()), 200)
         raise UserError(f"{name}: not a picture that can be read ({type(error).__name__}: {reason})") from error
 
 

@@ -1,5 +1,6 @@
 """Published data sets: torchvision's, scikit-learn's digits, and Fashion-MNIST as Debian has it."""
 
+import contextlib
 import gzip
 import os
 import shutil
@@ -88,22 +89,18 @@ def _unpacked(file: Path) -> bytes:
 
 def _fashion_folder(path: str | None) -> Path:
     """Where the four idx files are: --path, Debian's package (installed, or unpacked without root), torchvision."""
-
-    def holds(folder: Path) -> bool:
-        return any(folder.glob("train-images-idx3-ubyte*"))
-
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_defend"
+    places = [_SYSTEM_FASHION, cache / _DEBIAN_FASHION, cache / "FashionMNIST" / "raw"]
     if path is not None:
         root = Path(path)
         if not root.exists():
             raise UserError(f"{path}: no such file or folder; check --path")
-        for folder in (root, root / "raw", root / "FashionMNIST" / "raw", root / _DEBIAN_FASHION):
-            if holds(folder):
-                return folder
-        raise UserError(f"{path}: no train-images-idx3-ubyte(.gz) in it; check --path")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dist_defend"
-    for folder in (_SYSTEM_FASHION, cache / _DEBIAN_FASHION, cache / "FashionMNIST" / "raw"):
-        if holds(folder):
+        places = [root, root / "raw", root / "FashionMNIST" / "raw", root / _DEBIAN_FASHION]
+    for folder in places:
+        if any(folder.glob("train-images-idx3-ubyte*")):
             return folder
+    if path is not None:
+        raise UserError(f"{path}: no train-images-idx3-ubyte(.gz) in it; check --path")
     if _unpack_debian_fashion(cache):
         return cache / _DEBIAN_FASHION
     _torchvision("FashionMNIST", str(cache), train=True)
@@ -135,16 +132,13 @@ def _torchvision(name: str, path: str | None, **options: Any) -> Any:
     if path is None:
         raise UserError(f"{name} needs --path: a folder that has it, or that it may be downloaded to")
     make = getattr(torchvision.datasets, name)
-    try:
+    with contextlib.suppress(OSError, RuntimeError):  # not found, or damaged
         return make(path, **options)
-    except (OSError, RuntimeError):  # not found, or damaged
-        pass
     try:
         return make(path, **options, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{path}: {name} is not there and cannot be downloaded ({error}); put torchvision's files there"
-        ) from error
+        told = f"{path}: {name} is not there and cannot be downloaded ({error})"
+        raise UserError(f"{told}; put torchvision's files there") from error
 
 
 def with_train(name: str) -> Callable[[str | None, str], NotedSource]:

@@ -38,10 +38,16 @@ NO_KEYS = Keys()
 
 
 class NotedSource(ABC):
-    """Classes, labels (N,) and notes; the images are a subclass's."""
+    """Classes, labels (N,) and notes; the images are a subclass's. origin: where they were."""
 
-    def __init__(self, labels: Sequence[int] | np.ndarray, classes: Sequence[str], notes: Sequence[str] = ()) -> None:
-        self._labels, self.classes = labels, tuple(classes)
+    def __init__(
+        self,
+        labels: Sequence[int] | np.ndarray,
+        classes: Sequence[str],
+        notes: Sequence[str] = (),
+        origin: str = "the source",
+    ) -> None:
+        self._labels, self.classes, self._origin = labels, tuple(classes), origin
         self._notes, self._tally = list(notes), Tally()
 
     def __len__(self) -> int:
@@ -50,9 +56,9 @@ class NotedSource(ABC):
     @abstractmethod
     def __getitem__(self, row: int, /) -> tuple[Any, int]: ...
 
-    @abstractmethod
     def name(self, row: int) -> str:
         """What a message calls an image."""
+        return f"{self._origin}: image {row}"
 
     @property
     def notes(self) -> list[str]:
@@ -63,7 +69,7 @@ class NotedSource(ABC):
 
 
 class ArraySource(NotedSource):
-    """Images (N, H, W[, 3]) uint8 and labels (N,) in memory; ``origin`` is where they were."""
+    """Images (N, H, W[, 3]) uint8 and labels (N,) in memory."""
 
     def __init__(
         self,
@@ -73,14 +79,11 @@ class ArraySource(NotedSource):
         notes: Sequence[str] = (),
         origin: str = "the source",
     ) -> None:
-        super().__init__(labels, classes, notes)
-        self._images, self._origin = images, origin
+        super().__init__(labels, classes, notes, origin)
+        self._images = images
 
     def __getitem__(self, row: int) -> tuple[np.ndarray, int]:
         return self._images[row], int(self._labels[row])
-
-    def name(self, row: int) -> str:
-        return f"{self._origin}: image {row}"
 
 
 class PictureSource(NotedSource):
@@ -113,8 +116,8 @@ class TorchvisionSource(NotedSource):
     """A torchvision data set; target None becomes -1."""
 
     def __init__(self, dataset: Any, classes: Sequence[str], origin: str) -> None:
-        super().__init__((), classes)
-        self._dataset, self._origin = dataset, origin
+        super().__init__((), classes, origin=origin)
+        self._dataset = dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -122,6 +125,3 @@ class TorchvisionSource(NotedSource):
     def __getitem__(self, row: int) -> tuple[Any, int]:
         image, label = self._dataset[row]
         return image, -1 if label is None else int(label)
-
-    def name(self, row: int) -> str:
-        return f"{self._origin}: image {row}"

@@ -1,7 +1,8 @@
 """Names of splits, and of files and folders that belong to an editor or a system and not to a data set."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from dist_defend.errors import UserError
 
@@ -46,12 +47,23 @@ def one_per_split(place: object, found: Iterable[tuple[str, str]], remedy: str) 
         if split in names:
             raise UserError(f"{place}: holds both {names[split]} and {name}; {remedy}")
         names[split] = name
-    return in_order(names)
+    return {split: names[split] for split in SPLITS if split in names}
 
 
-def in_order(splits: Mapping[str, str]) -> dict[str, str]:
-    """The same, in the order of SPLITS."""
-    return {split: splits[split] for split in SPLITS if split in splits}
+def files_by_split(place: Path, endings: Sequence[str], what: str, example: str) -> dict[str, str]:
+    """Split -> file of these endings, in the order of SPLITS; a single file is the split that its name tells, or train.
+
+    UserError, which calls a file ``what``, for a folder in which none is named after a split, and for two of one split.
+    """
+    if place.is_file():
+        return {split_in(place.stem) or "train": str(place)}
+    files = sorted(f.name for f in place.iterdir() if f.suffix.lower() in endings and not is_passed_over(f.name))
+    named = [(split, name) for name in files if (split := split_in(Path(name).stem)) is not None]
+    if not named:
+        there = f"it has {listed(files)}" if files else f"no {', '.join(endings)} in it"
+        raise UserError(f"{place}: no {what} is named after a split ({example}); {there}; give one as --path")
+    names = one_per_split(place, named, "give one file as --path")
+    return {split: str(place / name) for split, name in names.items()}
 
 
 def listed(names: Iterable[object]) -> str:

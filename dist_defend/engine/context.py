@@ -14,14 +14,13 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from dist_defend.bounds import at_least_one
 from dist_defend.data.augment import View
 from dist_defend.data.classes import check_same_classes, tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import UpdateConfig as UpdateConfig  # methods may take it from here
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
@@ -33,34 +32,6 @@ from dist_defend.ops.collectives import convert_sync_batchnorm
 
 Place = Literal["memory", "disk"]  # where a cache lies
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class UpdateConfig:
-    """How a first-order stage updates.
-
-    Keys:
-        batch_size: images of an update over all ranks: the same on any number of ranks
-        epochs: passes over the data
-        accumulation: micro-batches per update on each rank
-        max_grad_norm: L2 norm to which a larger gradient is scaled down; null: no limit
-        recompute: activations of repeated blocks are computed again in the backward pass, instead of kept
-        compile: repeated blocks are compiled by torch.compile
-        optimizer: optimizer, rate and schedule
-    """
-
-    batch_size: int = 256
-    epochs: int = 100
-    accumulation: int = 1
-    max_grad_norm: float | None = None
-    recompute: bool = False
-    compile: bool = False
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def __post_init__(self) -> None:
-        at_least_one(self, "batch_size", "epochs", "accumulation")
-        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
-            raise ValueError(f"key 'max_grad_norm' is {self.max_grad_norm}; it must be positive, or null for none")
 
 
 @dataclass
@@ -158,16 +129,10 @@ class Context:
         self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], **how: Any
     ) -> Loader:
         """how: of make_loader's other arguments, those that are not the run's."""
-        ranks = self.ranks
-        own: dict[str, Any] = {
-            "seed": self.seed,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "device": ranks.device,
-        }
-        return make_loader(
-            dataset, config=self.loader_config, batch_size=batch_size, rows=rows, views=views, **(own | how)
-        )
+        ranks, config = self.ranks, self.loader_config
+        own: dict[str, Any] = {"seed": self.seed, "rank": ranks.rank, "world_size": ranks.world_size}
+        how = {"device": ranks.device, **own, **how}
+        return make_loader(dataset, config=config, batch_size=batch_size, rows=rows, views=views, **how)
 
     def room(self, shape: Sequence[int], place: Place) -> Tensor:
         """Space for numbers of the run's dtype: on the device, or in a file of the run folder, mapped into memory.
@@ -231,14 +196,4 @@ class Context:
 
     def gradient_step(self, objective: Objective, update: UpdateConfig, num_batches: int) -> GradientStep:
         """The first-order step of a stage with so many batches per epoch."""
-        return GradientStep(
-            objective,
-            update.optimizer,
-            self.ranks,
-            steps_per_epoch=num_batches,
-            epochs=update.epochs,
-            accumulation=update.accumulation,
-            max_grad_norm=update.max_grad_norm,
-            recompute=update.recompute,
-            compiled=update.compile,
-        )
+        return GradientStep(objective, update, self.ranks, num_batches)

@@ -32,7 +32,7 @@ class FullySharded(Strategy):
         for block in repeated_blocks(self.objective):
             fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
         fully_shard(self.objective, mesh=mesh)
-        self.optimizer = build_optimizer(self.objective.parameters(), self.config, fused=False)
+        self.optimizer = build_optimizer(self.objective.parameters(), self.options.optimizer, fused=False)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class FullySharded(Strategy):
         assert isinstance(self.objective, FSDPModule)
         self.objective.set_requires_gradient_sync(is_last)
         terms = self.forward(batch)
-        (terms["loss"] / self.accumulation).backward()
+        (terms["loss"] / self.options.accumulation).backward()
         return terms
 
     def update(self, lr: float) -> dict[str, Tensor]:
@@ -59,8 +59,8 @@ class FullySharded(Strategy):
             norm = norm.full_tensor()
         if not torch.isfinite(norm):
             raise NonFiniteError("the gradient is not finite")
-        if self.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        if self.options.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return {"grad_norm": norm}

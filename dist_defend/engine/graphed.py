@@ -22,6 +22,11 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def will_capture(device: torch.device, mode: GraphMode) -> bool:
+    """Whether a GraphedUpdate there makes graphs."""
+    return can_capture(device) and mode != "off"
+
+
 class GraphedUpdate:
     """Calls ``update(*inputs) -> {name: scalar}``, from a CUDA graph where there is one.
 
@@ -55,7 +60,7 @@ class GraphedUpdate:
                 f"key 'graph' is on, but {name} runs on the {device.type}; CUDA graphs need a GPU: say auto"
             )
         self.name, self.update, self.changed = name, update, changed
-        self.is_graphed = can_capture(device) and mode != "off"
+        self.is_graphed = will_capture(device, mode)
         if mode == "auto":
             log.info("%s: %s", name, "one CUDA graph per step" if self.is_graphed else "eager, there is no GPU")
         self._graphs: dict[Hashable, _Graph] = {}

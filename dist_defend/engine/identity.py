@@ -90,15 +90,11 @@ class Past:
 class Identity:
     """Of a run in this process. earlier: the lives that it goes on from."""
 
-    def __init__(self, inputs: dict[str, str], world_size: int, version: str) -> None:
-        self.inputs, self.world_size, self.version = inputs, world_size, version
+    def __init__(self, inputs: dict[str, str], world_size: int, version: str | None = None) -> None:
+        """The clock starts now, and the code is what it is now, unless a version is given."""
+        self.inputs, self.world_size, self.version = inputs, world_size, version or code_version()
         self.earlier: tuple[Life, ...] = ()
         self._started = time.perf_counter()
-
-    @classmethod
-    def begin(cls, inputs: dict[str, str], world_size: int) -> "Identity":
-        """The clock starts now, and the code is what it is now."""
-        return cls(inputs, world_size, code_version())
 
     @property
     def lives(self) -> tuple[Life, ...]:

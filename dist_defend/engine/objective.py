@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import UpdateConfig
 
 
 class Objective(nn.Module):
@@ -36,10 +36,8 @@ class Strategy(ABC):
     """What GradientStep asks of DDP, FSDP2 and ZeRO. States hold whole tensors: one format for all of them."""
 
     objective: Objective
-    config: OptimizerConfig
+    options: UpdateConfig
     ranks: Ranks
-    accumulation: int
-    max_grad_norm: float | None
 
     @abstractmethod
     def __post_init__(self) -> None:

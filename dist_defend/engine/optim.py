@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dist_defend.bounds import not_negative, positive
+from dist_defend.bounds import at_least_one, not_negative, positive
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,34 @@ class OptimizerConfig:
             raise ValueError(
                 f"key 'milestones' is {list(self.milestones)}; the schedule multistep, and no other, has some"
             )
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How a first-order stage updates.
+
+    Keys:
+        batch_size: images of an update over all ranks: the same on any number of ranks
+        epochs: passes over the data
+        accumulation: micro-batches per update on each rank
+        max_grad_norm: L2 norm to which a larger gradient is scaled down; null: no limit
+        recompute: activations of repeated blocks are computed again in the backward pass, instead of kept
+        compile: repeated blocks are compiled by torch.compile
+        optimizer: optimizer, rate and schedule
+    """
+
+    batch_size: int = 256
+    epochs: int = 100
+    accumulation: int = 1
+    max_grad_norm: float | None = None
+    recompute: bool = False
+    compile: bool = False
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        at_least_one(self, "batch_size", "epochs", "accumulation")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise ValueError(f"key 'max_grad_norm' is {self.max_grad_norm}; it must be positive, or null for none")
 
 
 def build_optimizer(

@@ -9,11 +9,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+
+from dist_defend.lifeline import handled
 
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 INTERRUPTED = 130  # 128 + SIGINT, what shells say of a program that Ctrl-C ended
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU)
 
 
 class Stopped(BaseException):
@@ -31,19 +31,11 @@ class _Listener:
         self.number: int | None = None
         self.is_noting = False
         self.is_on = False
-        self._process = 0
+        self.process = 0
 
-    def listen(self) -> dict[int, Any]:
-        """Start; the handlers before."""
-        self.number, self._process = None, os.getpid()
-        own: dict[int, Any] = {}
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has SIGHUP: it stays so
-                own[int(number)] = signal.signal(number, self._on_signal)
-        return own
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        is_own = os.getpid() == self._process  # not that of a loader's worker, forked from us
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal, or raise Stopped; end at once for a second Ctrl-C."""
+        is_own = os.getpid() == self.process  # not that of a loader's worker, forked from us
         is_second = number == self.number == signal.SIGINT
         if is_second:
             if is_own:
@@ -71,19 +63,17 @@ def stopped(number: int) -> Stopped:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Within, one of SIGNALS raises Stopped; those that the process ignores stay ignored. Main thread only."""
+    """Within, one of lifeline's signals raises Stopped; those that are ignored stay so. Main thread only."""
     if _listener.is_on or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = _listener.listen()
-    _listener.is_on = True
-    try:
-        yield
-    finally:
-        _listener.is_on, _listener.number = False, None
-        for number, handler in before.items():
-            if handler is not None:  # None: not Python's own
-                signal.signal(number, handler)
+    _listener.number, _listener.process = None, os.getpid()
+    with handled(_listener.on_signal):
+        _listener.is_on = True
+        try:
+            yield
+        finally:
+            _listener.is_on, _listener.number = False, None
 
 
 @contextmanager

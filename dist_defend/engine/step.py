@@ -11,7 +11,7 @@ from dist_defend.batch import Batch
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.grad_cache import is_cached, micro_batches
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig, lr_factor
+from dist_defend.engine.optim import UpdateConfig, lr_factor
 from dist_defend.engine.recompute import recompute_activations
 from dist_defend.engine.strategy import make_strategy
 from dist_defend.errors import UserError
@@ -61,52 +61,40 @@ class GradientStep:
 
     accumulation splits this rank's share into so many micro-batches; the objective is then the mean of theirs, which
     for a contrastive loss means negatives from one micro-batch only, unless it is a cached CoupledObjective (see
-    grad_cache.py). recompute keeps the inputs of repeated blocks instead of their activations; compiled has
+    grad_cache.py). recompute keeps the inputs of repeated blocks instead of their activations; compile has
     torch.compile make each of them.
     A gradient that is not finite stops the run: before the update on a CPU; on a GPU the fused optimizer skips the
     update and the trainer raises when it next reads the scalars, so no step waits for the device; DeepSpeed's third
     stage raises after the update, which is then not saved.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        config: OptimizerConfig,
-        ranks: Ranks,
-        *,
-        steps_per_epoch: int,
-        epochs: int,
-        accumulation: int = 1,
-        max_grad_norm: float | None = None,
-        recompute: bool = False,
-        compiled: bool = False,
-    ) -> None:
-        self.objective, self.config = objective, config
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * epochs
-        self.accumulation = accumulation
+    def __init__(self, objective: Objective, options: UpdateConfig, ranks: Ranks, steps_per_epoch: int) -> None:
+        self.objective, self.options = objective, options
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, steps_per_epoch * options.epochs
         layout = torch.channels_last if ranks.sharding.strategy == "ddp" else torch.contiguous_format  # flat shards
         objective.to(ranks.device, ranks.dtype, memory_format=layout)  # type: ignore[call-overload]
-        if compiled:
+        if options.compile:
             for block in _blocks(objective, "compile"):
                 block.compile()
-        if recompute:
+        if options.recompute:
             recompute_activations(_blocks(objective, "recompute"))
-        self.strategy = make_strategy(objective, config, ranks, accumulation, max_grad_norm)
+        self.strategy = make_strategy(objective, options, ranks)
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         scalars: dict[str, Tensor] = {}
-        parts: list[Any] = split_batch(batch, self.accumulation)
+        count, optimizer = self.options.accumulation, self.options.optimizer
+        parts: list[Any] = split_batch(batch, count)
         whole: dict[str, Tensor] = {}
         if is_cached(self.objective):
             whole["loss"], parts = micro_batches(self.objective, self.strategy.forward, parts)
         for number, part in enumerate(parts):
-            terms = self.strategy.forward_backward(part, is_last=number == self.accumulation - 1)
+            terms = self.strategy.forward_backward(part, is_last=number == count - 1)
             for key, value in terms.items():
-                scalars[key] = scalars.get(key, 0) + value.detach() / self.accumulation
+                scalars[key] = scalars.get(key, 0) + value.detach() / count
         scalars.update(whole)
         self.objective.after_backward()
-        factor = lr_factor(self.config, at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)
-        scalars.update(self.strategy.update(self.config.lr * factor))
+        factor = lr_factor(optimizer, at.done(self.steps_per_epoch), self.steps_per_epoch, self.total_steps)
+        scalars.update(self.strategy.update(optimizer.lr * factor))
         return scalars
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import NonFiniteError, Objective, Strategy
-from dist_defend.engine.optim import OptimizerConfig, build_optimizer, load_optimizer
+from dist_defend.engine.optim import UpdateConfig, build_optimizer, load_optimizer
 from dist_defend.engine.update import owned
 
 
@@ -18,7 +18,7 @@ class Replicated(Strategy):
 
     def __post_init__(self) -> None:
         self.accelerator = self.ranks.accelerator
-        optimizer = build_optimizer(self.objective.parameters(), self.config)
+        optimizer = build_optimizer(self.objective.parameters(), self.options.optimizer)
         self.module, self.optimizer = self.accelerator.prepare(self.objective, optimizer)
         if isinstance(self.module, DistributedDataParallel):
             self.module.broadcast_buffers = False  # all ranks update them alike (torch 2.13 deprecates the argument)
@@ -32,7 +32,7 @@ class Replicated(Strategy):
     def forward_backward(self, batch: Any, is_last: bool) -> dict[str, Tensor]:
         with nullcontext() if is_last else self.accelerator.no_sync(self.module):
             terms = self.forward(batch)
-            self.accelerator.backward(terms["loss"] / self.accumulation)
+            self.accelerator.backward(terms["loss"] / self.options.accumulation)
         return terms
 
     def update(self, lr: float) -> dict[str, Tensor]:
@@ -41,8 +41,8 @@ class Replicated(Strategy):
             group["lr"] = lr
         scalars = {}
         if self.is_scaled:  # the scaler unscales, and skips updates that overflow, by itself
-            if self.max_grad_norm is not None:
-                scalars["grad_norm"] = self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            if self.options.max_grad_norm is not None:
+                scalars["grad_norm"] = self.accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
         else:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -52,8 +52,8 @@ class Replicated(Strategy):
                     raise NonFiniteError("the gradient is not finite")
             else:
                 self.optimizer.optimizer.found_inf = nonfinite
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+            if self.options.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.options.max_grad_norm, norm)
             scalars = {"grad_norm": norm, "nonfinite": nonfinite}
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -78,18 +78,15 @@ class Replicated(Strategy):
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
 
-def make_strategy(
-    objective: Objective, config: OptimizerConfig, ranks: Ranks, accumulation: int, max_grad_norm: float | None
-) -> Strategy:
+def make_strategy(objective: Objective, options: UpdateConfig, ranks: Ranks) -> Strategy:
     """What the launch asked for (ranks.sharding)."""
     name = ranks.sharding.strategy
-    arguments = (objective, config, ranks, accumulation, max_grad_norm)
     if name == "ddp":
-        return Replicated(*arguments)
+        return Replicated(objective, options, ranks)
     if name == "fsdp2":
         from dist_defend.engine.fsdp2 import FullySharded  # half a second that most runs do without
 
-        return FullySharded(*arguments)
+        return FullySharded(objective, options, ranks)
     from dist_defend.engine.zero import Zero
 
-    return Zero(*arguments)
+    return Zero(objective, options, ranks)

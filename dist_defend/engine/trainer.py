@@ -91,7 +91,7 @@ class Trainer:
     def __init__(self, ranks: Ranks, run: RunFolder, config: TrainerConfig, identity: Identity | None = None) -> None:
         """identity: what the run reads and how long it has lived; None: nothing but its configuration."""
         self.ranks, self.run, self.config = ranks, run, config
-        self.identity = identity or Identity.begin({}, ranks.world_size)
+        self.identity = identity or Identity({}, ranks.world_size)
         self.position = Position()
         self.started = self.logged = self.saved = time.perf_counter()
         self.save_seconds = 0.0

@@ -22,7 +22,7 @@ class Zero(Strategy):
     """As FullySharded, through a DeepSpeed engine; a state holds whole tensors, so any strategy can go on from it."""
 
     def __post_init__(self) -> None:
-        check_optimizer(self.ranks.sharding.strategy, self.config.name)
+        check_optimizer(self.ranks.sharding.strategy, self.options.optimizer.name)
         self.is_partitioned = self.ranks.sharding.strategy == "zero3"
         self._whole: Whole | None = None  # until the first update
 
@@ -49,12 +49,12 @@ class Zero(Strategy):
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.engine, *_ = deepspeed.initialize(
             model=self.objective,
-            optimizer=build_optimizer(self.parameters, self.config),
+            optimizer=build_optimizer(self.parameters, self.options.optimizer),
             config={
                 **self.ranks.sharding.deepspeed,
                 "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own log; the loader decides
-                "gradient_accumulation_steps": self.accumulation,
-                "gradient_clipping": self.max_grad_norm or 0.0,
+                "gradient_accumulation_steps": self.options.accumulation,
+                "gradient_clipping": self.options.max_grad_norm or 0.0,
                 "zero_allow_untested_optimizer": True,  # SGD: element by element, like those that were tested
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 1 << 60,

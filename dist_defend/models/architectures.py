@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from dist_defend import plugins
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, did_you_mean
 from dist_defend.models.mobilenet import MobileNetV2
 from dist_defend.models.preact_resnet import PreActResNet18
 from dist_defend.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -174,6 +174,4 @@ def unknown(arch: str, known: tuple[str, ...], kind: str) -> UserError:
     if added(arch) is not None:
         return UserError(f"arch '{arch}' is none of {kind}: use it for the other kind of model")
     names = (*known, *plugins.names("architectures"), "module:name")
-    near = difflib.get_close_matches(arch, names, n=1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return UserError(f"unknown arch '{arch}': {hint}choose from {', '.join(names)}")
+    return UserError(f"unknown arch '{arch}': {did_you_mean(arch, names)}choose from {', '.join(names)}")

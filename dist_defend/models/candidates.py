@@ -142,7 +142,9 @@ def _built(arch: str, size: int, is_encoder: bool, is_named: bool, is_sized: boo
 
 @lru_cache(maxsize=128)
 def _spelled(arch: str, size: int, is_encoder: bool) -> tuple[Candidate, ...]:
-    own = (_encoder_shapes if is_encoder else _classifier_shapes)(arch, size)
+    with torch.device("meta"):
+        net = build_encoder(arch, "none", size) if is_encoder else build_classifier(arch, CLASSES, "none", size).net
+    own = {key.removeprefix("f.") if is_encoder else key: tuple(v.shape) for key, v in net.state_dict().items()}
     found: dict[frozenset[str], Candidate] = {}
     for theirs in _spellings(own):
         shapes = {name: own[ours] for name, ours in theirs.items() if not name.endswith(COUNTER)}
@@ -176,18 +178,6 @@ def _respelled(key: str, renamed: Mapping[str, str], shortcut: str) -> str:
     top, dot, rest = key.partition(".")
     rest = _SHORTCUT.sub(rf"\1{shortcut}.", rest) if shortcut else rest
     return renamed.get(top, top) + dot + rest
-
-
-def _classifier_shapes(arch: str, image_size: int) -> dict[str, Shape]:
-    with torch.device("meta"):
-        own = build_classifier(arch, CLASSES, "none", image_size).net.state_dict()
-    return {key: tuple(value.shape) for key, value in own.items()}
-
-
-def _encoder_shapes(arch: str, image_size: int) -> dict[str, Shape]:
-    with torch.device("meta"):
-        own = build_encoder(arch, "none", image_size).state_dict()
-    return {key.removeprefix("f."): tuple(value.shape) for key, value in own.items()}
 
 
 def ends_with(state: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:

@@ -1,11 +1,10 @@
 """Image classifiers in pixel space: normalisation, then a network with its upstream's keys."""
 
-import difflib
 from typing import Any
 
 from torch import Tensor, nn
 
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, no_model
 from dist_defend.models import in_process
 from dist_defend.models.architectures import CLASSIFIERS, find_classifier, unknown
 from dist_defend.models.encoder import create_timm
@@ -49,8 +48,7 @@ def create_torchvision(name: str, image_size: int, num_classes: int) -> nn.Modul
 
     names = published.list_models(module=published)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        raise UserError(f"torchvision has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+        raise no_model("torchvision", name, names)
     options: dict[str, Any] = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}  # their auxiliary heads serve training alone

@@ -1,9 +1,8 @@
 """dist-defend models [NAME]: all architectures and normalizations with their source, or one."""
 
 import argparse
-import difflib
 
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, did_you_mean
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +22,7 @@ def main(args: argparse.Namespace) -> int:
         plugins.allow(args.name)
         known = [*architectures, *normalizations]
         if args.name not in known and ":" not in args.name:
-            near = difflib.get_close_matches(args.name, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
+            hint = did_you_mean(args.name, known)
             raise UserError(f"no architecture or normalization '{args.name}': {hint}choose from {', '.join(known)}")
         print("\n".join(description(args.name, {**normalizations, **architectures}.get(args.name, ""))))
         return 0

@@ -62,7 +62,7 @@ def load_text_tower(arch: str, path: str | Path) -> TextTower:
     UserError for a file that cannot be read as data, holds no text tower, or does not fit the arch.
     """
     tower = TextTower(arch)
-    state, _ = unwrap(read_checkpoint(path), path, ("state_dict", "model"))
+    state = unwrap(read_checkpoint(path), path, ("state_dict", "model"))
     ours = [key for key in state if not key.startswith("visual.") and key.split(".")[-1] not in _FACTS]
     state = {key: state[key] for key in ours}
     if not any(key.endswith("token_embedding.weight") for key in state):

@@ -4,13 +4,12 @@ open_clip has a configuration for each of its names, and makes fresh weights for
 that is not needed is replaced by the smallest there is.
 """
 
-import difflib
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, no_model
 from dist_defend.models.pixel_space import Encoder, Normalize
 
 OPEN_CLIP = "open_clip:"
@@ -29,8 +28,7 @@ def clip_config(arch: str) -> dict[str, Any]:
         ) from error
     known = open_clip.list_models()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        raise UserError(f"open_clip has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+        raise no_model("open_clip", name, known)
     config: dict[str, Any] = open_clip.get_model_config(name)
     return config
 

@@ -88,8 +88,7 @@ def backdoorbench_constants(
     data = facts.get("clean_data")
     guessed: tuple[str, ...] = ()
     if data is None:
-        known = [name for name, (_, _, classes) in BACKDOORBENCH_DATA.items() if classes == num_classes]
-        data = known[0] if known else None
+        data = next((name for name, (*_, classes) in BACKDOORBENCH_DATA.items() if classes == num_classes), None)
         guessed = ("normalization",) if "img_size" in facts else ("normalization", "image_size")
     if data not in BACKDOORBENCH_DATA and normalization is None:
         raise UserError(f"{path}: no constants are known for {data or f'{num_classes} classes'}: give --normalization")

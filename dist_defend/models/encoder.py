@@ -3,13 +3,12 @@
 Images are (B, 3, H, W) in [0, 1]; normalisation is part of the encoder.
 """
 
-import difflib
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, no_model
 from dist_defend.models.architectures import ENCODERS, find_encoder, unknown
 from dist_defend.models.clip_image import OPEN_CLIP, OpenClipEncoder
 from dist_defend.models.pixel_space import Encoder, Normalize, Resize
@@ -42,11 +41,9 @@ def create_timm(name: str, image_size: int, num_outputs: int) -> nn.Module:
     import timm  # seconds of import that CIFAR models do without
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise UserError(f"timm has no model '{name}'" + (f": did you mean {', '.join(near)}?" if near else ""))
+        raise no_model("timm", name, timm.list_models())
     published = timm.models.get_pretrained_cfg(name)
-    is_sized = published is not None and published.fixed_input_size
-    sized: dict[str, Any] = {"img_size": image_size} if is_sized else {}
+    sized: dict[str, Any] = {"img_size": image_size} if published is not None and published.fixed_input_size else {}
     return timm.create_model(name, pretrained=False, num_classes=num_outputs, **sized)
 
 

@@ -153,13 +153,11 @@ def is_self_supervised(fit: Fit) -> bool:
 
     Also an encoder that is a teacher or a student. Classifiers are that in distillation.
     """
-    if (
-        any(part in ("teacher", "student") for part in (*fit.weights.path, *fit.prefix.split(".")))
-        and not fit.num_classes
-    ):
+    around = {*fit.weights.path, *fit.prefix.split(".")}
+    if around & {"teacher", "student"} and not fit.num_classes:
         return True
     beside = {part for key in fit.beside for part in key.split(".")[:-1] or [key]}
-    return any(map(_SELF_SUPERVISED.fullmatch, (*beside, *fit.weights.path, *fit.prefix.split("."))))
+    return any(map(_SELF_SUPERVISED.fullmatch, beside | around))
 
 
 def _unwrapped(weights: Weights) -> Weights | None:

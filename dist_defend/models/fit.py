@@ -48,6 +48,14 @@ def check_image_size(
         )
 
 
+def check_views(model: SimCLR, folder: str, shape: Sequence[int] | None, size: int | None, path: str, key: str) -> None:
+    """check_image_size for views of ``size`` px, which ``key`` says; for the images themselves where that is None."""
+    if size is None:
+        check_image_size(model, folder, shape, path)
+    else:
+        check_image_size(model, folder, (size, size), path, f"set '{key}' to {model.image_size}")
+
+
 @torch.no_grad()
 def problem_with(model: SimCLR | Classifier, height: int, width: int) -> str | None:
     """What speaks against one black image of that size: the network's own words, or logits of another shape.

@@ -6,6 +6,7 @@ DINO, MAE, SimSiam, SwAV, Barlow Twins, lightly and solo-learn save. What stands
 told.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from dist_defend.models.foreign_report import (
     plain_facts,
     reported,
 )
-from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights
+from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights, list_objects
 
 _NO_CLASSIFIER = "torchvision's networks are classifiers here: name timm's of that name, or leave out --kind encoder"
 
@@ -53,11 +54,11 @@ def import_encoder(
         raise UserError(f"{arch} is no encoder: {_NO_CLASSIFIER}")
     found = find_weights(content, path, choice)
     others: tuple[str, ...] = ()
+    candidates = partial(encoder_candidates, arch=arch, image_size=image_size)
     if by_position:
-        whole = {key: value for weights in found for key, value in weights.state.items()}
-        fit = match_by_position(found, encoder_candidates(whole, arch, image_size), choice.prefix, path, whole=False)
+        fit = match_by_position(found, candidates, choice.prefix, path, whole=False)
     else:
-        fits = find_network(found, lambda state: encoder_candidates(state, arch, image_size), choice, path)
+        fits = find_network(found, candidates, choice, path)
         exact = [fit for fit in fits if fit.is_exact]
         if not exact:
             if arch is None:
@@ -74,24 +75,16 @@ def import_encoder(
     tensors = {**{f"f.f.{key}": value for key, value in fit.tensors().items()}, **projector}
     check_memory(tensors, path)
     model = build_simclr(fit.candidate.arch, constants.normalization, constants.image_size, bool(projector))
-    filled = fill(model, tensors, path)
-    taken = {f"{_root(fit)}{key}" for key in projector}
-    dropped = (*(key for key in fit.beside if key not in taken), *fit.weights.ignored)
-    report = reported(
-        fit,
-        model,
-        tensors,
-        content,
-        by_position,
-        layout=_told(fit, is_badencoders),
-        dropped=tuple(key.removeprefix(fit.prefix) for key in dropped),
-        guessed=constants.guessed,
-        others=others,
-        facts=plain_facts(content),
-        filled=filled,
-        has_projector=bool(projector),
-    )
-    return model, report
+    told: dict[str, Any] = {
+        "layout": _told(fit, is_badencoders),
+        "others": others,
+        "objects": tuple(list_objects(content)),
+        "facts": plain_facts(content),
+        "filled": fill(model, tensors, path),
+        "has_projector": bool(projector),
+    }
+    used = {f"{_root(fit)}{key}" for key in projector}
+    return model, reported(fit, model, tensors, constants, by_position, used, **told)
 
 
 def _refuse_clips_vit(found: list[Weights], path: str | Path) -> None:

@@ -35,7 +35,7 @@ from dist_defend.models.foreign_report import (
     plain_facts,
     reported,
 )
-from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights
+from dist_defend.models.mappings import ANYWHERE, Choice, Weights, find_weights, list_objects
 from dist_defend.models.restricted_pickle import shown, shown_list
 
 BACKDOORBENCH_ARCHS = {"preactresnet18": "preact_resnet18"}  # its other networks are torchvision's, by their names
@@ -102,9 +102,7 @@ def import_classifier(
     others: tuple[str, ...] = ()
     named = arch or _named_by_file(facts)
     if by_position:
-        whole = {key: value for weights in found for key, value in weights.state.items()}
-        candidates = classifier_candidates(whole, arch, _network_size(arch, image_size))
-        fit = match_by_position(found, candidates, choice.prefix, path, whole=True)
+        fit = match_by_position(found, _candidates(arch, image_size, None), choice.prefix, path, whole=True)
     else:
         fits = _find(found, arch, image_size, choice, None if arch else named, path)
         exact = [fit for fit in fits if fit.is_exact]
@@ -125,31 +123,21 @@ def import_classifier(
     own = fit.candidate.image_size
     if constants.resize is None and arch.startswith("torchvision:vit") and constants.image_size != own:
         constants = replace(constants, resize=own)  # its shapes say its size, whatever the images' is
-    inside = {} if constants.resize is None else {"resize": constants.resize}
     tensors = fit.tensors()
     check_memory(tensors, path)
     if (constants.resize or constants.image_size) != own:
         _check_size(arch, num_classes, constants.resize or constants.image_size, tensors, path)
-    model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, **inside)
-    filled = fill(model.net, tensors, path)
-    dropped = tuple(key.removeprefix(fit.prefix) for key in (*fit.beside, *fit.weights.ignored))
+    model = build_classifier(arch, num_classes, constants.normalization, constants.image_size, constants.resize)
     name = "state dict" if layout == "I-BAU" and arch != "ibau_vgg" else layout
-    report = reported(
-        fit,
-        model,
-        tensors,
-        content,
-        by_position,
-        layout=", ".join(filter(None, (name, fit.place))),
-        num_classes=num_classes,
-        resize=constants.resize,
-        dropped=dropped,
-        guessed=constants.guessed,
-        others=others,
-        facts=facts,
-        filled=filled,
-    )
-    return model, report
+    told: dict[str, Any] = {
+        "layout": ", ".join(filter(None, (name, fit.place))),
+        "num_classes": num_classes,
+        "others": others,
+        "objects": tuple(list_objects(content)),
+        "facts": facts,
+        "filled": fill(model.net, tensors, path),
+    }
+    return model, reported(fit, model, tensors, constants, by_position, **told)
 
 
 def _check_size(arch: str, num_classes: int, size: int, tensors: State, path: str | Path) -> None:
@@ -206,10 +194,7 @@ def _with_head_beside(fit: Fit) -> Fit:
     head = fit.candidate.head
     if set(fit.missing) - {fit.prefix + key for key in head} or not fit.missing or fit.misshapen or fit.unexpected:
         return fit
-    weight, bias = (
-        next((k for k in head if k.endswith("weight")), ""),
-        next((k for k in head if k.endswith("bias")), ""),
-    )
+    weight, bias = (next((key for key in head if key.endswith(kind)), "") for kind in ("weight", "bias"))
     features = fit.candidate.shapes[weight][-1] if weight else 0
     state = fit.weights.state
     found = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dist_defend.errors import UserError
-from dist_defend.files import open_regular
+from dist_defend.files import open_regular, read_into
 from dist_defend.models.pickled_data import ALLOWED, STORAGES, as_list
 from dist_defend.models.restricted_pickle import Buildable, Global, PickleReader, Placeholder, Refused, TooMuch, shown
 from dist_defend.models.scripted import ScriptTable, module_state
@@ -28,7 +28,6 @@ _LEGACY_PROTOCOL = 1001
 _MOST_OBJECTS = 96 << 20  # bytes of what a pickle makes, beside twice the file's
 _MOST_LISTED = 4 << 20  # bytes of an archive's list of entries, or of a safetensors header: some 40,000 tensors
 _MOST_PARTS = 8  # of what a pickle calls a storage
-_CHUNK = 1 << 20  # bytes
 
 
 class Unordered(dict[str, Tensor]):
@@ -126,11 +125,8 @@ def _entry(archive: zipfile.ZipFile, name: str, size: int) -> bytearray:
     if archive.getinfo(name).file_size != size:
         raise ValueError("storage of another size than the pickle says")
     data = bytearray(size)
-    left = memoryview(data)
     with archive.open(name) as stored:
-        while count := stored.readinto(left[:_CHUNK]):  # type: ignore[attr-defined]
-            left = left[count:]
-        if left or stored.read(1):
+        if not read_into(stored, memoryview(data)) or stored.read(1):
             raise ValueError("storage cut short")
     return data
 
@@ -198,10 +194,7 @@ def _read_legacy(file: IO[bytes], path: Path, num_bytes: int) -> Any:
     for key in as_list(reader.read(file)):
         values = storages.pop(key if isinstance(key, str) else "")
         (num_values,) = struct.unpack("<q", file.read(8))
-        left = values.view(torch.uint8).numpy().data
-        while count := file.readinto(left):  # type: ignore[attr-defined]
-            left = left[count:]
-        if num_values != len(values) or left:
+        if not read_into(file, values.view(torch.uint8).numpy().data) or num_values != len(values):
             raise ValueError("storage cut short")
     if storages:
         raise ValueError("storages missing")
@@ -229,20 +222,15 @@ def _reader(
     return PickleReader(table, find, 2 * num_bytes + _MOST_OBJECTS)
 
 
-def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> tuple[State, list[str]]:
-    """The state dict within these keys and without the prefix 'module.'; and what was taken off. UserError for none."""
-    taken: list[str] = []
+def unwrap(content: Any, path: str | Path, wrappers: tuple[str, ...]) -> State:
+    """The state dict within these keys and without the prefix 'module.'. UserError for none."""
     for wrapper in wrappers:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-            taken.append(f"in '{wrapper}'")
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         raise UserError(f"{path} holds no state dict of named tensors: save model.state_dict()")
     for key in content:
         if not isinstance(key, str) or not key.isprintable() or len(key) > 300:
             raise UserError(f"{path} has a tensor with no proper name ('{shown(key)}'): save model.state_dict()")
-    state = dict(content)
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        taken.append("prefix 'module.'")
-    return state, taken
+    prefix = "module." if all(key.startswith("module.") for key in content) else ""
+    return {key.removeprefix(prefix): value for key, value in content.items()}

@@ -1,7 +1,7 @@
 """What an import recognised, what the file says besides its tensors, and the checks that both kinds of model share."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_strict
 from dist_defend.models.candidates import CLASSES, COUNTER, Candidate
 from dist_defend.models.classifier import Classifier
+from dist_defend.models.constants import Constants
 from dist_defend.models.encoder import SimCLR
 from dist_defend.models.finder import Fit, told_shape
 from dist_defend.models.foreign_file import State
-from dist_defend.models.mappings import Weights, list_objects
+from dist_defend.models.mappings import Weights
 from dist_defend.models.restricted_pickle import shown
 
 _MOST_FACTS, _MOST_TEXT = 40, 60
@@ -53,16 +54,25 @@ class ImportReport:
 
 
 def reported(
-    fit: Fit, model: SimCLR | Classifier, tensors: State, content: Any, by_position: bool, **told: Any
+    fit: Fit,
+    model: SimCLR | Classifier,
+    tensors: State,
+    constants: Constants,
+    by_position: bool,
+    used: Collection[str] = (),
+    **told: Any,
 ) -> ImportReport:
-    """The report on a model that was made of a fit's tensors; told: its other fields."""
+    """The report on a model that was made of a fit's tensors, and of ``used`` beside it; told: its other fields."""
+    dropped = (key for key in (*fit.beside, *fit.weights.ignored) if key not in used)
     return ImportReport(
         arch=fit.candidate.arch,
         normalization=model.normalization,
         image_size=model.image_size,
         num_tensors=len(tensors),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        objects=tuple(list_objects(content)),
+        dropped=tuple(key.removeprefix(fit.prefix) for key in dropped),
+        guessed=constants.guessed,
+        resize=constants.resize,
         renamed=tuple(pair for pair in fit.candidate.ours.items() if pair[0] != pair[1]) if by_position else (),
         **told,
     )
@@ -131,7 +141,11 @@ def check_values(state: State, own: Mapping[str, Tensor], path: str | Path) -> N
 
 
 def match_by_position(
-    found: Sequence[Weights], candidates: Iterable[Candidate], prefix: str | None, path: str | Path, whole: bool
+    found: Sequence[Weights],
+    candidates: Callable[[State], Iterable[Candidate]],
+    prefix: str | None,
+    path: str | Path,
+    whole: bool,
 ) -> Fit:
     """The architecture whose tensors' shapes are the file's, in order; other names do not matter.
 
@@ -150,22 +164,16 @@ def match_by_position(
         )
     theirs = {key: value for key, value in weights.state.items() if key.startswith(prefix or "")}
     has_counters = any(key.endswith(COUNTER) for key in theirs)
-    pairings = [_pair(theirs, candidate, has_counters, whole) for candidate in candidates if _is_own(candidate)]
+    everything = {key: value for weights in found for key, value in weights.state.items()}
+    own = filter(_is_own, candidates(everything))
+    pairings = [_pair(theirs, candidate, has_counters, whole) for candidate in own]
     if not pairings:
         raise UserError(f"{path} fits no network that is known: name one with --arch")
     best = min(pairings, key=lambda pairing: (pairing.problem is not None, -pairing.share))
     if best.problem is not None:
         raise UserError(f"{path} {best.problem}")
-    return Fit(
-        weights,
-        "",
-        best.candidate,
-        best.num_classes,
-        (),
-        (),
-        (),
-        tuple(sorted(theirs.keys() - best.candidate.ours.keys())),
-    )
+    beside = tuple(sorted(theirs.keys() - best.candidate.ours.keys()))
+    return Fit(weights, "", best.candidate, best.num_classes, missing=(), misshapen=(), unexpected=(), beside=beside)
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,8 @@ class ZSKTGenerator(nn.Module):
             nn.Linear(z_dim, width * side**2),
             nn.Unflatten(1, (width, side, side)),
             nn.BatchNorm2d(width),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(_SLOPE, inplace=True),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(width, width // 2, 3, padding=1),
-            nn.BatchNorm2d(width // 2),
-            nn.LeakyReLU(_SLOPE, inplace=True),
+            *_doubled(width, width),
+            *_doubled(width, width // 2),
             nn.Conv2d(width // 2, channels, 3, padding=1),
             nn.BatchNorm2d(channels),
         )
@@ -63,14 +57,8 @@ class CMIGenerator(nn.Module):
         self.l1 = nn.Sequential(nn.Linear(z_dim, 2 * width * self.side**2))
         self.conv_blocks = nn.Sequential(
             nn.BatchNorm2d(2 * width),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, 2 * width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.LeakyReLU(_SLOPE, inplace=True),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.LeakyReLU(_SLOPE, inplace=True),
+            *_doubled(2 * width, 2 * width, bias=False),
+            *_doubled(2 * width, width, bias=False),
             nn.Conv2d(width, 3, 3, padding=1),
             nn.Sigmoid(),
         )
@@ -78,6 +66,12 @@ class CMIGenerator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         images: Tensor = self.conv_blocks(self.l1(z).view(len(z), self.channels, self.side, self.side))
         return images
+
+
+def _doubled(inputs: int, outputs: int, bias: bool = True) -> tuple[nn.Module, ...]:
+    """A map of twice the side: convolution, norm and leaky ReLU."""
+    convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=bias)
+    return nn.Upsample(scale_factor=2), convolution, nn.BatchNorm2d(outputs), nn.LeakyReLU(_SLOPE, inplace=True)
 
 
 def _first_side(image_size: int) -> int:

@@ -33,6 +33,7 @@ _MAX_DIMENSIONS = 16
 _MOST_VALUES = 2**48  # along a dimension, or as a stride
 _MOST_STATE = 16  # parts of a state
 _MOST_KEY = 10_000  # characters of a text as a key
+_BUILTINS = ("builtins", "__builtin__")  # Python 3's, Python 2's
 _BANDS = {"L": 1, "RGB": 3}
 
 
@@ -146,18 +147,6 @@ def as_list(items: Any = ()) -> list[Any]:
     return items if isinstance(items, list) else list(items)
 
 
-def _device(kind: Any, index: Any = None) -> str:
-    return f"{shown(kind)}:{shown(index)}"
-
-
-def _counter(counts: Any = None) -> dict[Any, Any]:
-    return counts if isinstance(counts, dict) else {}
-
-
-def _default_dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
 ALLOWED: dict[str, Callable[..., Any] | None] = {
     **dict.fromkeys(STORAGES),
     **{str(dtype): None for dtype in _STORED.values()},
@@ -166,22 +155,18 @@ ALLOWED: dict[str, Callable[..., Any] | None] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": _sizes,
-    "torch.device": _device,
+    "torch.device": lambda kind, index=None: f"{shown(kind)}:{shown(index)}",
     "collections.OrderedDict": _ordered_dict,
-    "collections.Counter": _counter,
-    "collections.defaultdict": _default_dict,
+    "collections.Counter": lambda counts=None: counts if isinstance(counts, dict) else {},
+    "collections.defaultdict": lambda *_: {},
     "_codecs.encode": _bytes,
     "PIL.Image.Image": PickledImage,
     "PIL.PngImagePlugin.PngImageFile": PickledImage,
     "numpy.ndarray": None,
     "numpy.dtype": PickledDtype,
-    **{
-        f"{builtins}.{kind}": None
-        for builtins in ("builtins", "__builtin__")
-        for kind in ("dict", "list", "int", "float")
-    },
-    **{f"{builtins}.bytes": _bytes for builtins in ("builtins", "__builtin__")},
-    **{f"{builtins}.{kind}": as_list for builtins in ("builtins", "__builtin__") for kind in ("set", "frozenset")},
+    **{f"{builtins}.{kind}": None for builtins in _BUILTINS for kind in ("dict", "list", "int", "float")},
+    **{f"{builtins}.bytes": _bytes for builtins in _BUILTINS},
+    **{f"{builtins}.{kind}": as_list for builtins in _BUILTINS for kind in ("set", "frozenset")},
     **{f"numpy.{core}.multiarray._reconstruct": lambda *_: PickledArray() for core in ("core", "_core")},
     **{f"numpy.{core}.multiarray.scalar": _number for core in ("core", "_core")},
 }

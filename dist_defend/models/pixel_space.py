@@ -1,6 +1,5 @@
 """Models in pixel space: they take images (B, 3, H, W) in [0, 1], and normalise and resize them themselves."""
 
-import difflib
 import math
 import re
 from abc import ABC, abstractmethod
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_defend import plugins
-from dist_defend.errors import UserError
+from dist_defend.errors import UserError, did_you_mean
 
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean, std per channel
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -47,12 +46,9 @@ def normalization_constants(name: str) -> tuple[tuple[float, ...], tuple[float, 
     try:
         numbers = tuple(float(word) for word in re.split(r"[\s,;/]+", name.strip()))
     except ValueError:
-        near = difflib.get_close_matches(name, normalization_names(), n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        known = ", ".join(normalization_names())
-        raise UserError(
-            f"unknown normalization '{name}': {hint}choose from {known}, or give numbers, mean,std or three of each"
-        ) from None
+        known = normalization_names()
+        told = f"unknown normalization '{name}': {did_you_mean(name, known)}choose from {', '.join(known)}"
+        raise UserError(f"{told}, or give numbers, mean,std or three of each") from None
     if len(numbers) not in (2, 6):
         raise UserError(
             f"normalization '{name}' has {len(numbers)} numbers: give mean,std or three means and three stds"

@@ -3,8 +3,9 @@ or before the pool, shortcuts without norm."""
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dist_defend.ops.fused_norm import norm_relu
 
 
 class PreActBlock(nn.Module):
@@ -21,8 +22,8 @@ class PreActBlock(nn.Module):
         self.shortcut = None if is_identity else projection
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
-        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        activated = norm_relu(self.bn1, x)
+        y: Tensor = self.conv2(norm_relu(self.bn2, self.conv1(activated)))
         return y + (x if self.shortcut is None else self.shortcut(activated))
 
 

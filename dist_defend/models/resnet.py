@@ -6,8 +6,9 @@ Activations are out of place: defences differentiate these networks twice.
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dist_defend.ops.fused_norm import norm_relu
 
 
 class BasicBlock(nn.Module):
@@ -24,8 +25,8 @@ class BasicBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, width, stride) if shortcut is None else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        y = norm_relu(self.bn1, self.conv1(x))
+        return norm_relu(self.bn2, self.conv2(y), self.shortcut(x))
 
 
 class Bottleneck(nn.Module):
@@ -45,9 +46,9 @@ class Bottleneck(nn.Module):
         self.shortcut = _shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+        y = norm_relu(self.bn1, self.conv1(x))
+        y = norm_relu(self.bn2, self.conv2(y))
+        return norm_relu(self.bn3, self.conv3(y), self.shortcut(x))
 
 
 class ResNet(nn.Module):
@@ -72,7 +73,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = norm_relu(self.bn1, self.conv1(x))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = self.linear(x.mean((2, 3)))
         return x

@@ -5,8 +5,9 @@ conv1, block{1,2,3}.layer.{i}.{bn1,conv1,bn2,conv2,convShortcut}, bn1, fc.
 
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dist_defend.ops.fused_norm import norm_relu
 
 
 class WideBlock(nn.Module):
@@ -22,8 +23,8 @@ class WideBlock(nn.Module):
         self.convShortcut = None if is_identity else nn.Conv2d(in_channels, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        activated = F.relu(self.bn1(x))
-        y: Tensor = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        activated = norm_relu(self.bn1, x)
+        y: Tensor = self.conv2(norm_relu(self.bn2, self.conv1(activated)))
         return y + (x if self.convShortcut is None else self.convShortcut(activated))
 
 
@@ -68,7 +69,7 @@ class WideResNet(nn.Module):
         for group in (self.block1, self.block2, self.block3)[first:]:
             x = group(x)
             maps.append(x)
-        return maps, self.fc(F.relu(self.bn1(x)).mean((2, 3)))
+        return maps, self.fc(norm_relu(self.bn1, x).mean((2, 3)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)[1]

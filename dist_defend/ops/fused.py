@@ -1,26 +1,35 @@
-"""Operators that torch lacks, each one pass over an activation: second derivatives of ELU and of batch norm.
+"""Operators that torch lacks: second derivatives of ELU and of batch norm; batch norm, a sum and ReLU together.
 
 Each is ``dist_defend::name``, written twice: in torch's own operators, for every device, and as one Triton kernel
-(ops/kernels.py), which a CUDA device runs where Triton is installed. A CUDA graph, and whoever counts, sees one.
-They have no derivatives of their own: ops/second_order.py calls them inside of its.
+(ops/kernels.py), which a CUDA device runs where Triton is installed. Like torch's batch norm, norm_relu has another for
+the statistics, and norm_relu_backward is torch's two kernels after a third. None has a derivative of its own:
+ops/second_order.py and ops/fused_norm.py call them inside of theirs.
 """
 
+import importlib
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_KERNELS = "dist_defend.ops.kernels"
 _library = torch.library.Library("dist_defend", "DEF")
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Any]:
+_has_kernels = torch.version.cuda is not None and find_spec("triton") is not None
+
+
+def _operator(schema: str, has_kernel: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """Registers the formula below it; calls go through torch's dispatcher."""
     name = schema.partition("(")[0]
 
     def register(formula: Callable[..., Any]) -> Any:
         _library.define(schema)
         _library.impl(name, formula, "CompositeExplicitAutograd")
+        if has_kernel and _has_kernels:
+            _library.impl(name, lambda *given: getattr(importlib.import_module(_KERNELS), name)(*given), "CUDA")
         return getattr(torch.ops.dist_defend, name).default
 
     return register
@@ -75,3 +84,39 @@ def norm_curve(
     rest, of_grad, of_v, of_x = (channels(scale * part, x) for part in (rest, v_x, grad_x, of_x))
     for_x = torch.addcmul(rest, grad, of_grad).addcmul_(v, of_v).addcmul_(x, of_x)
     return for_x, count * rate * both
+
+
+@_operator(
+    "norm_relu(Tensor x, Tensor? more, Tensor weight, Tensor bias, Tensor(a!) mean, Tensor(b!) variance, "
+    "float momentum, float eps) -> (Tensor, Tensor, Tensor)"
+)
+def norm_relu(
+    x: Tensor,
+    more: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ReLU of batch norm by the batch's statistics plus ``more``; their centre and rate; moves mean and variance."""
+    options = (weight, bias, mean, variance, True, momentum, eps)
+    y, centre, rate = torch.ops.aten.native_batch_norm(x, *options)
+    if more is not None:
+        y.add_(more)
+    return y.relu_(), centre, rate
+
+
+@_operator(
+    "norm_relu_backward(Tensor grad, Tensor y, Tensor x, Tensor weight, Tensor centre, Tensor rate, bool[3] mask) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    has_kernel=False,
+)
+def norm_relu_backward(
+    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, centre: Tensor, rate: Tensor, mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients for the sum, and, where the mask says so, for x, weight and bias."""
+    for_sum = torch.ops.aten.threshold_backward(grad, y, 0)
+    options = (x, weight, None, None, centre, rate, True, 0.0, mask)
+    return for_sum, *torch.ops.aten.native_batch_norm_backward(for_sum, *options)

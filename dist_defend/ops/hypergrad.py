@@ -196,8 +196,14 @@ def all_reduce_together(tensors: list[Tensor]) -> list[Tensor]:
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all together, as torch.nn.utils.get_total_norm has it, in a few kernels for all."""
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
-    return norm
+    return total_norms(tensors)[0]
+
+
+def total_norms(*lists: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The total norm of each of the lists, which are equally long."""
+    norms = torch.stack(torch._foreach_norm([tensor for tensors in lists for tensor in tensors]))
+    totals: Tensor = torch.linalg.vector_norm(norms.view(len(lists), -1), dim=1)
+    return totals.unbind()
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

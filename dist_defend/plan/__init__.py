@@ -105,10 +105,10 @@ def _stage_plan(
         batch = next(iter(stage.loader.epoch(0)))
     in_batch = sum(t.untyped_storage().nbytes() for t in (*batch.views, batch.labels, batch.index))
     if isinstance(step, GradientStep):
-        world_size, accumulation = context.ranks.world_size, step.accumulation
+        world_size, accumulation = context.ranks.world_size, step.options.accumulation
         if world_size > 1:
-            check_optimizer(strategy, step.config.name)
-        objectives, optimizer = [step.objective], step.config.name
+            check_optimizer(strategy, step.options.optimizer.name)
+        objectives, optimizer = [step.objective], step.options.optimizer.name
     elif not hasattr(step, "objectives"):
         raise UserError(f"stage {stage.name} has no plan: its step is none of context.gradient_step")
     else:  # trained by each rank for itself, one after the other

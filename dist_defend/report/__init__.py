@@ -36,9 +36,8 @@ def main(args: argparse.Namespace) -> int:
         write_atomic(folder / "report.md", tables.to_markdown(lines, [*alarms, *notices], found))
         write_atomic(folder / "report.html", page)
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write the report ({error.strerror}); choose another folder with --out"
-        ) from error
+        told = f"{folder}: cannot write the report ({error.strerror})"
+        raise UserError(f"{told}; choose another folder with --out") from error
     if lines:
         print(tables.to_text(lines))
     for text in [*alarms, *notices]:

@@ -5,10 +5,11 @@
     python -m tests.capture.ledger --write    # lower ledger.json; refuses to raise a number
 
 Steps run on device ``meta``, on tensors without data: nothing is computed, and whoever looks at a value gets an error.
-Counted are operators that a device runs (views are free), their FLOP (of convolutions and matrix products, two per
-multiply-add), the bytes that they read and write if each goes through main memory, and copies from the host. Such a
-copy is blocking, async from pinned memory, or async from pageable memory, where the host waits as well unless it is
-small. What depends on CUDA in the package is as on a GPU; a graph's update is run directly, with the graph's copies.
+Counted are operators that a device runs (views and memory without content are free), their FLOP (of convolutions and
+matrix products, two per multiply-add), the bytes that they read and write if each goes through main memory, and copies
+from the host. Such a copy is blocking, async from pinned memory, or async from pageable memory, where the host waits as
+well unless it is small. What depends on CUDA in the package is as on a GPU; a graph's update is run directly, with the
+graph's copies.
 """
 
 import argparse
@@ -61,6 +62,7 @@ class Copies:
     free: Counter[str] = field(default_factory=Counter)
 
 
+_RESERVES = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 _TABLES = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::index_put_"}
 _pinned: set[int] = set()  # storages that were made by pin_memory()
 
@@ -116,7 +118,7 @@ class Ledger(TorchDispatchMode):
         outputs = [tensor for tensor in _tensors(made) if id(tensor) not in known]
         if name in ("aten::_to_copy", "aten::copy_") and self._is_transfer(name, args, given, made):
             return made
-        if all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)) or _is_view(func):
+        if all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)) or _is_view(func) or name in _RESERVES:
             return made
         self._note_host_operands(name, inputs)
         counter = flop_registry.get(func._overloadpacket)

@@ -137,7 +137,8 @@ def staged(stage: Stage) -> Call:
 
 
 def gradient(objective: Objective, batch: Batch, **options: Any) -> Call:
-    step = GradientStep(objective, OptimizerConfig("adam"), RANKS, steps_per_epoch=10, epochs=10, **options)
+    update = UpdateConfig(epochs=10, optimizer=OptimizerConfig("adam"), **options)
+    step = GradientStep(objective, update, RANKS, steps_per_epoch=10)
     return stepped(step, cycle([batch]))
 
 
@@ -185,7 +186,7 @@ def heads() -> Call:
     tasks = {"task": probe.TaskConfig(_DATA, _DATA, 0)}
     config = probe.Config({"clean": "m"}, tasks, seeds=(1, 2, 3), update=UpdateConfig(256, 1))
     context = surroundings()
-    made = probe.TrainedHeads("task", config, [encoder().f.to(DEVICE)], context, *context.dataset("", _DATA))
+    made = probe.TrainedHeads("task", config, [encoder().f.to(DEVICE)], context, context.dataset("", _DATA))
     return staged(made.stages[0])
 
 
@@ -314,8 +315,8 @@ def pruned(**options: Any) -> Call:
     with mock.patch.object(torch, "Generator", lambda device: torch._C.Generator("cpu")):
         model = classifier("preact_resnet18")
         objective = anp.AnpObjective(model, norm_names(model.net), config)
-    sgd = OptimizerConfig("sgd", lr=0.2)
-    update = GradientStep(objective, sgd, RANKS, steps_per_epoch=10, epochs=10)
+    sgd = UpdateConfig(epochs=10, optimizer=OptimizerConfig("sgd", lr=0.2))
+    update = GradientStep(objective, sgd, RANKS, steps_per_epoch=10)
     return stepped(anp.AnpStep(update, objective, 0), cycle([batch_of(128)]))
 
 

@@ -190,7 +190,7 @@ def test_a_write_that_changed_does_not_name(part: str) -> None:
             "parameters": model.parameters,
             "buffers": model.buffers,
             "momentum": update.state,
-            "counts": lambda: [case.step.correct, case.step.seen],  # type: ignore[attr-defined]
+            "counts": lambda: [case.step.counts],  # type: ignore[attr-defined]
         }
         plain = graph.changed
 

@@ -15,7 +15,7 @@ from dist_defend.cli import main
 from dist_defend.engine import dist, grad_cache
 from dist_defend.engine import step as steps
 from dist_defend.engine.grad_cache import MicroBatch
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.encoder import SimCLR, build_simclr
@@ -116,9 +116,8 @@ def one_update(kind: str, parts: int, is_cached: bool, mutate: Mutation = none) 
         own = images_of(kind)[:, ranks.rank * share : (ranks.rank + 1) * share]
         batch = Batch(tuple(own), torch.zeros(share).long(), torch.arange(share))
         objective = SimCLRObjective(model, 0.5, is_cached)
-        step = GradientStep(
-            objective, OptimizerConfig("sgd", lr=1.0), ranks, steps_per_epoch=1, epochs=1, accumulation=parts
-        )
+        update = UpdateConfig(epochs=1, accumulation=parts, optimizer=OptimizerConfig("sgd", lr=1.0))
+        step = GradientStep(objective, update, ranks, steps_per_epoch=1)
         torch.manual_seed(11)
         loss = step(batch, Position())["loss"]
         if ranks.world_size > 1:
@@ -207,9 +206,8 @@ def reductions(parts: int) -> list[int]:
 
     ranks = dist.start("fp64", None)
     objective = SimCLRObjective(make_network("plain"), 0.5, True)
-    step = GradientStep(
-        objective, OptimizerConfig("sgd", lr=1.0), ranks, steps_per_epoch=1, epochs=1, accumulation=parts
-    )
+    update = UpdateConfig(epochs=1, accumulation=parts, optimizer=OptimizerConfig("sgd", lr=1.0))
+    step = GradientStep(objective, update, ranks, steps_per_epoch=1)
     step.strategy.module.register_comm_hook(None, note)  # type: ignore[attr-defined]
     share = IMAGES // ranks.world_size
     own = images_of("plain")[:, ranks.rank * share : (ranks.rank + 1) * share]

@@ -15,7 +15,7 @@ from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
@@ -66,7 +66,8 @@ def fit(folder: Path, kill_before: int | None) -> list[float]:
     torch.manual_seed(0)
     ranks = dist.start("fp32", None)
     torch.rand(ranks.rank)  # as a rank that drew more, for initial weights of its own
-    step = GradientStep(Dropped(), OptimizerConfig("sgd", lr=0.01), ranks, steps_per_epoch=3, epochs=2)
+    update = UpdateConfig(epochs=2, optimizer=OptimizerConfig("sgd", lr=0.01))
+    step = GradientStep(Dropped(), update, ranks, steps_per_epoch=3)
 
     updates = itertools.count()
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from dist_defend import counts
 from dist_defend.engine.context import Context
-from dist_defend.methods.defend.pruning import stops
 from dist_defend.methods.defend.rnp import steps
 from dist_defend.models.artifact import ModelCard, save_artifact
 from dist_defend.models.classifier import build_classifier
@@ -36,7 +36,7 @@ def counts_of_one_rank(patch: pytest.MonkeyPatch) -> None:
         own = (torch.cat(column) for column in zip(*parts, strict=True))
         return tuple(torch.cat([seen, seen.new_zeros(total - len(seen), *seen.shape[1:])]) for seen in own)
 
-    patch.setattr(stops, "gather_in_order", gather)
+    patch.setattr(counts, "gather_in_order", gather)
 
 
 def make_config(folder: Path, labels: str, **options: Any) -> Path:

@@ -16,7 +16,7 @@ from dist_defend.batch import Batch
 from dist_defend.config import load_experiment
 from dist_defend.engine.dist import start
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.sharding import launched_sharding
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.errors import UserError
@@ -205,8 +205,8 @@ def state_and_loaded(strategy: str) -> list[dict[str, Any]]:
             patch.setenv(name, value)
         steps = []
         for _ in range(2):
-            config = OptimizerConfig("adam", lr=0.01)
-            steps.append(GradientStep(Odd(), config, start("fp32", None), steps_per_epoch=2, epochs=1))
+            update = UpdateConfig(epochs=1, optimizer=OptimizerConfig("adam", lr=0.01))
+            steps.append(GradientStep(Odd(), update, start("fp32", None), steps_per_epoch=2))
         for seed in (1, 2):
             x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
             steps[0](Batch((x,), torch.zeros(4).long(), torch.arange(4)), Position())

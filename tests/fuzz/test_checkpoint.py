@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dist_defend.batch import Batch
 from dist_defend.engine import checkpoint, dist
 from dist_defend.engine.objective import NonFiniteError, Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
@@ -58,8 +58,8 @@ class Images:
 
 
 def stages() -> list[Stage]:
-    config = OptimizerConfig("adam", amsgrad=True)
-    step = GradientStep(Line(), config, dist.start("fp32", None), steps_per_epoch=2, epochs=2)
+    update = UpdateConfig(epochs=2, optimizer=OptimizerConfig("adam", amsgrad=True))
+    step = GradientStep(Line(), update, dist.start("fp32", None), steps_per_epoch=2)
     return [Stage("line", Images(), step, epochs=2)]
 
 

@@ -13,6 +13,20 @@ IN_FUSED: tuple[Mutation, ...] = (
         f"{FOLDED}::test_a_folded_network_is_the_same_function_of_the_same_weights",
     ),
     Mutation(
+        "a kept pass goes on where the counter stands, wherever the host is",
+        "methods/defend/ibau/rounds.py",
+        "if number != self._expected:",
+        "if False:",
+        "capture/test_replays.py::test_replays_equal_eager_calls[ibau, kept]",
+    ),
+    Mutation(
+        "a fused norm gives the other summand the norm's gradient",
+        "ops/fused_norm.py",
+        "for_sum if needs_more else None",
+        "rest[0] if needs_more else None",
+        "numerics/test_fused_norm.py::test_the_same_numbers",
+    ),
+    Mutation(
         "gamma's gradient forgets the shift",
         "models/folding.py",
         "for_scales = torch._foreach_addcmul(sums, for_shifts, offsets)",

@@ -11,7 +11,7 @@ from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine import dist
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.defend.anp import AnpObjective, AnpStep, Config
 from dist_defend.methods.defend.pruning.masks import (
@@ -64,8 +64,8 @@ def record(objective: AnpObjective, monkeypatch: pytest.MonkeyPatch) -> list[lis
 def check(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objective, case = make_objective(arch)
     model = objective._model[0]
-    sgd = OptimizerConfig("sgd", lr=case["lr"], momentum=0.9)
-    update = GradientStep(objective, sgd, dist.start("fp64", None), steps_per_epoch=case["num"], epochs=1)
+    sgd = UpdateConfig(epochs=1, optimizer=OptimizerConfig("sgd", lr=case["lr"], momentum=0.9))
+    update = GradientStep(objective, sgd, dist.start("fp64", None), steps_per_epoch=case["num"])
     step = AnpStep(update, objective, 0)
     monkeypatch.setattr(step, "seed_draws", lambda at: None)  # one generator for all updates, as the recording had it
     noises = record(objective, monkeypatch)

@@ -90,13 +90,13 @@ def published_estimates(information: LayerInformation, images: Tensor, config: I
         history = []
         for epoch in range(config.epochs):
             for number, batch in enumerate(images.split(config.batch_size)):
-                permutation = information._permutation(layer, epoch, number, len(batch), 0)
+                permutation = information.permutation(layer, epoch, number, len(batch), 0)
                 optimizer.zero_grad()
                 (-bound(network, layer, critic, batch, permutation)).backward()
                 optimizer.step()
             values = []
             for number, batch in enumerate(images.split(config.batch_size)):
-                permutation = information._permutation(layer, epoch + 1, number, len(batch), 1)
+                permutation = information.permutation(layer, epoch + 1, number, len(batch), 1)
                 values.append(max(0.0, bound(network, layer, critic, batch, permutation).item()))
             history.append(np.mean(values))
         estimates.append(float(np.mean(history[-config.last_epochs :])))

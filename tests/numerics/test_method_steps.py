@@ -13,7 +13,7 @@ from torch.nn import functional
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods.attack.badencoder import BadEncoderObjective, freeze_norms
 from dist_defend.methods.defend.mimic import MimicObjective
@@ -42,7 +42,8 @@ def run_steps(
         replay()
 
     objective.after_backward = record  # type: ignore[method-assign]
-    step = GradientStep(objective, optimizer, dist.start("fp64", None), steps_per_epoch=1, epochs=1)
+    update = UpdateConfig(epochs=1, optimizer=optimizer)
+    step = GradientStep(objective, update, dist.start("fp64", None), steps_per_epoch=1)
     return [step(batch, Position())["loss"].item() for _ in range(steps)], gradients
 
 

@@ -15,9 +15,9 @@ from dist_defend.config import load_experiment
 from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.methods import find_method
 from dist_defend.methods.attack.badencoder import BadEncoderObjective
@@ -188,7 +188,7 @@ def test_an_updates_options_reach_the_step(context: Context) -> None:
     batch = Batch((torch.ones(4, 2, dtype=torch.float64),), torch.ones(4).long(), torch.arange(4))
     step(batch, Position())
     assert step.objective.get_parameter("w").norm().item() == pytest.approx(1e-3)
-    assert (step.accumulation, step.total_steps) == (2, 15)
+    assert (step.options.accumulation, step.total_steps) == (2, 15)
 
 
 def test_order_and_subsets_follow_the_runs_seed(context: Context, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_the_package_imports_next_to_nothing() -> None:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_no_command(option: str) -> None:
     modules = modules_after(f"import sys; sys.argv[1:] = ['{option}']; from dist_defend.cli import main; main()")
-    light = {"arguments", "cli", "engine", "engine.signals", "errors", "screen", "terminal", "tv_compat"}
+    light = {"arguments", "cli", "engine", "engine.signals", "errors", "lifeline", "screen", "terminal", "tv_compat"}
     assert own(modules) == {"dist_defend", *(f"dist_defend.{name}" for name in light)}
     assert not modules & HEAVY
 

@@ -14,7 +14,8 @@ from dist_defend.data.classes import tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, LoaderConfig, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
 from dist_defend.engine import dist
-from dist_defend.engine.context import Context, UpdateConfig
+from dist_defend.engine.context import Context
+from dist_defend.engine.optim import UpdateConfig
 from dist_defend.methods.defend import ibau
 from dist_defend.methods.measure import probe
 from dist_defend.methods.pretrain import classifier

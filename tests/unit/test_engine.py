@@ -21,7 +21,7 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.engine import checkpoint, dist
 from dist_defend.engine.objective import NonFiniteError, Objective
-from dist_defend.engine.optim import OptimizerConfig, lr_factor
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig, lr_factor
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
@@ -60,7 +60,8 @@ class Numbers:
 
 
 def make_step(config: OptimizerConfig = SGD, epochs: int = 2, **options: Any) -> GradientStep:
-    return GradientStep(Line(), config, dist.start("fp32", None), steps_per_epoch=3, epochs=epochs, **options)
+    update = UpdateConfig(epochs=epochs, optimizer=config, **options)
+    return GradientStep(Line(), update, dist.start("fp32", None), steps_per_epoch=3)
 
 
 def fit(folder: Path, *stages: Stage, **changes: Any) -> None:

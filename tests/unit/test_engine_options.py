@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from dist_defend.batch import Batch
 from dist_defend.engine import dist
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import Lars, OptimizerConfig, build_optimizer
+from dist_defend.engine.optim import Lars, OptimizerConfig, UpdateConfig, build_optimizer
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.errors import UserError
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
@@ -58,10 +58,8 @@ def trained(arch: str, size: int, precision: str = "fp64", **options: Any) -> tu
     """Losses and final state (float64) of three SimCLR updates."""
     torch.manual_seed(0)
     model = build_simclr(arch, "none", image_size=size)
-    config = OptimizerConfig("sgd", lr=0.1, momentum=0.9)
-    step = GradientStep(
-        SimCLRObjective(model, 0.5), config, dist.start(precision, None), steps_per_epoch=3, epochs=1, **options
-    )
+    update = UpdateConfig(epochs=1, optimizer=OptimizerConfig("sgd", lr=0.1, momentum=0.9), **options)
+    step = GradientStep(SimCLRObjective(model, 0.5), update, dist.start(precision, None), steps_per_epoch=3)
     views = torch.rand(2, 4, 3, size, size, dtype=step.objective.get_parameter("model.g.0.weight").dtype)
     batch = Batch(tuple(views), torch.zeros(4).long(), torch.arange(4))
     losses = [step(batch, Position(batch=number))["loss"].item() for number in range(3)]
@@ -82,14 +80,8 @@ def test_recomputing_keeps_fewer_tensors() -> None:
     def bytes_kept(**options: Any) -> int:
         torch.manual_seed(0)
         model = build_simclr("timm:vit_tiny_patch16_224", "none", image_size=64)
-        step = GradientStep(
-            SimCLRObjective(model, 0.5),
-            OptimizerConfig(),
-            dist.start("fp32", None),
-            steps_per_epoch=1,
-            epochs=1,
-            **options,
-        )
+        update = UpdateConfig(epochs=1, **options)
+        step = GradientStep(SimCLRObjective(model, 0.5), update, dist.start("fp32", None), steps_per_epoch=1)
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -110,20 +102,21 @@ def test_recomputing_keeps_fewer_tensors() -> None:
 def test_compiled_blocks_train_alike() -> None:
     losses, _ = trained("small_cifar", 16, "fp32")
     before = counters["stats"]["unique_graphs"]
-    compiled, _ = trained("small_cifar", 16, "fp32", compiled=True)
+    compiled, _ = trained("small_cifar", 16, "fp32", compile=True)
     assert counters["stats"]["unique_graphs"] > before
     assert compiled == pytest.approx(losses, rel=1e-4)
 
 
-@pytest.mark.parametrize("key", ["recompute", "compiled"])
+@pytest.mark.parametrize("key", ["recompute", "compile"])
 def test_a_network_without_blocks_says_so(key: str) -> None:
     class Flat(Objective):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Linear(2, 2)
 
+    options: dict[str, Any] = {key: True}
     with pytest.raises(UserError, match="has no repeated blocks"):
-        GradientStep(Flat(), OptimizerConfig(), dist.start("fp32", None), steps_per_epoch=1, epochs=1, **{key: True})
+        GradientStep(Flat(), UpdateConfig(**options), dist.start("fp32", None), steps_per_epoch=1)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_rows_fill_the_table(
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     table.main([str(tmp_path / "rows.json"), "--keep"])
     page = table.PAGE.read_text()
-    line = "| I-BAU, VGG, B = 100: outer step | 4.44 (0.27) | <= 1.5 "
+    line = "| I-BAU, VGG, B = 100: outer step | 1.92 (0.27) | <= 1.5 "
     line += "| 1.25 | 5.00 | 4.00 | 21% | 110% | a card, batch 100 |"
     assert line in page and line in capsys.readouterr().out
     assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page

@@ -10,7 +10,7 @@ import torch
 
 from dist_defend.attacks.attack import AttackConfig, attack_from, backdoor_labels
 from dist_defend.attacks.patterns import BadNets, Blended, Bpp, LabelConsistent, Sig, WaNet
-from dist_defend.attacks.poison import CROSS, STAMPED, PoisonedDataset, poisoned, poisoned_rows, triggered
+from dist_defend.attacks.poison import CROSS, STAMPED, PoisonedDataset, drawn_rows, poisoned, triggered
 from dist_defend.attacks.stamping import to_images
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource
@@ -23,7 +23,7 @@ ROWS = np.arange(1000)
 
 
 def choose(labels: np.ndarray = LABELS, rows: np.ndarray = ROWS, seed: int = 1, **options: Any) -> np.ndarray:
-    return poisoned_rows(labels, rows, AttackConfig(BadNets(), **options), 10, seed)
+    return drawn_rows(labels, rows, AttackConfig(BadNets(), **options), 10, seed)[0]
 
 
 def dataset_of(folder: Path, count: int = 40, size: int = 8) -> PreparedDataset:
@@ -60,7 +60,7 @@ def test_the_first_eligible_images_can_be_chosen() -> None:
 
 def clean_label(**options: Any) -> np.ndarray:
     config = AttackConfig(Sig(), labels="clean_label", target_class=3, **options)
-    return poisoned_rows(LABELS, ROWS, config, 10, 1)
+    return drawn_rows(LABELS, ROWS, config, 10, 1)[0]
 
 
 def test_what_cannot_be_chosen_is_a_user_error() -> None:
@@ -75,7 +75,7 @@ def test_what_cannot_be_chosen_is_a_user_error() -> None:
     with pytest.raises(UserError, match="key 'target_class' is 10; the classes are 0 to 9"):
         choose(target_class=10)
     with pytest.raises(UserError, match="key 'shift' is 20, which maps each of the 10 classes to itself"):
-        poisoned_rows(LABELS, ROWS, AttackConfig(BadNets(), labels="all_to_all", shift=20), 10, 1)
+        drawn_rows(LABELS, ROWS, AttackConfig(BadNets(), labels="all_to_all", shift=20), 10, 1)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_training_set_is_stamped_where_flagged_and_nowhere_else(tmp_path: Path
     rows = np.arange(4, 40)
     made = poisoned(clean, rows, config, seed=3)
     flagged = np.flatnonzero(made.flags)
-    assert np.array_equal(flagged, poisoned_rows(clean.labels, rows, config, 3, 3)) and len(flagged) == 18
+    assert np.array_equal(flagged, drawn_rows(clean.labels, rows, config, 3, 3)[0]) and len(flagged) == 18
     images, untouched = made.images(np.arange(40)), clean.images(np.arange(40))
     expected = untouched.copy()
     expected[flagged, -3:, -3:] = 255

@@ -19,7 +19,7 @@ from dist_defend.data.loader import DatasetConfig, LoaderConfig
 from dist_defend.engine import checkpoint, dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
@@ -69,9 +69,8 @@ class Killed(BaseException):
 def fit(folder: Path, kill_before: int | None = None, objective: Objective | None = None) -> list[float]:
     """The weights after two epochs of three updates, in a process that begins as every run does."""
     torch.manual_seed(0)
-    step = GradientStep(
-        objective or Dropped(), OptimizerConfig("sgd", lr=0.1), dist.start("fp32", None), steps_per_epoch=3, epochs=2
-    )
+    update = UpdateConfig(epochs=2, optimizer=OptimizerConfig("sgd", lr=0.1))
+    step = GradientStep(objective or Dropped(), update, dist.start("fp32", None), steps_per_epoch=3)
 
     updates = itertools.count()
 

@@ -52,6 +52,25 @@ def inner_loss(model: nn.Module, delta: Tensor, batch: Batch) -> Tensor:
     return -functional.cross_entropy(model(images + delta), labels) + PENALTY * torch.pow(torch.norm(delta), 2)
 
 
+def implicit_gradient(
+    parameters: Sequence[Tensor], delta: Tensor, outer: Tensor, inner: Tensor, steps: int
+) -> list[Tensor]:
+    """The outer loss's gradient, with what it has by delta, the fixed point of a gradient step on the inner loss."""
+    (for_delta,) = torch.autograd.grad(outer, delta, retain_graph=True)
+    direct = torch.autograd.grad(outer, parameters, retain_graph=True)
+    (slope,) = torch.autograd.grad(inner, delta, create_graph=True)
+    mapped = delta - STEP_SIZE * slope
+    v = torch.zeros_like(delta)
+    for _ in range(steps):
+        before = v
+        (pulled,) = torch.autograd.grad(mapped, delta, grad_outputs=v, retain_graph=True)
+        v = pulled + for_delta
+        if torch.norm(v - before).item() < TOLERANCE:
+            break
+    implicit = torch.autograd.grad(mapped, parameters, grad_outputs=v)
+    return [first + second for first, second in zip(direct, implicit, strict=True)]
+
+
 def outer_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -66,20 +85,9 @@ def outer_step(
     parameters = list(model.parameters())
     delta = delta.detach().requires_grad_()
     loss = outer_loss(model, delta, batch, patched)
-    (for_delta,) = torch.autograd.grad(loss, delta, retain_graph=True)
-    direct = torch.autograd.grad(loss, parameters, retain_graph=True)
-    (slope,) = torch.autograd.grad(inner_loss(model, delta, first), delta, create_graph=True)
-    mapped = delta - STEP_SIZE * slope
-    v = torch.zeros_like(delta)
-    for _ in range(steps):
-        before = v
-        (pulled,) = torch.autograd.grad(mapped, delta, grad_outputs=v, retain_graph=True)
-        v = pulled + for_delta
-        if torch.norm(v - before).item() < TOLERANCE:
-            break
-    implicit = torch.autograd.grad(mapped, parameters, grad_outputs=v)
-    for parameter, first_part, second_part in zip(parameters, direct, implicit, strict=True):
-        parameter.grad = first_part + second_part
+    hypergradient = implicit_gradient(parameters, delta, loss, inner_loss(model, delta, first), steps)
+    for parameter, gradient in zip(parameters, hypergradient, strict=True):
+        parameter.grad = gradient
     optimizer.step()
     return loss.item()
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-PENALTY, STEP_SIZE, TOLERANCE = 1e-3, 0.1, 1e-10
+from dist_defend.bench.published.ibau import PENALTY, implicit_gradient
+
 MAX_NORM = 5.0
 
 
@@ -141,23 +142,11 @@ def add_hypergradient(student: Layered, images: Tensor, delta: Tensor, patched: 
     """Add the implicit gradient of the outer loss to the student's gradients."""
     parameters = list(student.parameters())
     outer = outer_loss(student, images, delta, patched)
-    (for_delta,) = torch.autograd.grad(outer, delta, retain_graph=True)
-    direct = torch.autograd.grad(outer, parameters, retain_graph=True)
     clean = student(images)
     inner = generator_loss(student(images + delta), clean.detach()) + PENALTY * delta.pow(2).sum()
-    (slope,) = torch.autograd.grad(inner, delta, create_graph=True)
-    mapped = delta - STEP_SIZE * slope
-    v = torch.zeros_like(delta)
-    for _ in range(steps):
-        before = v
-        (pulled,) = torch.autograd.grad(mapped, delta, grad_outputs=v, retain_graph=True)
-        v = pulled + for_delta
-        if torch.norm(v - before).item() < TOLERANCE:
-            break
-    implicit = torch.autograd.grad(mapped, parameters, grad_outputs=v)
-    for parameter, first, second in zip(parameters, direct, implicit, strict=True):
-        total = first + second
-        parameter.grad = total if parameter.grad is None else parameter.grad + total
+    gradients = implicit_gradient(parameters, delta, outer, inner, steps)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     return outer.item()
 
 

@@ -25,10 +25,10 @@ from dist_defend.batch import Batch
 from dist_defend.bounds import not_negative
 from dist_defend.data.augment import REFERENCE, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Place, Plan
 from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.fit import check_image_size

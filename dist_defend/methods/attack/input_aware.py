@@ -5,7 +5,7 @@ with the classifier. Losses and constants are BackdoorBench's. Distances are bet
 """
 
 import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,10 +23,10 @@ from dist_defend.counts import Count, evaluate_classifier, percents
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.engine.update import Update, check_finite
@@ -68,7 +68,7 @@ class Config:
     test: DatasetConfig
     arch: str = "preact_resnet18"
     normalization: str = "cifar10_backdoorbench"
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
     labels: Literal["all_to_one", "all_to_all"] = "all_to_one"
     target_class: int = 0
     shift: int = 1
@@ -79,17 +79,11 @@ class Config:
     batch_size: int = 128
     mask_epochs: int = 25
     epochs: int = 100
-    mask_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(
-            "adam", 0.01, betas=(0.5, 0.9), schedule="multistep", milestones=(10, 20)
-        )
+    mask_optimizer: OptimizerConfig = OptimizerConfig(
+        "adam", 0.01, betas=(0.5, 0.9), schedule="multistep", milestones=(10, 20)
     )
-    generator_optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig("adam", 0.01, betas=(0.5, 0.9))
-    )
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig("sgd", 0.01, momentum=0.9, weight_decay=5e-4)
-    )
+    generator_optimizer: OptimizerConfig = OptimizerConfig("adam", 0.01, betas=(0.5, 0.9))
+    optimizer: OptimizerConfig = OptimizerConfig("sgd", 0.01, momentum=0.9, weight_decay=5e-4)
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dist_defend.batch import Batch
-from dist_defend.bounds import not_negative, positive
+from dist_defend.bounds import not_negative, positive, share
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.defender import defence_loader
@@ -57,8 +57,7 @@ class Config(MaskConfig):
         super().__post_init__()
         positive(self, "lr", "steps", "iterations")
         not_negative(self, "eps")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
+        share(self, "alpha")
 
 
 PRESETS: dict[str, dict[str, Any]] = {"official": {}, "backdoorbench": {"lr": 0.01, "ratio": 0.05, "batch_size": 256}}

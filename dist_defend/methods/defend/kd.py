@@ -3,7 +3,7 @@
 The yardstick of Hong et al. (ICML 2023, ABD): what is left of a teacher's backdoor where nothing is synthesised.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +11,12 @@ from torch.nn import functional
 
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
-from dist_defend.bounds import at_least_one, positive
+from dist_defend.bounds import at_least_one, positive, share
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.ops.losses import distillation
@@ -46,18 +46,15 @@ class Config:
     attack: AttackConfig | None = None
     temperature: float = 6.0
     alpha: float = 0.95
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=128, epochs=170, optimizer=OptimizerConfig("sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
-        )
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
+    update: UpdateConfig = UpdateConfig(
+        batch_size=128, epochs=170, optimizer=OptimizerConfig("sgd", lr=0.1, momentum=0.9, weight_decay=5e-4)
     )
     evaluate_every: int = 10
 
     def __post_init__(self) -> None:
         positive(self, "temperature")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"key 'alpha' is {self.alpha}; it must be in [0, 1]")
+        share(self, "alpha")
         at_least_one(self, "evaluate_every")
 
 
@@ -103,13 +100,10 @@ def build(config: Config, context: Context) -> Plan:
     pair = Pair(config.teacher, config.student, config.test, config.attack, context)
     data, rows = pair.trial.dataset("defence", config.data)
     pair.check_augment(config.augment)
-    loader = context.train_loader(
-        data, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
-    )
-    step = context.gradient_step(
-        DistillationObjective(pair, config.temperature, config.alpha), config.update, loader.num_batches
-    )
+    update, views = config.update, (View(config.augment),)
+    loader = context.train_loader(data, rows, update.batch_size, views, update.accumulation)
+    objective = DistillationObjective(pair, config.temperature, config.alpha)
+    step = context.gradient_step(objective, update, loader.num_batches)
     pair.trial.look(data, rows)
-    stage = Stage("kd", loader, step, config.update.epochs, pair.evaluate, config.evaluate_every)
-    stage.shown = "loss", "kl"
+    stage = Stage("kd", loader, step, update.epochs, pair.evaluate, config.evaluate_every, shown=("loss", "kl"))
     return Plan([stage], lambda: pair.result({"images": len(rows)}))

@@ -17,10 +17,10 @@ from dist_defend.bounds import at_least_one, positive
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.cutmix import CutMixConfig, CutMixLoader
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.abd.epochs import FIRST_KEPT, Later, check_defence, check_selection
@@ -61,10 +61,8 @@ class Config:
     attack: AttackConfig | None = None
     temperature: float = 8.0
     cutmix: CutMixConfig = field(default_factory=CutMixConfig)
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
-    )
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
+    update: UpdateConfig = UpdateConfig(batch_size=512, epochs=300, optimizer=OptimizerConfig("adam", lr=1e-3))
     vaccine: VaccineConfig | None = None
     retrospection: RetrospectionConfig | None = None
     retrospection_convention: Convention = "mean"

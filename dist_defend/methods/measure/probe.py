@@ -7,7 +7,7 @@ draws, the same batches.
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,14 +21,15 @@ from dist_defend.attacks.patterns import BadNets
 from dist_defend.batch import Batch
 from dist_defend.bounds import positive
 from dist_defend.counts import extract_features, knn_classes, warn_near_chance
+from dist_defend.data.classes import check_class
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.order import epoch_order, rank_slice
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Place, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Place, Plan
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.objective import Objective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR
@@ -38,6 +39,7 @@ from dist_defend.models.pixel_space import Encoder
 from dist_defend.trial import Examination, encoders_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
+LabelledRows = tuple[PreparedDataset, np.ndarray]  # a data set with labels, and rows (N,) of it
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Config:
 
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    attack: AttackConfig | None = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
+    attack: AttackConfig | None = AttackConfig(BadNets(size=10, margin=1))
     kind: Literal["head", "knn"] = "head"
     knn: KnnConfig | None = None
     seeds: tuple[int, ...] = (100,)
@@ -100,9 +102,7 @@ class Config:
     dropout: float = 0.5
     shuffle: bool = False
     cache: Place = "memory"
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
-    )
+    update: UpdateConfig = UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
 
     def __post_init__(self) -> None:
         for key in ("encoders", "tasks", "seeds"):
@@ -223,15 +223,11 @@ class Task:
         context: Context,
     ) -> None:
         self.config, self.models = config, models
-        train, rows = context.dataset(f"{name}/train", task.train, is_labelled=True)
+        labelled = train, _ = context.dataset(f"{name}/train", task.train, is_labelled=True)
         test, test_rows = context.dataset(f"{name}/test", task.test, is_labelled=True)
         context.check_classes(train.classes, task.train.path, test.classes, task.test.path)
         self.classes = train.classes
-        if not 0 <= task.target_class < train.num_classes:
-            raise UserError(
-                f"key 'probe.tasks.{name}.target_class' is {task.target_class}; {task.train.path} has classes 0 to "
-                f"{train.num_classes - 1}"
-            )
+        check_class(f"probe.tasks.{name}.target_class", task.target_class, train.num_classes, task.train.path)
         for kind, model in models.items():
             for data, part in ((train, task.train), (test, task.test)):
                 check_image_size(model, config.encoders[kind], data.image_shape, part.path)
@@ -240,7 +236,7 @@ class Task:
         self.examination = Examination(test, test_rows, attack, train.num_classes, context, task=name)
         encoders = [model.f for model in models.values()]
         how = TrainedHeads if config.kind == "head" else Neighbours
-        self.head: TrainedHeads | Neighbours = how(name, config, encoders, context, train, rows)
+        self.head: TrainedHeads | Neighbours = how(name, config, encoders, context, labelled)
 
     @torch.no_grad()
     def evaluate(self) -> list[dict[str, Any]]:
@@ -259,14 +255,9 @@ class TrainedHeads:
     """The heads of one task, for all encoders and seeds, and the stage that trains them."""
 
     def __init__(
-        self,
-        task: str,
-        config: Config,
-        encoders: Sequence[Encoder],
-        context: Context,
-        train: PreparedDataset,
-        rows: np.ndarray,
+        self, task: str, config: Config, encoders: Sequence[Encoder], context: Context, data: LabelledRows
     ) -> None:
+        train, rows = data
         if len(rows) < config.update.batch_size:
             raise UserError(
                 f"{train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
@@ -299,19 +290,13 @@ class Neighbours:
     stages: tuple[Stage, ...] = ()
 
     def __init__(
-        self,
-        task: str,
-        config: Config,
-        encoders: Sequence[Encoder],
-        context: Context,
-        train: PreparedDataset,
-        rows: np.ndarray,
+        self, task: str, config: Config, encoders: Sequence[Encoder], context: Context, data: LabelledRows
     ) -> None:
         self.config, self.encoders, self.context = config.knn or KnnConfig(), encoders, context
-        self.loader = context.eval_loader(train, rows)
-        if self.config.k > len(rows):
+        self.loader = context.eval_loader(*data)
+        if self.config.k > len(data[1]):
             told = "%s: key 'probe.knn.k' is %d, but there are %d training images: all of them vote"
-            log.warning(told, task, self.config.k, len(rows))
+            log.warning(told, task, self.config.k, len(data[1]))
 
     def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
         """By the run's seed, which decides nothing: the classes (N,) of each of the features (N, D)."""

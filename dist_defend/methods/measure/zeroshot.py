@@ -5,7 +5,7 @@ There is nothing to train. A backdoored image tower is measured against the text
 """
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.patterns import BadNets
 from dist_defend.bounds import at_least_one
 from dist_defend.counts import warn_near_chance
-from dist_defend.data.classes import check_same_classes
+from dist_defend.data.classes import check_class, check_same_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.context import Context, Plan
 from dist_defend.errors import UserError
@@ -97,7 +97,7 @@ class Config:
     clip: ClipConfig
     encoders: dict[str, str]
     tasks: dict[str, TaskConfig]
-    attack: AttackConfig | None = field(default_factory=lambda: AttackConfig(BadNets(size=50, margin=1)))
+    attack: AttackConfig | None = AttackConfig(BadNets(size=50, margin=1))
     batch_size: int = 512
 
     def __post_init__(self) -> None:
@@ -159,11 +159,7 @@ class Task:
             context.tell(
                 f"{test.path} has numbers for class names, so prompts say numbers; give key '{key}.class_names'"
             )
-        if not 0 <= task.target_class < len(self.class_names):
-            raise UserError(
-                f"key '{key}.target_class' is {task.target_class}; {test.path} has classes 0 to "
-                f"{len(self.class_names) - 1}"
-            )
+        check_class(f"{key}.target_class", task.target_class, len(self.class_names), test.path)
         for kind, model in models.items():
             if test.image_shape != (model.image_size, model.image_size, 3):
                 raise UserError(

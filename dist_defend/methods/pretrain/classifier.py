@@ -3,7 +3,7 @@
 A poisoned run differs from a clean one in its data set alone.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.classes import named_classes, tell_missing_classes
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -49,14 +49,12 @@ class Config:
     test: DatasetConfig
     arch: str = "preact_resnet18"
     normalization: str = "cifar10_backdoorbench"
-    augment: AugmentConfig = field(default_factory=lambda: AugmentConfig(crop="pad", pad=4, flip=0.5))
+    augment: AugmentConfig = AugmentConfig(crop="pad", pad=4, flip=0.5)
     attack: AttackConfig | None = None
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=128,
-            epochs=100,
-            optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
-        )
+    update: UpdateConfig = UpdateConfig(
+        batch_size=128,
+        epochs=100,
+        optimizer=OptimizerConfig("sgd", lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine"),
     )
     evaluate_every: int = 10
 
@@ -129,10 +127,9 @@ def build(config: Config, context: Context) -> Plan:
         if config.attack.choose == "first":
             _tell_missing(context, clean_train, rows, flags, config)
     examination = Examination(test, test_rows, config.attack, test.num_classes, context)
-    loader = context.train_loader(
-        train, rows, config.update.batch_size, (View(config.augment),), config.update.accumulation
-    )
-    step = context.gradient_step(ClassificationObjective(model), config.update, loader.num_batches)
+    update, shown = config.update, ("loss", "train_acc")
+    loader = context.train_loader(train, rows, update.batch_size, (View(config.augment),), update.accumulation)
+    step = context.gradient_step(ClassificationObjective(model), update, loader.num_batches)
     is_backdoored = bool((flags == STAMPED).any())
 
     kind = "backdoored" if is_backdoored else "clean"
@@ -141,14 +138,11 @@ def build(config: Config, context: Context) -> Plan:
         on_clean, on_triggered = examination.predict(model)
         counts = examination.counts(on_clean, on_triggered)
         warn_near_chance(kind, examination.task, counts["acc"], model.num_classes)
+        folder = context.folder if context.ranks.is_main else None
         examination.save_examples()
         card = context.card(
             model,
-            {
-                "epochs": config.update.epochs,
-                "seed": context.seed,
-                **save_flags(flags, context.folder if context.ranks.is_main else None),
-            },
+            {"epochs": update.epochs, "seed": context.seed, **save_flags(flags, folder)},
             classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
             attack=asdict(config.attack) if config.attack is not None and is_backdoored else None,
@@ -166,8 +160,7 @@ def build(config: Config, context: Context) -> Plan:
     def evaluate(epoch: int) -> dict[str, float]:
         return percents(examination.measure(model))
 
-    stage = Stage("classifier", loader, step, config.update.epochs, evaluate, config.evaluate_every)
-    stage.shown = "loss", "train_acc"
+    stage = Stage("classifier", loader, step, update.epochs, evaluate, config.evaluate_every, shown=shown)
     return Plan([stage], result)
 
 

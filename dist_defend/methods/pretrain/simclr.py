@@ -1,6 +1,6 @@
 """SimCLR (Chen et al. 2020) as BadEncoder pretrains its clean encoders."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from dist_defend.bounds import positive
 from dist_defend.counts import extract_features, knn_count
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.grad_cache import CoupledObjective
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.models.encoder import SimCLR, build_simclr
-from dist_defend.models.fit import check_image_size
+from dist_defend.models.fit import check_image_size, check_views
 from dist_defend.ops.losses import nt_xent
 
 
@@ -71,10 +71,8 @@ class Config:
     grad_cache: bool = False
     attack: AttackConfig | None = None
     augment: AugmentConfig = SIMCLR
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=256, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
-        )
+    update: UpdateConfig = UpdateConfig(
+        batch_size=256, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
     )
     monitor: MonitorConfig | None = None
 
@@ -124,18 +122,14 @@ def build(config: Config, context: Context) -> Plan:
         model = build_simclr(config.arch, config.normalization, image_size=size)
     else:
         model, parent, parent_sha256 = context.load_encoder(config.warm_start)
-        _check_views(config, config.warm_start, model, dataset.image_shape)
+        views_size, key = config.augment.size, "simclr.augment.size"
+        check_views(model, config.warm_start, dataset.image_shape, views_size, config.data.path, key)
     context.synchronise(model)
-    loader = context.train_loader(
-        dataset,
-        rows,
-        config.update.batch_size,
-        (View(config.augment), View(config.augment)),
-        config.update.accumulation,
-    )
+    views, update = (View(config.augment), View(config.augment)), config.update
+    loader = context.train_loader(dataset, rows, update.batch_size, views, update.accumulation)
     objective = SimCLRObjective(model, config.temperature, config.grad_cache)
-    step = context.gradient_step(objective, config.update, loader.num_batches)
-    stage = Stage("simclr", loader, step, config.update.epochs)
+    step = context.gradient_step(objective, update, loader.num_batches)
+    stage = Stage("simclr", loader, step, update.epochs)
     if config.monitor is not None:
         stage.evaluate, stage.evaluate_every = _knn_monitor(config.monitor, model, context), config.monitor.every
 
@@ -157,16 +151,6 @@ def build(config: Config, context: Context) -> Plan:
         return {"model_sha256": context.save_model(model, card), **({"metrics": metrics} if metrics else {})}
 
     return Plan([stage], result)
-
-
-def _check_views(config: Config, folder: str, model: SimCLR, shape: tuple[int, ...] | None) -> None:
-    """UserError for a model that cannot take the views that it is to be trained on."""
-    size = config.augment.size
-    if size is None:
-        check_image_size(model, folder, shape, config.data.path)
-    else:
-        remedy = f"set 'simclr.augment.size' to {model.image_size}"
-        check_image_size(model, folder, (size, size), config.data.path, remedy)
 
 
 def _knn_monitor(monitor: MonitorConfig, model: SimCLR, context: Context) -> Any:

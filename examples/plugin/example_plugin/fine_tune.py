@@ -13,9 +13,9 @@ from dist_defend.attacks.attack import AttackConfig
 from dist_defend.batch import Batch
 from dist_defend.data.augment import AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.models.classifier import Classifier
 from dist_defend.trial import Trial

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dist_defend.methods.defend.abd.options import RetrospectionConfig
 from dist_defend.models.batch_statistics import repeated_statistics
 from dist_defend.ops.collectives import all_reduce_sum, world_size
-from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann, total_norm
+from dist_defend.ops.fused_norm import differentiated_once
+from dist_defend.ops.hypergrad import Hypergradient, hypergradient, neumann, total_norms
 from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
 
@@ -100,7 +101,9 @@ class SelfRetrospection:
         config, delta = self.config, delta.detach().requires_grad_()
         with self._statistics():
             reference = logits.detach() if config.detach_reference else logits
-            outer = self.divergence(self.student(images + patched * delta), reference)
+            with differentiated_once():
+                patched_logits = self.student(torch.addcmul(images, patched, delta))
+            outer = self.divergence(patched_logits, reference)
             self._pass_again(images)
             with CheapSecondOrder():
                 perturbed = self.student(images + delta)
@@ -108,11 +111,12 @@ class SelfRetrospection:
             inner = -self.divergence(perturbed, logits.detach())
         solver = neumann(config.K, config.step_size)
         result = hypergradient(outer, inner, delta, self.parameters, solver, config.step_size, config.penalty)
+        direct_norm, implicit_norm = total_norms(result.direct, result.implicit)
         scalars = {
             "outer_loss": outer.detach() * world_size(),
             "delta_norm": delta.detach().norm(),
-            "direct_norm": total_norm(result.direct),
-            "implicit_norm": total_norm(result.implicit),
+            "direct_norm": direct_norm,
+            "implicit_norm": implicit_norm,
         }
         return result, scalars
 

@@ -7,9 +7,8 @@ from dist_defend.attacks.attack import AttackConfig
 from dist_defend.bounds import at_least_one, not_negative, positive
 from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
-from dist_defend.engine.context import UpdateConfig
 from dist_defend.engine.graphed import GraphMode
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.methods.defend.abd.epochs import check_defence
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 

@@ -30,7 +30,8 @@ def build(config: Config, context: Context) -> Plan:
     model = trial.model
     _check(config, model.image_size)
     trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both
-    rounds = Rounds(_loader(config, context, data, rows), model.image_size, context.ranks)
+    loader = _loader(config, context, data, rows)
+    rounds = Rounds(loader, model.image_size, context.ranks, is_constant=config.augment is None)
     trial.look(data, rows)
     step = UnlearningStep(model, config, rounds, context.seed)
 

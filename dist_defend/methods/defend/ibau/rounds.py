@@ -11,6 +11,36 @@ from dist_defend.data.loader import Loader
 from dist_defend.data.order import rank_slice
 from dist_defend.engine.dist import Ranks
 
+_MOST_KEPT = 1 << 30  # bytes of images that may stay on a device
+
+
+class KeptPass:
+    """All batches of a pass on the device, for captured steps that take one after the other without the host.
+
+    images (T, B, H, W, 3), labels and weights (T, B), padded; ``next``: the number that take() comes to, on the device.
+    """
+
+    def __init__(self, batches: list[Batch], padded: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        images, labels, weights = zip(*padded, strict=True)
+        self.images = torch.stack([part.permute(0, 2, 3, 1) for part in images])
+        self.labels, self.weights = torch.stack(labels), torch.stack(weights)
+        self.next = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
+        self._expected = 0  # what the host knows of it
+        self.batches = [batch._replace(views=()) for batch in batches]
+
+    def aim(self, number: int) -> None:
+        """Have the next update take this batch, and later ones those after it."""
+        if number != self._expected:
+            self.next.fill_(number)
+        self._expected = (number + 1) % len(self.batches)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W), labels and weights (B,), chosen on the device; for updates alone."""
+        taken = (table.index_select(0, self.next)[0] for table in (self.images, self.labels, self.weights))
+        images, labels, weights = taken
+        self.next.add_(1).remainder_(len(self.batches))
+        return images.permute(0, 3, 1, 2), labels, weights
+
 
 class Rounds:
     """Epoch r is round r: T batches of the loader's epoch r + 1, then the T batches of its epoch 0.
@@ -20,10 +50,24 @@ class Rounds:
     Every rank gets every batch, even if its own share is empty.
     """
 
-    def __init__(self, loader: Loader, image_size: int, ranks: Ranks) -> None:
+    def __init__(self, loader: Loader, image_size: int, ranks: Ranks, is_constant: bool = False) -> None:
+        """is_constant: the loader neither shuffles nor augments."""
+        self.is_constant = is_constant
+        self.kept: KeptPass | None = None
         self.loader, self.image_size, self.ranks = loader, image_size, ranks
         self.batches = loader.num_batches  # T
         self.num_batches = 2 * loader.num_batches
+
+    def keep(self) -> KeptPass | None:
+        """Read all batches once and keep them on the device; None where passes differ, or are large.
+
+        Batches of epoch() are then without images, and in the order of the pass.
+        """
+        size = self.batches * self.share * 3 * self.image_size**2 * self.ranks.dtype.itemsize
+        if self.is_constant and size <= _MOST_KEPT:
+            batches = [self._moved(batch) for batch in self._pass(0, 0)]
+            self.kept = KeptPass(batches, [self.padded(batch, number) for number, batch in enumerate(batches)])
+        return self.kept
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's shares of the round's batches from ``start_batch`` on."""
@@ -58,12 +102,16 @@ class Rounds:
 
     def first(self) -> tuple[Tensor, Tensor, Tensor]:
         """The first batch of the outer pass, padded, on the device."""
+        return self.padded(self._moved(next(self._pass(0, 0))), 0)
+
+    def _moved(self, batch: Batch) -> Batch:
         device, dtype = self.ranks.device, self.ranks.dtype
-        batch = next(self._pass(0, 0))
-        moved = Batch((batch.images.to(device, dtype),), batch.labels.to(device), batch.index.to(device))
-        return self.padded(moved, 0)
+        return Batch((batch.images.to(device, dtype),), batch.labels.to(device), batch.index.to(device))
 
     def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        if self.kept is not None:
+            yield from self.kept.batches[start_batch:]
+            return
         done = start_batch
         for batch in self.loader.epoch(epoch, start_batch):
             done += 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.batch import Batch
-from dist_defend.engine.graphed import GraphedUpdate
+from dist_defend.engine.graphed import GraphedUpdate, will_capture
 from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.ibau.options import Config
@@ -23,7 +23,7 @@ from dist_defend.ops.hypergrad import (
     exact,
     hypergradient,
     neumann,
-    total_norm,
+    total_norms,
 )
 from dist_defend.ops.losses import weighted_cross_entropy
 from dist_defend.ops.second_order import CheapSecondOrder
@@ -55,24 +55,32 @@ class UnlearningStep:
         self.delta = nn.Parameter(delta)
         self.first = rounds.first()
         self.solver = solver_of(config)
-        self.inner = GraphedUpdate("I-BAU inner step", self.ascend, self._changed, ranks.device, config.graph)
-        self.outer = GraphedUpdate("I-BAU outer step", self.unlearn, self._changed, ranks.device, config.graph)
+        self.kept = rounds.keep() if will_capture(ranks.device, config.graph) else None
+        ascend, unlearn = (self.ascend, self.unlearn) if self.kept is None else (self._ascend_next, self._unlearn_next)
+        self.inner = GraphedUpdate("I-BAU inner step", ascend, self._changed, ranks.device, config.graph)
+        self.outer = GraphedUpdate("I-BAU outer step", unlearn, self._changed, ranks.device, config.graph)
         self.update = Update(self.parameters, config.optimizer, self.outer.is_graphed)
         self.inner_update = Update([self.delta], config.inner, self.inner.is_graphed)
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
         number = at.batch % self.rounds.batches
-        images, labels, weights = self.rounds.padded(batch, number)
         if at.batch == 0:
             self._restart()
-        if at.batch < self.rounds.batches:
-            scalars = check_finite(self.inner(images, weights), "the perturbation's gradient")
+        is_inner = at.batch < self.rounds.batches
+        patched = [] if is_inner else [self._patched(at.epoch, number)]
+        if self.kept is None:
+            images, labels, weights = self.rounds.padded(batch, number)
+            given = [images, weights] if is_inner else [images, labels, *patched, weights]
+        else:
+            self.kept.aim(number)
+            given = patched
+        if is_inner:
+            scalars = check_finite(self.inner(*given), "the perturbation's gradient")
             if number == self.rounds.batches - 1:
                 self._project()
         else:
-            scalars = self.outer(images, labels, self._patched(at.epoch, number), weights)
-            check_finite(scalars, "the hypergradient")
+            scalars = check_finite(self.outer(*given), "the hypergradient")
         return scalars
 
     def ascend(self, images: Tensor, weights: Tensor) -> dict[str, Tensor]:
@@ -107,15 +115,27 @@ class UnlearningStep:
         result = hypergradient(
             outer, inner, self.delta, self.parameters, self.solver, self.config.step_size, self.config.penalty
         )
-        length, nonfinite = self.update.step(result.total)
+        total = result.total
+        direct_norm, implicit_norm, grad_norm = total_norms(result.direct, result.implicit, total)
+        _, nonfinite = self.update.step(total, norm=grad_norm)
         return {
             "outer_loss": outer.detach() * self.ranks.world_size,
-            "direct_norm": total_norm(result.direct),
-            "implicit_norm": total_norm(result.implicit),
+            "direct_norm": direct_norm,
+            "implicit_norm": implicit_norm,
             **{f"v{k}_norm": norm for k, norm in enumerate(torch._foreach_norm(result.iterates), 1)},
-            "grad_norm": length,
+            "grad_norm": grad_norm,
             "nonfinite": nonfinite,
         }
+
+    def _ascend_next(self) -> dict[str, Tensor]:
+        assert self.kept is not None
+        images, _, weights = self.kept.take()
+        return self.ascend(images, weights)
+
+    def _unlearn_next(self, patched: Tensor) -> dict[str, Tensor]:
+        assert self.kept is not None
+        images, labels, weights = self.kept.take()
+        return self.unlearn(images, labels, patched, weights)
 
     def state_dict(self) -> dict[str, Any]:
         """The weights, delta and both optimizers."""
@@ -158,7 +178,8 @@ class UnlearningStep:
             self.delta.mul_((self.config.project_radius / self.delta.norm()).clamp(max=1))
 
     def _changed(self) -> list[Tensor]:
-        return [*self.parameters, self.delta, *self.update.state(), *self.inner_update.state()]
+        places = [] if self.kept is None else [self.kept.next]
+        return [*self.parameters, self.delta, *self.update.state(), *self.inner_update.state(), *places]
 
 
 def solver_of(config: Config) -> Solver:

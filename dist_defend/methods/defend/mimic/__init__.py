@@ -17,13 +17,13 @@ from dist_defend.bounds import not_negative, positive
 from dist_defend.data.augment import SIMCLR, AugmentConfig, View
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.data.store import PreparedDataset
-from dist_defend.engine.context import Context, Plan, UpdateConfig
+from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.objective import Objective, at_least_float32
-from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
 from dist_defend.models.encoder import SimCLR, build_simclr
-from dist_defend.models.fit import check_image_size
+from dist_defend.models.fit import check_image_size, check_views
 from dist_defend.ops.attention import attention_loss
 from dist_defend.ops.losses import negative_cosine, nt_xent
 
@@ -55,10 +55,8 @@ class Config:
     attention_weights: tuple[float, ...] = (1000.0, 1000.0, 1000.0, 1000.0)
     information: InformationConfig = field(default_factory=InformationConfig)
     augment: AugmentConfig = SIMCLR
-    update: UpdateConfig = field(
-        default_factory=lambda: UpdateConfig(
-            batch_size=128, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
-        )
+    update: UpdateConfig = UpdateConfig(
+        batch_size=128, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-2, weight_decay=1e-6)
     )
 
     def __post_init__(self) -> None:
@@ -94,9 +92,8 @@ class MimicObjective(Objective):
         super().__init__()
         self.student, self.temperature = student, temperature
         self.clone_weight, self.contrastive_weight = clone_weight, contrastive_weight
-        self._teacher = [
-            teacher.eval().requires_grad_(False)
-        ]  # a list hides it from DDP, the optimizer and checkpoints
+        # A list hides it from DDP, the optimizer and checkpoints.
+        self._teacher = [teacher.eval().requires_grad_(False)]
         self.register_buffer("attention_weights", torch.tensor(attention_weights, dtype=torch.float64))
         self._norms = [m for m in student.f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self._first_updates: list[list[Tensor]] = []  # of each forward pass since the last update
@@ -193,9 +190,6 @@ def _check_sizes(config: Config, dataset: PreparedDataset, models: dict[str, Sim
     """UserError for a model that cannot take the images, or the views of them."""
     shape, size = dataset.image_shape, config.augment.size
     for folder, model in models.items():
-        if size is not None:
-            check_image_size(
-                model, folder, (size, size), config.data.path, f"set 'mimic.augment.size' to {model.image_size}"
-            )
-        if size is None or (config.information.estimator != "fixed" and shape and shape[:2] != (size, size)):
+        check_views(model, folder, shape, size, config.data.path, "mimic.augment.size")
+        if size is not None and config.information.estimator != "fixed" and shape and shape[:2] != (size, size):
             check_image_size(model, folder, shape, config.data.path)  # the information is that of images as they are

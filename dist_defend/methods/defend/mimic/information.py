@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from dist_defend.batch import Batch
@@ -22,6 +22,7 @@ from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.encoder import SimCLR
+from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.ops.mutual_info import Club, Critic, DonskerVaradhan, InfoNCE
 from dist_defend.ops.streams import Stream, draws
 
@@ -90,12 +91,13 @@ class RowBatches:
 class CriticLoss(Objective):
     """What an update of one layer's critic minimises; batches are positions in the cache."""
 
-    def __init__(self, layer: int, critic: nn.Module, information: "LayerInformation") -> None:
+    def __init__(self, layer: int, critic: Critic, information: "LayerInformation") -> None:
         super().__init__()
         self.layer, self.critic, self.information = layer, critic, information
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.information.critic_loss(self.layer, batch.index)}
+        at, (x, y) = self.information.at, self.information.pairs(self.layer, batch.index)
+        return {"loss": self.critic.loss(x, y, self.information.permutation(self.layer, at.epoch, at.batch, len(y), 0))}
 
 
 class LayerInformation:
@@ -171,15 +173,8 @@ class LayerInformation:
             for name in ("activations", "critics", "optimizers", "objectives"):  # gigabytes
                 self.__dict__.pop(name, None)
 
-        return Stage(
-            "information",
-            batches,
-            self,
-            self.config.epochs,
-            evaluate=self.evaluate,
-            finish=done,
-            shown=("critic_loss",),
-        )
+        epochs, shown = self.config.epochs, ("critic_loss",)
+        return Stage("information", batches, self, epochs, self.evaluate, finish=done, shown=shown)
 
     @cached_property
     @torch.no_grad()
@@ -204,12 +199,6 @@ class LayerInformation:
         """A stage's outputs (B, C H W) and the final features (B, D) at these positions of the cache."""
         outputs, features = self.activations
         return outputs[layer][index.to(outputs[layer].device)].to(features.device), features[index]
-
-    def critic_loss(self, layer: int, index: Tensor) -> Tensor:
-        """What the next update of a critic minimises."""
-        x, y = self.pairs(layer, index)
-        permutation = self._permutation(layer, self.at.epoch, self.at.batch, len(y), 0)
-        return self.critics[layer].loss(x, y, permutation)
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """One update of each own critic. Returns the sum of all critics' losses; raises NonFiniteError."""
@@ -237,12 +226,10 @@ class LayerInformation:
         for layer, critic in self.critics.items():
             values = []
             for number, index in enumerate(rows.split(self.config.batch_size)):
-                permutation = self._permutation(layer, epoch, number, len(index), 1)
+                permutation = self.permutation(layer, epoch, number, len(index), 1)
                 values.append(critic.bound(*self.pairs(layer, index), permutation))
             estimates[layer] = torch.stack(values).nan_to_num(0.0).clamp(min=0).mean()
-        if self.context.ranks.world_size > 1:
-            torch.distributed.all_reduce(estimates)
-        self.history[epoch] = estimates.tolist()
+        self.history[epoch] = all_reduce_sum(estimates).tolist()
         return {f"layer{number + 1}": value for number, value in enumerate(self.history[epoch])}
 
     def estimates(self) -> Tensor:
@@ -254,7 +241,8 @@ class LayerInformation:
         """scale * share of each layer (4,), float64; scale / 4 each if all are 0 (or UserError, by all_zero)."""
         return layer_weights(self.estimates(), self.config)
 
-    def _permutation(self, layer: int, epoch: int, number: int, length: int, phase: int) -> Tensor:
+    def permutation(self, layer: int, epoch: int, number: int, length: int, phase: int) -> Tensor:
+        """Of that many pairs, drawn for a batch of an epoch. phase: 0 while a critic is trained, 1 to measure."""
         order = draws(self.seed, Stream.CRITICS, layer, epoch, number, phase).permutation(length)
         return torch.from_numpy(order).to(self.context.ranks.device)
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dist_defend.counts import gather_in_order
+from dist_defend.counts import over_images
 from dist_defend.data.loader import Loader
 from dist_defend.engine.dist import Ranks
 from dist_defend.methods.defend.pruning.masks import Neuron, prune
 from dist_defend.models.classifier import Classifier
 
 
-@torch.no_grad()
 def predict_pruned(
     model: Classifier,
     order: Sequence[Neuron],
@@ -36,13 +35,12 @@ def predict_pruned(
     The model, which is left alone, stands on the ranks' device. adapt: what else is done, in place, to a pruned model.
     """
     pruned = Stops(model, order, stops, with_beta, adapt)
-    parts = []
-    for batch in loader.epoch(0):
-        images = batch.images.to(ranks.device, ranks.dtype)
+
+    def each_stop(images: Tensor) -> Tensor:
         with ranks.accelerator.autocast():
-            classes = torch.stack([logits.argmax(1) for logits in pruned(images)], dim=1)
-        parts.append((classes, batch.labels.to(ranks.device), batch.index.to(ranks.device)))
-    classes, labels, _ = gather_in_order(parts, loader.num_samples, loader.batch_size, ranks)
+            return torch.stack([logits.argmax(1) for logits in pruned(images)], dim=1)
+
+    classes, labels, _ = over_images(pruned.model, loader, ranks, each_stop)
     return classes, labels
 
 

@@ -16,6 +16,7 @@ from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.models.batch_statistics import counted_together
 from dist_defend.models.masked_norm import masked_together
+from dist_defend.ops.fused_norm import differentiated_once
 from dist_defend.ops.hypergrad import all_reduce_together
 
 _MOMENTUM = 0.9  # of both phases, as published
@@ -63,7 +64,7 @@ class CrossEntropyStep:
 
     def learn(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """images (B, 3, H, W), labels (B,) -> scalars. Nothing here waits for the device or depends on values."""
-        with counted_together(self.model):
+        with counted_together(self.model), differentiated_once():
             logits = self._logits(images)
         correct = (logits.detach().argmax(1) == labels).sum()
         counts = torch.stack([correct, correct.new_full((), len(labels))])

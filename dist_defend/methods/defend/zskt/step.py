@@ -17,9 +17,10 @@ from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.methods.defend.abd.vaccine import Vaccine, suppression
 from dist_defend.methods.defend.zskt.options import Config
-from dist_defend.models.batch_statistics import repeated_statistics
+from dist_defend.models.batch_statistics import counted_together, repeated_statistics
 from dist_defend.models.wide_resnet import WideResNet
 from dist_defend.ops.attention import unit_attention
+from dist_defend.ops.fused_norm import differentiated_once
 from dist_defend.ops.hypergrad import all_reduce_together
 from dist_defend.ops.losses import distillation
 
@@ -149,7 +150,8 @@ class TransferStep:
     def imitate(self, patched: Tensor | None = None) -> dict[str, Tensor]:
         """One student step; patched (b, 1, 1, 1): the images that carry delta, None without self-retrospection."""
         player, config = self.players["student"], self.config
-        maps, logits = _layers(self.student, self.images)
+        with differentiated_once(), counted_together(self.student):
+            maps, logits = _layers(self.student, self.images)
         divergence = self.divergence(logits, self.logits)
         transfer = logits.new_zeros(())
         for target, map_ in zip(self.attention, maps, strict=False):

@@ -68,11 +68,11 @@ class FoldedNetwork:
         names = [(conv, norm) for norm, conv in pairs.items() if _can_fold(model, conv, norm)]
         self._pairs: list[tuple[Any, Any]] = [(model.get_submodule(c), model.get_submodule(n)) for c, n in names]
         shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self._network = copy.deepcopy(model, shared) if names else model
-        self._convolutions: list[Any] = [self._network.get_submodule(conv) for conv, _ in names]
+        self.network = copy.deepcopy(model, shared) if names else model
+        self._convolutions: list[Any] = [self.network.get_submodule(conv) for conv, _ in names]
         for convolution, (_, norm) in zip(self._convolutions, names, strict=True):
             convolution._parameters.clear()
-            self._network.set_submodule(norm, nn.Identity())
+            self.network.set_submodule(norm, nn.Identity())
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
@@ -85,7 +85,7 @@ class FoldedNetwork:
         for convolution, weight, bias in zip(self._convolutions, folded[:count], folded[count:], strict=True):
             convolution.weight, convolution.bias = weight, bias
         try:
-            yield self._network
+            yield self.network
         finally:
             for convolution in self._convolutions:
                 del convolution.weight, convolution.bias  # with their graph

@@ -200,7 +200,7 @@ def test_a_small_perturbation_is_not_blown_up(tmp_path: Path) -> None:
 def test_clamping_keeps_images_in_range(tmp_path: Path) -> None:
     step = make_step(tmp_path, clamp=True)
     seen: list[Tensor] = []
-    step.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    step.folded.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
     with torch.no_grad():
         step.delta.fill_(2.0)
     images, labels, weights = step.first

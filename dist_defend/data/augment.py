@@ -119,6 +119,11 @@ def apply_augment(images: Tensor, params: Tensor, config: AugmentConfig) -> Tens
         images = _padded_crop(images, params, out)
     if config.flip > 0:
         images = torch.where(_column(params, FLIP) > 0, images.flip(2), images)
+    return apply_colours(images, params, config)
+
+
+def apply_colours(images: Tensor, params: Tensor, config: AugmentConfig) -> Tensor:
+    """apply_augment's last part, of images (B, S, S, 3) uint8 that are cropped and flipped already."""
     x = images.permute(0, 3, 1, 2).float() / torch.full((), 255.0, device=images.device)  # a true division on CUDA too
     if config.jitter > 0:
         x = _jitter(x, params, config)

@@ -2,39 +2,57 @@
 
 import contextlib
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dist_defend.data.augment import View, apply_augment
+from dist_defend.data.augment import View, apply_augment, apply_colours
 from dist_defend.data.draws import draw
-from dist_defend.data.fused import empty_views, fill_views
+from dist_defend.data.fused import crops, empty_views, fill_views
+from dist_defend.data.lane import Deliver, Delivery, Views
 from dist_defend.data.pixels import Pixels
 from dist_defend.data.prefetch import prefetch
 from dist_defend.data.store import PreparedDataset
+from dist_defend.ops.transfer import is_apart, to_device
 
 _CHUNK = 256  # images that a thread reads at once
 
 
 class Backend(Protocol):
     """Makes batches in order: for each share of data set rows (B,) a tuple of views (B, 3, S, S), or, for raw loaders,
-    the one tensor of images (B, H, W, 3) uint8. The tensors are the caller's to keep."""
+    the one tensor of images (B, H, W, 3) uint8. The tensors are the caller's to keep. It hands each to ``deliver``, in
+    the thread that made it, and yields what that gives back."""
 
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]: ...
+    def batches(
+        self, shares: Sequence[np.ndarray], epoch: int, deliver: Deliver
+    ) -> Generator[Delivery, None, None]: ...
 
 
-def augment_batch(images: Tensor, rows: np.ndarray, views: Sequence[View], seed: int, epoch: int) -> tuple[Tensor, ...]:
-    """All views of a batch of uint8 images (B, H, W, 3), by torch operations on their device."""
-    made = []
-    for number, view in enumerate(views):
-        source = images
-        if view.image is not None:
-            source = torch.tensor(view.image, device=images.device).expand(len(rows), -1, -1, -1)
-        params = torch.from_numpy(draw(seed, epoch, rows, number, view.augment, *source.shape[1:3]))
-        made.append(apply_augment(source, params.to(images.device), view.augment))
-    return tuple(made)
+class Augmenter:
+    """All views of a batch, by torch operations on the device."""
+
+    def __init__(self, views: Sequence[View], seed: int, device: torch.device) -> None:
+        self.views, self.seed, self.device = tuple(views), seed, device
+        self.constants = [None if v.image is None else torch.tensor(v.image, device=device) for v in views]
+
+    def __call__(self, images: Tensor | Pixels, rows: np.ndarray, epoch: int) -> Views:
+        """images: (B, H, W, 3) uint8 on the device; or on the host, of any sizes: those are cropped there."""
+        made = []
+        for number, (view, constant) in enumerate(zip(self.views, self.constants, strict=True)):
+            source = images if constant is None else constant.expand(len(rows), -1, -1, -1)
+            is_cropped = isinstance(source, Pixels)
+            shape = (source.heights, source.widths) if isinstance(source, Pixels) else source.shape[1:3]
+            params = self._send(draw(self.seed, epoch, rows, number, view.augment, *shape))
+            if isinstance(source, Pixels):
+                source = self._send(crops(view, source, rows, self.seed, epoch, number))
+            made.append((apply_colours if is_cropped else apply_augment)(source, params, view.augment))
+        return tuple(made)
+
+    def _send(self, array: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(array), self.device)
 
 
 class TorchBackend:
@@ -43,21 +61,17 @@ class TorchBackend:
     def __init__(
         self, dataset: PreparedDataset, views: Sequence[View], seed: int, workers: int, device: torch.device, raw: bool
     ) -> None:
-        self._dataset, self._views, self._seed, self._workers = dataset, tuple(views), seed, workers
-        self._device, self._raw = device, raw
+        self._dataset, self._workers, self._device, self._raw = dataset, workers, device, raw
+        self._augment = Augmenter(views, seed, device)
 
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]:
-        def make(rows: np.ndarray) -> tuple[Tensor, ...]:
-            if self._dataset.image_shape is not None:
-                return self._augment(self._dataset.images(rows), rows, epoch)
-            singles = [self._augment(self._dataset.image(row)[None], np.array([row]), epoch) for row in rows]
-            return tuple(torch.cat(view) for view in zip(*singles, strict=True))
+    def batches(self, shares: Sequence[np.ndarray], epoch: int, deliver: Deliver) -> Generator[Delivery, None, None]:
+        def make(rows: np.ndarray) -> Views:
+            if self._dataset.image_shape is None:
+                return self._augment(self._dataset.pixels(rows), rows, epoch)
+            images = to_device(torch.tensor(self._dataset.images(rows)), self._device)
+            return (images,) if self._raw else self._augment(images, rows, epoch)
 
-        return prefetch(make, shares, self._workers)
-
-    def _augment(self, images: np.ndarray, rows: np.ndarray, epoch: int) -> tuple[Tensor, ...]:
-        pixels = torch.tensor(images, device=self._device)
-        return (pixels,) if self._raw else augment_batch(pixels, rows, self._views, self._seed, epoch)
+        return prefetch(lambda rows: deliver(rows, partial(make, rows)), shares, self._workers)
 
 
 class ResidentBackend:
@@ -78,18 +92,19 @@ class ResidentBackend:
         images = _read(dataset, self._rows, workers)
         self._pixels = Pixels.of(images)
         self._images = torch.from_numpy(images).to(device)
+        self._augment = Augmenter(views, seed, device)
 
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]:
-        def make(rows: np.ndarray) -> tuple[Tensor, ...]:
+    def batches(self, shares: Sequence[np.ndarray], epoch: int, deliver: Deliver) -> Generator[Delivery, None, None]:
+        def make(rows: np.ndarray) -> Views:
             slots = np.searchsorted(self._rows, rows)
-            if not self._raw and self._images.device.type == "cpu":
+            if not self._raw and not is_apart(self._images.device):
                 outs = empty_views(self._views, len(rows), *self._images.shape[1:3])
                 fill_views(outs, self._views, self._pixels[slots], rows, self._seed, epoch)
                 return tuple(torch.from_numpy(out).permute(0, 3, 1, 2) for out in outs)
-            images = self._images[torch.from_numpy(slots).to(self._images.device)]
-            return (images,) if self._raw else augment_batch(images, rows, self._views, self._seed, epoch)
+            images = self._images[to_device(torch.from_numpy(slots), self._images.device)]
+            return (images,) if self._raw else self._augment(images, rows, epoch)
 
-        return prefetch(make, shares, self._workers)
+        return prefetch(lambda rows: deliver(rows, partial(make, rows)), shares, self._workers)
 
 
 def _read(dataset: PreparedDataset, rows: np.ndarray, workers: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from dist_defend.data.loader import Loader
 from dist_defend.data.order import rank_slice
 from dist_defend.ops.collectives import all_gather_rows, rank, world_size
 from dist_defend.ops.streams import Stream, draws
+from dist_defend.ops.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class CutMixLoader:
         for number, batch in enumerate(self.loader.epoch(epoch, start_batch), start_batch):
             mix = draw_mix(self.config, batch.images.shape[2], size, self.seed, epoch, number)
             everyone = all_gather_rows(batch.images, rows=[len(batch.labels)] * world_size())
-            yield batch._replace(views=(mixed(batch.images, everyone[torch.from_numpy(mix.partners[own])], mix),))
+            partners = to_device(torch.from_numpy(mix.partners[own]), batch.images.device)
+            yield batch._replace(views=(mixed(batch.images, everyone[partners], mix),))
 
 
 def mixed(images: Tensor, others: Tensor, mix: Mix) -> Tensor:

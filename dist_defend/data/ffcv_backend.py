@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from queue import Full
 from typing import Any
 
@@ -20,12 +21,12 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.compiler import Compiler
 from ffcv.pipeline.pipeline_spec import PipelineSpec
-from torch import Tensor
 
 from dist_defend.data.augment import View
 from dist_defend.data.beton import stored_images
 from dist_defend.data.ffcv_presence import quiet_ffcv
 from dist_defend.data.fused import empty_views, fill_views
+from dist_defend.data.lane import Deliver, Delivery
 from dist_defend.data.store import PreparedDataset
 
 _running = threading.local()  # epoch and pool of the pipeline thread that asks
@@ -52,17 +53,20 @@ class FfcvBackend:
             finally:
                 Compiler.set_enabled(True)
 
-    def batches(self, shares: Sequence[np.ndarray], epoch: int) -> Generator[tuple[Tensor, ...], None, None]:
+    def batches(self, shares: Sequence[np.ndarray], epoch: int, deliver: Deliver) -> Generator[Delivery, None, None]:
         if not shares:
             return
         with ThreadPoolExecutor(self._workers, thread_name_prefix="ffcv") as pool:
-            pipeline = _Epoch(self._loader, shares, epoch, pool)
+            pipeline = _Epoch(self._loader, shares, epoch, pool, partial(self._delivered, deliver))
             try:
-                for (outs,) in pipeline:
-                    tensors = (torch.from_numpy(out) for out in outs)
-                    yield tuple(t if self._raw else t.permute(0, 3, 1, 2) for t in tensors)
+                yield from pipeline
             finally:
                 pipeline.shutdown()
+
+    def _delivered(self, deliver: Deliver, rows: np.ndarray, outs: Sequence[np.ndarray]) -> Delivery:
+        tensors = (torch.from_numpy(out) for out in outs)
+        views = tuple(t if self._raw else t.permute(0, 3, 1, 2) for t in tensors)
+        return deliver(rows, lambda: views)
 
 
 class _DecodeAndAugment(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV has no types
@@ -102,15 +106,23 @@ class _DecodeAndAugment(SimpleRGBImageDecoder):  # type: ignore[misc]  # FFCV ha
 class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
     """The pipeline thread of one epoch, over shares of rows instead of even chunks."""
 
-    def __init__(self, loader: Loader, shares: Sequence[np.ndarray], epoch: int, pool: ThreadPoolExecutor) -> None:
-        self._shares, self._epoch, self._pool = shares, epoch, pool
+    def __init__(
+        self,
+        loader: Loader,
+        shares: Sequence[np.ndarray],
+        epoch: int,
+        pool: ThreadPoolExecutor,
+        finish: Callable[[np.ndarray, Sequence[np.ndarray]], Delivery],
+    ) -> None:
+        self._shares, self._epoch, self._pool, self._finish = shares, epoch, pool, finish
         super().__init__(loader, np.concatenate(shares))  # starts the thread
 
     def run(self) -> None:
         _running.epoch, _running.pool = self._epoch, self._pool
         try:
             for number, rows in enumerate(self._shares):
-                if not self._put(self.run_pipeline(number, rows, 0, None)):
+                (outs,) = self.run_pipeline(number, rows, 0, None)
+                if not self._put(self._finish(rows, outs)):
                     return
         except BaseException as error:
             self._put(error)
@@ -127,7 +139,7 @@ class _Epoch(EpochIterator):  # type: ignore[misc]  # FFCV has no types
                 pass
         return False
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+    def __iter__(self) -> Iterator[Delivery]:
         while (item := self.output_queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item

@@ -34,7 +34,7 @@ _SHIFT = np.int32(PRECISION)
 _LEVELS = (np.arange(256, dtype=np.float32) / np.float32(255)).astype(np.float32)  # uint8 -> [0, 1]
 _0, _1, _2, _3, _4, _6 = (np.float32(n) for n in (0, 1, 2, 3, 4, 6))
 _5 = np.float32(5)
-_255 = np.float32(255)
+_255, _HALF_LEVEL = np.float32(255), np.float32(0.5)
 _RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
 
 
@@ -220,6 +220,29 @@ def _interleave(planes: np.ndarray, out: np.ndarray) -> None:
 
 
 @kernel()
+def _cut(
+    memory: np.ndarray,
+    address: int,
+    height: int,
+    width: int,
+    params: np.ndarray,
+    resamples: bool,
+    scratch: np.ndarray,
+    planes: np.ndarray,
+    out_height: int,
+    out_width: int,
+) -> None:
+    """The box that ``params`` name, resized and flipped, into the float planes."""
+    top, left, flip = int(params[TOP]), int(params[LEFT]), params[FLIP] > 0
+    if resamples:
+        start = address + 3 * (top * width + left)
+        box = int(params[HEIGHT]), int(params[WIDTH])
+        _resize(memory, start, 3 * width, box[0], box[1], flip, scratch, planes, out_height, out_width)
+    else:
+        _copy(memory, address, height, width, top, left, flip, planes, out_height, out_width)
+
+
+@kernel()
 def _render(
     memory: np.ndarray,
     addresses: np.ndarray,
@@ -241,28 +264,40 @@ def _render(
     for i in range(len(rows)):
         height, width = heights[i], widths[i]
         draw_one(seed, epoch, rows[i], view, packed, height, width, params)
-        top, left, flip = int(params[TOP]), int(params[LEFT]), params[FLIP] > 0
-        if resamples:
-            start = addresses[i] + 3 * (top * width + left)
-            _resize(
-                memory,
-                start,
-                3 * width,
-                int(params[HEIGHT]),
-                int(params[WIDTH]),
-                flip,
-                scratch,
-                planes,
-                out_height,
-                out_width,
-            )
-        else:
-            _copy(memory, addresses[i], height, width, top, left, flip, planes, out_height, out_width)
+        _cut(memory, addresses[i], height, width, params, resamples, scratch, planes, out_height, out_width)
         if params[JITTER] > 0:
             _jitter(planes, params)
         if params[GRAYSCALE] > 0:
             _saturate(planes[0], planes[1], planes[2], _0)
         _interleave(planes, out[i].reshape(-1))
+
+
+@kernel()
+def _crop(
+    memory: np.ndarray,
+    addresses: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    rows: np.ndarray,
+    seed: int,
+    epoch: int,
+    view: int,
+    packed: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """As _render, up to the colours; out (B, S, S, 3) uint8."""
+    out_height, out_width = out.shape[1], out.shape[2]
+    params = np.empty(NUM_PARAMETERS, np.float32)
+    planes = np.empty((3, out_height * out_width), np.float32)
+    scratch = np.empty((3, heights.max() * out_width), np.uint8)
+    resamples = packed[0] == 1 or (packed[0] == 0 and packed[1] > 0)
+    for i in range(len(rows)):
+        draw_one(seed, epoch, rows[i], view, packed, heights[i], widths[i], params)
+        _cut(memory, addresses[i], heights[i], widths[i], params, resamples, scratch, planes, out_height, out_width)
+        levels = out[i].reshape(-1)
+        for channel in range(3):
+            for n in range(planes.shape[1]):
+                levels[3 * n + channel] = np.uint8(planes[channel, n] * _255 + _HALF_LEVEL)
 
 
 def empty_views(views: Sequence[View], count: int, height: int, width: int) -> list[np.ndarray]:
@@ -280,8 +315,23 @@ def fill_views(
         source = pixels
         if view.image is not None:
             source = Pixels.of(view.image[None])[np.zeros(len(rows), np.int64)]
-        memory = source.memory.view()
-        memory.flags.writeable = False  # so that one compiled version serves mapped files and arrays
-        _render(
-            memory, source.addresses, source.heights, source.widths, rows, seed, epoch, number, pack(view.augment), out
-        )
+        _render(*_bytes_of(source), rows, seed, epoch, number, pack(view.augment), out)
+
+
+def crops(view: View, pixels: Pixels, rows: np.ndarray, seed: int, epoch: int, number: int) -> np.ndarray:
+    """The boxes of a loader's number-th view, resized and flipped, colours as they were: (B, S, S, 3) uint8.
+
+    Of the data set rows ``rows`` (B,), whose images are ``pixels``, of any sizes; the view names its size.
+    """
+    size = view.augment.size
+    assert size is not None
+    out = np.empty((len(rows), size, size, 3), np.uint8)
+    _crop(*_bytes_of(pixels), rows, seed, epoch, number, pack(view.augment), out)
+    return out
+
+
+def _bytes_of(pixels: Pixels) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Memory, addresses, heights and widths, for a kernel."""
+    memory = pixels.memory.view()
+    memory.flags.writeable = False  # so that one compiled version serves mapped files and arrays
+    return memory, pixels.addresses, pixels.heights, pixels.widths

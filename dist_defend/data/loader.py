@@ -14,6 +14,7 @@ from dist_defend.bounds import at_least_one
 from dist_defend.data.augment import View
 from dist_defend.data.backends import Backend, ResidentBackend, TorchBackend
 from dist_defend.data.ffcv_presence import ffcv_installed, quiet_ffcv
+from dist_defend.data.lane import Lane
 from dist_defend.data.memory import free_memory
 from dist_defend.data.order import Sampling
 from dist_defend.data.store import PreparedDataset
@@ -101,7 +102,7 @@ class Loader:
             len(sampling.rows),
         )
         self.backend = name
-        self._labels, self._sampling, self._device = labels, sampling, device
+        self._sampling, self._lane = sampling, Lane(device, labels)
         self._images: Backend | None = backend
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
@@ -109,13 +110,9 @@ class Loader:
         if self._images is None:
             raise RuntimeError("this loader is closed")
         shares = self._sampling.shares(epoch, start_batch)
-        with contextlib.closing(self._images.batches(shares, epoch)) as batches:
-            for rows, views in zip(shares, batches, strict=True):
-                yield Batch(
-                    tuple(view.to(self._device) for view in views),
-                    torch.from_numpy(self._labels[rows]).to(self._device),
-                    torch.from_numpy(rows).to(self._device),
-                )
+        with contextlib.closing(self._images.batches(shares, epoch, self._lane.deliver)) as deliveries:
+            for delivery in deliveries:
+                yield self._lane.receive(delivery)
 
     def close(self) -> None:
         """Let go of the images; a closed loader gives no more batches."""

@@ -111,6 +111,10 @@ class PreparedDataset:
         image = self._stored[row : row + 1].decode().image(0) if self._is_beton else self._array[row]
         return resized(image, (self.resize, self.resize)) if self.resize else image
 
+    def pixels(self, rows: np.ndarray) -> Pixels:
+        """Images of any sizes, decoded, in the order of ``rows``; of a data set whose images differ in size."""
+        return self._stored[rows].decode()
+
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Images (B, H, W, 3) uint8 in the order of ``rows``, decoded but not augmented; they must have one shape."""
         if self.image_shape is None:

@@ -21,6 +21,7 @@ from dist_defend.engine.objective import NonFiniteError
 from dist_defend.engine.resume import Saved, check_position, device_states, restore
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import Position, Step, plain_weights
+from dist_defend.ops.transfer import to_device
 from dist_defend.terminal import Progress, release_log
 
 log = logging.getLogger(__name__)
@@ -169,8 +170,8 @@ class Trainer:
 
     def _move(self, batch: Batch) -> Batch:
         device, dtype = self.ranks.device, self.ranks.dtype
-        views = tuple(v.to(device, dtype if v.is_floating_point() else v.dtype, non_blocking=True) for v in batch.views)
-        return Batch(views, batch.labels.to(device, non_blocking=True), batch.index.to(device, non_blocking=True))
+        views = (to_device(view, device, dtype if view.is_floating_point() else None) for view in batch.views)
+        return Batch(tuple(views), to_device(batch.labels, device), to_device(batch.index, device))
 
     def _add(self, scalars: dict[str, Tensor], images: int) -> None:
         for key, value in scalars.items():

@@ -2,13 +2,13 @@
 
     python -m tests.capture.ledger            # the table, with what changed
     python -m tests.capture.ledger KEY ...    # these in full: operators by name, copies by place
-    python -m tests.capture.ledger --write    # lower ledger.json; refuses to raise a number
+    python -m tests.capture.ledger --write    # lower ledger.json, refusing to raise, and rewrite the docs' table
 
 Steps run on device ``meta``, on tensors without data: nothing is computed, and whoever looks at a value gets an error.
-Counted are operators that a device runs (views and memory without content are free), their FLOP (of convolutions and
-matrix products, two per multiply-add), the bytes that they read and write if each goes through main memory, and copies
-from the host. Such a copy is blocking, async from pinned memory, or async from pageable memory, where the host waits as
-well unless it is small. What depends on CUDA in the package is as on a GPU; a graph's update is run directly, with the
+Counted are operators that a device runs (views and allocations are free), their FLOP (of convolutions and matrix
+products, two per multiply-add), the bytes that they read and write if each goes through main memory, and copies from
+the host. Such a copy is blocking, async from pinned memory, or async from pageable memory, where the host waits as well
+unless it is small. What depends on CUDA in the package is as on a GPU; a graph's update is run directly, with the
 graph's copies.
 """
 
@@ -22,7 +22,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 from unittest import mock
 
 import numpy as np
@@ -33,10 +33,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dist_defend.data.lane import Delivery, Lane
 from dist_defend.engine import graphed, update
 
 DEVICE = torch.device("meta")
 FILE = Path(__file__).with_name("ledger.json")
+PAGE = Path(__file__).parents[2] / "docs/benchmarks/ledger.md"
 SMALL = 1 << 16  # bytes that a copy from pageable memory may have without a wait: CUDA takes them along
 
 
@@ -62,9 +64,10 @@ class Copies:
     free: Counter[str] = field(default_factory=Counter)
 
 
-_RESERVES = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
 _TABLES = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding", "aten::index_put_"}
+_ALLOCATIONS = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 _pinned: set[int] = set()  # storages that were made by pin_memory()
+_of_threads: "list[Ledger]" = []  # of loaders' threads, since the last count
 
 
 class _MadeOfData(TorchFunctionMode):
@@ -79,11 +82,15 @@ class _MadeOfData(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__getitem__", "__setitem__") and args[0].device.type != "cpu":
             parts = args[1] if isinstance(args[1], tuple) else (args[1],)
-            self.found[_place()] += sum(isinstance(part, list | np.ndarray) for part in parts)
+            self._note(sum(isinstance(part, list | np.ndarray) for part in parts))
         if name in ("tensor", "as_tensor", "new_tensor") and made.device.type != "cpu":
             data = args[-1] if args else next(iter((kwargs or {}).values()))
-            self.found[_place()] += not isinstance(data, Tensor)  # of a tensor it is a copy like others
+            self._note(not isinstance(data, Tensor))  # of a tensor it is a copy like others
         return made
+
+    def _note(self, count: int) -> None:
+        if count:
+            self.found[_place()] += count
 
 
 class Ledger(TorchDispatchMode):
@@ -104,6 +111,12 @@ class Ledger(TorchDispatchMode):
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         self.made_of_data.__exit__(*error)  # type: ignore[no-untyped-call]
 
+    def add(self, other: "Ledger") -> None:
+        """What another one has counted."""
+        self.rows += other.rows
+        for kind, places in vars(other.copies).items():
+            getattr(self.copies, kind).update(places)
+
     @property
     def cost(self) -> Cost:
         return Cost(len(self.rows), sum(row[1] for row in self.rows), sum(row[2] for row in self.rows))
@@ -118,7 +131,8 @@ class Ledger(TorchDispatchMode):
         outputs = [tensor for tensor in _tensors(made) if id(tensor) not in known]
         if name in ("aten::_to_copy", "aten::copy_") and self._is_transfer(name, args, given, made):
             return made
-        if all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)) or _is_view(func) or name in _RESERVES:
+        is_free = name in _ALLOCATIONS or _is_view(func)
+        if is_free or all(tensor.device.type == "cpu" for tensor in (*inputs, *outputs)):
             return made
         self._note_host_operands(name, inputs)
         counter = flop_registry.get(func._overloadpacket)
@@ -207,6 +221,19 @@ class Replayed:
         return {name: value.clone() for name, value in self.run(*self.inputs).items()}
 
 
+class Stream:
+    """Stands for torch.cuda.Stream: there is one, and nothing to wait for."""
+
+    def __init__(self, device: object = None) -> None:
+        """Of a device."""
+
+    def record_event(self) -> str:
+        return "event"
+
+    def wait_event(self, event: object) -> None:
+        """The host does not wait here."""
+
+
 class Accelerator:
     """What Ranks and Replicated read of Accelerate's on one rank."""
 
@@ -234,9 +261,21 @@ def pretended_gpu() -> Iterator[None]:
     supported, autocast = optimizers._get_fused_kernels_supported_devices, torch.autocast
 
     def pinned(tensor: Tensor) -> Tensor:
+        if is_pinned(tensor):
+            return tensor
         copy = tensor.clone()
         _pinned.add(int(copy.untyped_storage()._cdata))
         return copy
+
+    plain_deliver = Lane.deliver
+
+    def deliver(lane: Lane, rows: np.ndarray, make: Callable[[], tuple[Tensor, ...]]) -> Delivery:
+        """Modes are a thread's own: count there too."""
+        ledger = Ledger()
+        with ledger:
+            delivery = plain_deliver(lane, rows, make)
+        _of_threads.append(ledger)
+        return delivery
 
     def cast(kind: str, **options: Any) -> Any:
         return nullcontext() if kind == "meta" else autocast(kind, **options)
@@ -255,6 +294,11 @@ def pretended_gpu() -> Iterator[None]:
                 (update, "can_capture", is_device),
                 (graphed, "_Graph", Replayed),
                 (Tensor, "pin_memory", pinned),
+                (Tensor, "record_stream", lambda tensor, stream: None),
+                (Lane, "deliver", deliver),
+                (torch.cuda, "Stream", Stream),
+                (torch.cuda, "current_stream", Stream),
+                (torch.cuda, "stream", lambda stream: nullcontext()),
             ):
                 stack.enter_context(mock.patch.object(where, what, value))
             yield
@@ -266,19 +310,37 @@ def pretended_gpu() -> Iterator[None]:
 def counted(call: Callable[[], object]) -> Ledger:
     """The ledger of a call, after one that makes what lives on, such as the state of optimizers."""
     call()
+    _of_threads.clear()
     ledger = Ledger()
     with ledger:
         call()
+    for other in _of_threads:
+        ledger.add(other)
     return ledger
 
 
-def stored() -> dict[str, dict[str, int]]:
+Entry: TypeAlias = dict[str, Any]  # the names of Cost, and under "first" those of the first count
+
+
+def stored() -> dict[str, Entry]:
     """What ledger.json holds."""
-    content: dict[str, dict[str, int]] = json.loads(FILE.read_text())
+    content: dict[str, Entry] = json.loads(FILE.read_text())
     return content
 
 
-def changes(key: str, cost: Cost, before: dict[str, int] | None) -> list[str]:
+def table(entries: dict[str, Entry]) -> str:
+    """What docs/benchmarks/ledger.md shows of them."""
+    lines = ["| call | operators (first) | GFLOP (first) | GB (first) |", "|---|---|---|---|"]
+    for key, entry in sorted(entries.items()):
+        both = [
+            f"{entry[name] / unit:,.{digits}f} ({entry['first'][name] / unit:,.{digits}f})"
+            for name, unit, digits in (("operators", 1, 0), ("flop", 1e9, 2), ("bytes", 1e9, 3))
+        ]
+        lines.append(f"| {key} | {' | '.join(both)} |")
+    return "\n".join(lines) + "\n"
+
+
+def changes(key: str, cost: Cost, before: Entry | None) -> list[str]:
     """One line for each number that is not the stored one."""
     now = asdict(cost)
     if before is None:
@@ -294,7 +356,7 @@ def main() -> int:
     parser.add_argument("keys", nargs="*", metavar="KEY", help="any part of a key")
     parser.add_argument("--write", action="store_true", help="lower ledger.json")
     args = parser.parse_args()
-    before, now = stored() if FILE.exists() else {}, {}
+    before, now = stored() if FILE.exists() else {}, dict[str, Entry]()
     risen: list[str] = []
     with pretended_gpu():
         for key, make in CASES.items():
@@ -306,7 +368,8 @@ def main() -> int:
             print(f"{key:45} {cost.operators:6,} operators {cost.flop / 1e9:9.2f} GFLOP {cost.bytes / 1e9:8.3f} GB")
             for line in changes(key, cost, old):
                 print(f"    {line}")
-            risen += [key] if old and any(now[key][name] > old[name] for name in old) else []
+            risen += [key] if old and any(value > old[name] for name, value in asdict(cost).items()) else []
+            now[key]["first"] = old["first"] if old else asdict(cost)
             if args.keys:
                 _print_details(ledger)
     if not args.write:
@@ -315,12 +378,20 @@ def main() -> int:
         print(f"ledger.json is as it was: {', '.join(risen)} rose. Where that is meant, edit the file, and say why")
         return 1
     kept = {key: values for key, values in before.items() if args.keys and key not in now}
-    FILE.write_text(json.dumps({**kept, **now}, indent=1, sort_keys=True) + "\n")
+    write({**kept, **now})
     return 0
 
 
+def write(entries: dict[str, Entry]) -> None:
+    """To ledger.json, and to the page's table."""
+    FILE.write_text(json.dumps(entries, indent=1, sort_keys=True) + "\n")
+    head, _, rest = PAGE.read_text().partition("| call |")
+    tail = rest.partition("\n\n")[2]
+    PAGE.write_text(head + table(entries) + (f"\n{tail}" if tail else ""))
+
+
 def _print_details(ledger: Ledger) -> None:
-    for kind, places in asdict(ledger.copies).items():
+    for kind, places in vars(ledger.copies).items():
         for place, count in places.items():
             print(f"    {count:4} x {kind} copy at {place}")
     groups: dict[str, list[int]] = {}

@@ -9,7 +9,10 @@ RANKS = "distributed/test_over_ranks.py"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
+LANE = "unit/test_data_lane.py"
+LEDGER = "capture/test_ledger.py::test_a_call_waits_for_nothing_and_costs_what_the_ledger_says"
 REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
+CTRL = "numerics/test_ctrl.py"
 IN_ENGINE: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
              "copy.deepcopy(net).cpu()", "net.cpu()",
@@ -36,6 +39,17 @@ IN_ENGINE: tuple[Mutation, ...] = (
              "from dist_defend.engine.whole import Whole",
              "import dist_defend.engine.strategy\nfrom dist_defend.engine.whole import Whole",
              "repo/test_imports.py::test_no_module_needs_itself"),
+    Mutation("a step does not wait until its batch has come to the GPU", "data/lane.py",
+             "            stream.wait_event(come)\n", "",
+             f"{LANE}::test_each_batch_is_awaited_by_its_own_event_and_made_ahead[torch]"),
+    Mutation("a batch's memory is used again while a step reads it", "data/lane.py",
+             "tensor.record_stream(stream)", "pass",
+             f"{LANE}::test_each_batch_is_awaited_by_its_own_event_and_made_ahead[torch]"),
+    Mutation("copies to a GPU come from memory that is not pinned", "ops/transfer.py",
+             "tensor = tensor.pin_memory()", "pass", f"{LEDGER}[loader, ffcv, two views: batch]"),
+    Mutation("the host waits for each batch's index", "data/backends.py",
+             "to_device(torch.from_numpy(slots), self._images.device)", "torch.from_numpy(slots)",
+             f"{LEDGER}[loader, resident, padded crop: batch]"),
     Mutation("an update that is not finite is done", "engine/update.py",
              "nonfinite = norm.sub(norm).ne(0).float()", "nonfinite = torch.zeros_like(norm)",
              "unit/test_update.py::test_what_is_not_finite_moves_nothing"),
@@ -148,4 +162,15 @@ IN_ENGINE: tuple[Mutation, ...] = (
              "unit/test_progress.py::test_a_resume_does_not_take_what_is_half_done_for_the_suspect"),
     Mutation("trackers get shares for percent", "engine/tracking.py",
              "100 * row[name]", "row[name]", "unit/test_progress.py::test_trackers_get_the_final_metrics"),
+    Mutation("CTRL's stored pixels are truncated", "attacks/spectral.py",
+             "is_rounded = True", "is_rounded = False", f"{CTRL}::test_stored_pixels_are_rounded"),
+    Mutation("CTRL's lowest frequency has the others' factor", "attacks/spectral.py",
+             "(2 if p else 1)", "2", f"{CTRL}::test_the_lowest_frequency"),
+    Mutation("CTRL changes Y where U is asked for", "attacks/spectral.py",
+             'CHANNELS = ("y", "u", "v")', 'CHANNELS = ("u", "y", "v")',
+             f"{CTRL}::test_the_closed_form_is_the_published_transformation"),
+    Mutation("SimCLR trains on clean images though an attack is configured", "methods/pretrain/simclr.py",
+             "        dataset = poisoned(clean, rows, config.attack, context.seed)\n        poisons = dataset.flags",
+             "        poisons = poisoned(clean, rows, config.attack, context.seed).flags",
+             f"{CTRL}::test_simclr_on_poisoned_images"),
 )  # fmt: skip

@@ -62,7 +62,7 @@ def test_rows(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         duration = row["ours_ms"] / 1e3
         assert row["matrix_share"] == pytest.approx(row["flop"] / duration / row["peak_flop"])
         assert row["copy_share"] == pytest.approx(row["bytes"] / duration / row["peak_bytes"])
-        assert row["operators"] > 100 and "no GPU here" in row["note"]
+        assert row["operators"] > 20 and "no GPU here" in row["note"]
 
 
 def test_scaling_compares_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_an_update_is_timed_against_its_graph(tmp_path: Path, monkeypatch: pytes
         both = [graphs._ibau(case, ranks, tmp_path / graph, graph) for graph in graphs._modes()]
         assert not captured
         found = list(graphs._compare(case, ranks, peaks.Peaks(1e12, 1e12), Settings(repeats=1), *both))
-        assert len(captured) == 4 and all(graph.kernels > 50 for graph in captured)
+        assert len(captured) == 4 and all(graph.kernels > 20 for graph in captured)
     assert [row["name"] for row in found] == ["graphs-ibau-inner", "graphs-ibau-outer"]
     assert all("eager calls against replays" in row["note"] for row in found)
 

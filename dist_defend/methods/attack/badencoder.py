@@ -106,7 +106,8 @@ class BadEncoderObjective(Objective):
         lambda2: float = 1.0,
     ) -> None:
         super().__init__()
-        self.encoder, self.triggers, self.clean_features = encoder, list(triggers), clean_features
+        self.encoder, self.clean_features = encoder, clean_features
+        self.triggers = [trigger.to(references.device, references.dtype) for trigger in triggers]
         self.lambda1, self.lambda2 = lambda1, lambda2
         self.register_buffer("references", references, persistent=False)
         self.register_buffer("reference_features", functional.normalize(reference_features, dim=1), persistent=False)

@@ -36,6 +36,7 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.models.fit import check_image_size
 from dist_defend.models.heads import HIDDEN, HeadStack
 from dist_defend.models.pixel_space import Encoder
+from dist_defend.ops.transfer import to_device
 from dist_defend.trial import Examination, encoders_to_measure, save_pictures
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class ProbeObjective(Objective):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         logits = self.heads(*batch.views)
-        count = torch.tensor(float(len(batch.labels)), device=logits.device)
+        count = torch.full((), float(len(batch.labels)), device=logits.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(count)
         labels = batch.labels.expand(len(logits), -1).reshape(-1)
@@ -175,12 +176,12 @@ class FeatureBatches:
             rows = order[number * self.batch_size : (number + 1) * self.batch_size]
             slices = [rank_slice(len(rows), rank, ranks.world_size) for rank in range(ranks.world_size)]
             own = slices[ranks.rank]
-            index = torch.from_numpy(rows[own]).to(self.labels.device)
+            index = to_device(torch.from_numpy(rows[own]), self.labels.device)
             features = self.take(index, [other.stop - other.start for other in slices])
             views: tuple[Tensor, ...] = (features.repeat_interleave(len(seeds), 0),)
             if self.config.hidden:
                 kept = torch.stack([self._kept(seed, epoch, number, len(rows))[own] for seed in seeds])
-                factors = kept.to(index.device, ranks.dtype) / (1 - self.config.dropout)
+                factors = to_device(kept, index.device).to(ranks.dtype) / (1 - self.config.dropout)
                 views = (*views, factors.repeat(len(features), 1, 1))
             yield Batch(views, self.labels[index], index)
 

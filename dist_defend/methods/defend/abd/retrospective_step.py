@@ -17,6 +17,7 @@ from dist_defend.methods.defend.abd.options import RetrospectionConfig
 from dist_defend.methods.defend.abd.pair import Pair
 from dist_defend.methods.defend.abd.retrospection import SelfRetrospection
 from dist_defend.ops.hypergrad import all_reduce_together, check_twice_differentiable
+from dist_defend.ops.transfer import to_device
 
 Share = Callable[[Tensor, Tensor], Tensor]  # student's and teacher's logits -> this rank's share of a global mean
 
@@ -63,7 +64,7 @@ class RetrospectiveStep:
         device, dtype, number = self.ranks.device, self.ranks.dtype, at.done(self.steps_per_epoch)
         self.update.follow(number, self.total_steps, self.total_steps)
         drawn = self.retrospection.start(self.pair.image_size, number), self.retrospection.patched(self.own, number)
-        start, patched = (value.to(dtype).to(device, non_blocking=True) for value in drawn)
+        start, patched = (to_device(value, device, dtype) for value in drawn)
         self.pair.student.train()
         return check_finite(self.graphed(batch.images, start, patched), "the hypergradient")
 

@@ -40,7 +40,7 @@ def build(config: Config, context: Context) -> Plan:
     check_selection(config.vaccine, first * config.synthesis.iterations)
 
     def stage(name: str, update: Step, start: int, end: int) -> Stage:
-        step = CmiStep(config, synthesis, update, pair, start)
+        step = CmiStep(batches, synthesis, update, pair, start)
         return Stage(name, Later(batches, start), step, end - start, pair.evaluate, config.evaluate_every)
 
     objective = PoolObjective(pair, config.temperature)

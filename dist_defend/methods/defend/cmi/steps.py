@@ -20,6 +20,7 @@ from dist_defend.methods.defend.cmi.options import Config
 from dist_defend.methods.defend.cmi.synthesis import Synthesis
 from dist_defend.ops.losses import distillation
 from dist_defend.ops.streams import Stream, draws
+from dist_defend.ops.transfer import to_device
 
 _CLASSES, _ORDER = range(2)
 _POOL_VIEW = 2  # after the two of the synthesis
@@ -35,6 +36,7 @@ class CmiBatches:
     def __init__(self, config: Config, num_classes: int, seed: int, ranks: Ranks) -> None:
         self.config, self.num_classes, self.seed, self.ranks = config, num_classes, seed, ranks
         self.num_batches = config.synthesis.iterations + config.distillation_steps
+        self._latest: tuple[int, np.ndarray] | None = None  # an epoch, and its rows of the pool
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's shares, from the start_batch-th on."""
@@ -42,12 +44,22 @@ class CmiBatches:
         classes = np.sort(draws(self.seed, Stream.CMI_BATCHES, _CLASSES, epoch).integers(self.num_classes, size=size))
         for _ in range(start_batch, iterations):
             yield self._share(classes, np.arange(size))
-        rows = self.pool_rows(epoch)
         for number in range(max(0, start_batch - iterations), self.config.distillation_steps):
-            yield self._share(np.full(len(rows[number]), NO_LABEL), rows[number])
+            rows = self.pool_rows(epoch)[number]
+            yield self._share(np.full(len(rows), NO_LABEL), rows)
+
+    def own_pool_rows(self, epoch: int, number: int) -> np.ndarray:
+        """This rank's rows of the pool for the number-th step of an epoch on it, (b,) int64; on the host."""
+        rows: np.ndarray = self.pool_rows(epoch)[number]
+        return rows[rank_slice(len(rows), self.ranks.rank, self.ranks.world_size)]
 
     def pool_rows(self, epoch: int) -> np.ndarray:
         """Rows of the pool for each step of an epoch, (distillation_steps, batch_size)."""
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = epoch, self._drawn_pool_rows(epoch)
+        return self._latest[1]
+
+    def _drawn_pool_rows(self, epoch: int) -> np.ndarray:
         held, batch = (epoch + 1) * self.config.synthesis.batch_size, self.config.update.batch_size
         wanted = self.config.distillation_steps * batch
         count = -(-wanted // held)
@@ -78,9 +90,9 @@ class CmiStep:
     update: the student's step, given batches of images. first: the epoch that this stage begins with.
     """
 
-    def __init__(self, config: Config, synthesis: Synthesis, update: Step, pair: Pair, first: int) -> None:
-        self.config, self.synthesis, self.update, self.pair = config, synthesis, update, pair
-        self.first = first
+    def __init__(self, batches: CmiBatches, synthesis: Synthesis, update: Step, pair: Pair, first: int) -> None:
+        self.batches, self.synthesis, self.update, self.pair = batches, synthesis, update, pair
+        self.config, self.first = batches.config, first
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         iterations, of_run = self.config.synthesis.iterations, replace(at, epoch=self.first + at.epoch)
@@ -88,15 +100,15 @@ class CmiStep:
         self.pair.student.train(not is_synthesis)
         if is_synthesis:
             return self.synthesis(batch, of_run)
-        images = self._with_images(batch, of_run.done(iterations + self.config.distillation_steps))
+        rows = self.batches.own_pool_rows(of_run.epoch, at.batch - iterations)
+        images = self._with_images(batch, rows, of_run.done(self.batches.num_batches))
         return self.update(images, replace(at, batch=at.batch - iterations))
 
-    def _with_images(self, batch: Batch, calls: int) -> Batch:
-        """The pool's images at batch.index (b,), augmented by (seed, call, row)."""
+    def _with_images(self, batch: Batch, rows: np.ndarray, calls: int) -> Batch:
+        """The pool's images at batch.index (b,), which are ``rows`` on the host, augmented by (seed, call, row)."""
         size, pool, augment = self.pair.image_size, self.synthesis.pool, self.config.augment
-        seed = self.pair.context.seed
-        params = draw(seed, calls, batch.index.cpu().numpy(), _POOL_VIEW, augment, size, size)
-        images = apply_augment(pool.images[batch.index], torch.from_numpy(params).to(batch.index.device), augment)
+        params = torch.from_numpy(draw(self.pair.context.seed, calls, rows, _POOL_VIEW, augment, size, size))
+        images = apply_augment(pool.images[batch.index], to_device(params, batch.index.device), augment)
         return batch._replace(views=(images.to(self.pair.context.ranks.dtype),))
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from dist_defend.models.generator import CMIGenerator
 from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum
 from dist_defend.ops.hypergrad import all_reduce_together
 from dist_defend.ops.streams import Stream, draws
+from dist_defend.ops.transfer import to_device
 
 _START, _BANK = range(2)  # of latent codes, and of rows of the bank
 _GLOBAL_VIEW, _LOCAL_VIEW = range(2)
@@ -74,7 +75,7 @@ class Synthesis:
         self.best_features = torch.zeros(batch, 2 * dim, device=self.device, dtype=self.dtype)
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
-        """One iteration. batch.labels (b,): the classes wanted; index (b,): places in the global batch.
+        """One iteration. batch.labels (b,): the classes wanted.
 
         at.epoch: of the run; at.batch: iterations that the epoch's images have had. Raises NonFiniteError on a CPU,
         with the weights as they were.
@@ -85,7 +86,7 @@ class Synthesis:
         if self._selecting is not None and number == self._selecting.config.selection_batches:
             self._selecting.select()
         keeper = self._selecting if number >= FIRST_KEPT else None
-        places = batch.index.cpu().numpy()
+        places = np.arange(self.own.start, self.own.stop)
         whole = self._draw(number, places, _GLOBAL_VIEW, self.config.global_view)
         local = self._draw(number, places, _LOCAL_VIEW, self.config.local_view)
         scalars = self.update(batch.labels, whole, local, self._earlier(number), keeper)
@@ -190,13 +191,13 @@ class Synthesis:
         count = min(self.bank.filled, self.config.contrast.negatives)
         draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, number)
         chosen = draw.choice(self.bank.filled, count, replace=False)
-        return self.bank.rows[torch.from_numpy(chosen).to(self.device)]
+        return self.bank.rows[to_device(torch.from_numpy(chosen), self.device)]
 
     def _draw(self, number: int, places: np.ndarray, view: int, config: AugmentConfig) -> Tensor:
         """Parameters (b, NUM_PARAMETERS) of an iteration's views."""
         size = self.pair.image_size
         params = draw(self.seed, number, places, view, config, size, size)
-        return torch.from_numpy(params).to(self.device, self.dtype)
+        return to_device(torch.from_numpy(params), self.device, self.dtype)
 
     @property
     def _selecting(self) -> Vaccine | None:

@@ -28,6 +28,7 @@ from dist_defend.ops.hypergrad import (
 from dist_defend.ops.losses import weighted_cross_entropy
 from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
+from dist_defend.ops.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class UnlearningStep:
         mask[generator.choice(size, self.config.num_patched(size), replace=False)] = 1
         share = np.zeros((self.rounds.share, 1, 1, 1))
         share[: own.stop - own.start, 0, 0, 0] = mask[own]
-        return torch.from_numpy(share).to(self.ranks.dtype).to(self.ranks.device, non_blocking=True)
+        return to_device(torch.from_numpy(share), self.ranks.device, self.ranks.dtype)
 
     @torch.no_grad()
     def _restart(self) -> None:

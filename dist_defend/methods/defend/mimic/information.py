@@ -25,6 +25,7 @@ from dist_defend.models.encoder import SimCLR
 from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.ops.mutual_info import Club, Critic, DonskerVaradhan, InfoNCE
 from dist_defend.ops.streams import Stream, draws
+from dist_defend.ops.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +245,7 @@ class LayerInformation:
     def permutation(self, layer: int, epoch: int, number: int, length: int, phase: int) -> Tensor:
         """Of that many pairs, drawn for a batch of an epoch. phase: 0 while a critic is trained, 1 to measure."""
         order = draws(self.seed, Stream.CRITICS, layer, epoch, number, phase).permutation(length)
-        return torch.from_numpy(order).to(self.context.ranks.device)
+        return to_device(torch.from_numpy(order), self.context.ranks.device)
 
     def state_dict(self) -> dict[str, Any]:
         own = {

@@ -23,6 +23,7 @@ from dist_defend.ops.attention import unit_attention
 from dist_defend.ops.fused_norm import differentiated_once
 from dist_defend.ops.hypergrad import all_reduce_together
 from dist_defend.ops.losses import distillation
+from dist_defend.ops.transfer import to_device
 
 _GRADIENT = "the gradient"
 
@@ -213,7 +214,7 @@ class TransferStep:
             self.vaccine.keep(self.images, self.config.student_steps)
 
     def _tensor(self, value: Tensor) -> Tensor:
-        return value.to(self.ranks.dtype).to(self.ranks.device, non_blocking=True)
+        return to_device(value, self.ranks.device, self.ranks.dtype)
 
     def _changed(self) -> Iterator[Tensor]:
         for model in (self.generator, self.student):

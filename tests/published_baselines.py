@@ -71,6 +71,11 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     })),
     ("SCLBD/BackdoorBench, defense/nc.py", (tuning_defaults("nc", "backdoorbench"),),
      {"nc.search.normalise_first_rows": True}),
+    ("meet-cjli/CTRL, its readme's command", ("attack/ctrl_cifar10",), {
+        "simclr.attack.rate": 0.01, "simclr.attack.target_class": 0, "simclr.attack.trigger.magnitude": 100,
+        "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
+        "simclr.attack.trigger.channels": ["u", "v"],
+    }),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

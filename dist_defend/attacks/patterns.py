@@ -13,6 +13,7 @@ from dist_defend.attacks.input_aware import InputAwareTrigger, load_generators
 from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images, open_pattern, read_pattern
 from dist_defend.attacks.quantize import Quantize
+from dist_defend.attacks.spectral import CHANNELS, Spectral, spectral
 from dist_defend.attacks.trigger import (
     Additive,
     Replacing,
@@ -334,6 +335,41 @@ class TrojanNN(TriggerOptions):
         return (Wrapping if self.wrap else Additive)(as_images(read_pattern(self.file, image_size)))
 
 
+@dataclass(frozen=True)
+class Ctrl(TriggerOptions):
+    """Li et al. 2023 (CTRL): fixed frequencies of the colours, which survive augmentation; of self-supervised training.
+
+    Keys:
+        magnitude: of the coefficients, in grey levels; the repository's 100, the paper's 50
+        positions: frequencies p, of the coefficients (p, p) of each window
+        channels: which of y, u and v are changed
+        window: pixels, the side of the squares that are transformed; the images are a multiple of it
+    """
+
+    name: Literal["ctrl"] = "ctrl"
+    magnitude: float = 100.0
+    positions: tuple[int, ...] = (15, 31)
+    channels: tuple[Literal["y", "u", "v"], ...] = ("u", "v")
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"key 'window' is {self.window}; it must be at least 1 pixel")
+        if not self.positions or not all(0 <= p < self.window for p in self.positions):
+            raise ValueError(
+                f"key 'positions' is {list(self.positions)}; they are 0 to {self.window - 1}, at least one"
+            )
+        if not self.channels or not set(self.channels) <= set(CHANNELS):
+            raise ValueError(f"key 'channels' is {list(self.channels)}; name some of {', '.join(CHANNELS)}")
+
+    def build(self, image_size: int) -> Spectral:
+        if image_size % self.window:
+            raise UserError(
+                f"trigger 'ctrl' needs images of whole windows of {self.window} px; these have {image_size}"
+            )
+        return spectral(image_size, self.magnitude, self.positions, self.channels, self.window)
+
+
 TriggerConfig = (
     BadNets
     | Blended
@@ -346,6 +382,7 @@ TriggerConfig = (
     | LowFrequency
     | WaNet
     | Bpp
+    | Ctrl
     | InputAware
     | TrojanNN
     | FromFile

@@ -3,6 +3,10 @@
 The prepared data on disk stay clean: flags by row, saved with the run, say what is stamped.
 """
 
+import hashlib
+import io
+from pathlib import Path
+
 import numpy as np
 
 from dist_defend.attacks.attack import AttackConfig, backdoor_labels, check_classes, trigger_of
@@ -10,6 +14,7 @@ from dist_defend.attacks.stamping import cross_pixels, stamp_pixels
 from dist_defend.attacks.trigger import Trigger
 from dist_defend.data.store import PreparedDataset
 from dist_defend.errors import UserError
+from dist_defend.files import write_atomic
 from dist_defend.ops.streams import Stream, draws
 
 _CHUNK = 256  # images stamped at once
@@ -91,6 +96,23 @@ def triggered(dataset: PreparedDataset, config: AttackConfig) -> PoisonedDataset
     """The test set: every image stamped, labels the original ones. UserError for images of several sizes."""
     trigger = not_idle(trigger_of(config).build(image_size_of(dataset)))
     return PoisonedDataset(dataset, trigger, np.full(len(dataset), STAMPED, np.uint8))
+
+
+def save_flags(flags: np.ndarray, folder: Path | None) -> dict[str, str]:
+    """poisoned_rows.npy and, for triggers that have them, cross_rows.npy (int64) in the folder, if there is one.
+
+    flags: (N,) as of PoisonedDataset. Returns their sha256, for the model card.
+    """
+    digests = {}
+    for name, flag in (("poisoned_rows", STAMPED), ("cross_rows", CROSS)):
+        rows = np.flatnonzero(flags == flag)
+        if len(rows):
+            content = io.BytesIO()
+            np.save(content, rows)
+            digests[f"{name}_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
+            if folder is not None:
+                write_atomic(folder / f"{name}.npy", content.getvalue())
+    return digests
 
 
 def image_size_of(dataset: PreparedDataset) -> int:

@@ -13,8 +13,11 @@ def stamp_images(images: Tensor, trigger: Trigger) -> Tensor:
 
 
 def stamp_pixels(pixels: np.ndarray, trigger: Trigger) -> np.ndarray:
-    """Images (B, H, W, 3) uint8 with the trigger, truncated to whole grey levels as published code does."""
-    return to_bytes(stamp_images(to_images(pixels), trigger))
+    """Images (B, H, W, 3) uint8 with the trigger, truncated to whole grey levels as published code does.
+
+    A trigger whose published images stay floats says is_rounded.
+    """
+    return to_bytes(stamp_images(to_images(pixels), trigger), getattr(trigger, "is_rounded", False))
 
 
 def cross_pixels(pixels: np.ndarray, others: np.ndarray, rows: np.ndarray, trigger: Trigger) -> np.ndarray:
@@ -27,6 +30,6 @@ def to_images(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(pixels, requirements="W")).permute(0, 3, 1, 2).float() / 255
 
 
-def to_bytes(images: Tensor) -> np.ndarray:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, truncated."""
-    return grey_levels(images).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+def to_bytes(images: Tensor, is_rounded: bool = False) -> np.ndarray:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, truncated or rounded."""
+    return grey_levels(images + 0.5 / 255 if is_rounded else images).to(torch.uint8).permute(0, 2, 3, 1).numpy()

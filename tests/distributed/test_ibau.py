@@ -16,7 +16,7 @@ from tests.distributed.comparison import Alone, Mutation, assert_same, train
 from tests.ranks import Pool
 from tests.runs import make_classifier, make_data, make_experiment
 
-TOLERANCE = 1e-12  # of a tensor's largest entry
+TOLERANCE = 1e-11  # of a tensor's largest entry; Adam divides rounding errors by small slopes
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 CASES: dict[str, dict[str, Any]] = {  # of 11 images in batches of 5: shares of 3 and 2, and of 1 and none
     "default": {},

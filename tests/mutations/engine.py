@@ -12,6 +12,7 @@ MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_t
 LANE = "unit/test_data_lane.py"
 LEDGER = "capture/test_ledger.py::test_a_call_waits_for_nothing_and_costs_what_the_ledger_says"
 REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
+CTRL = "numerics/test_ctrl.py"
 IN_ENGINE: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
              "copy.deepcopy(net).cpu()", "net.cpu()",
@@ -161,4 +162,15 @@ IN_ENGINE: tuple[Mutation, ...] = (
              "unit/test_progress.py::test_a_resume_does_not_take_what_is_half_done_for_the_suspect"),
     Mutation("trackers get shares for percent", "engine/tracking.py",
              "100 * row[name]", "row[name]", "unit/test_progress.py::test_trackers_get_the_final_metrics"),
+    Mutation("CTRL's stored pixels are truncated", "attacks/spectral.py",
+             "is_rounded = True", "is_rounded = False", f"{CTRL}::test_stored_pixels_are_rounded"),
+    Mutation("CTRL's lowest frequency has the others' factor", "attacks/spectral.py",
+             "(2 if p else 1)", "2", f"{CTRL}::test_the_lowest_frequency"),
+    Mutation("CTRL changes Y where U is asked for", "attacks/spectral.py",
+             'CHANNELS = ("y", "u", "v")', 'CHANNELS = ("u", "y", "v")',
+             f"{CTRL}::test_the_closed_form_is_the_published_transformation"),
+    Mutation("SimCLR trains on clean images though an attack is configured", "methods/pretrain/simclr.py",
+             "        dataset = poisoned(clean, rows, config.attack, context.seed)\n        poisons = dataset.flags",
+             "        poisons = poisoned(clean, rows, config.attack, context.seed).flags",
+             f"{CTRL}::test_simclr_on_poisoned_images"),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from dist_defend.attacks.patterns import (
     BadNets,
     Blended,
     Bpp,
+    Ctrl,
     InputAware,
     L0Inv,
     L2Inv,
@@ -40,7 +41,8 @@ from tests.runs import CLASSES, SIZE, make_classifier, make_data, make_experimen
 KEY = np.random.default_rng(8).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 TRIGGERS: list[TriggerConfig] = [
     BadNets(pattern="grid"), Blended(), Sig(), SigWrapped(), Trojan(pattern="patch", wrap=True), L0Inv(), L2Inv(),
-    LabelConsistent(), LowFrequency(), WaNet(), Bpp(), InputAware("generators.safetensors", normalization="none"),
+    LabelConsistent(), LowFrequency(), WaNet(), Bpp(),
+    Ctrl(window=SIZE, positions=(7, 15)), InputAware("generators.safetensors", normalization="none"),
 ]  # fmt: skip
 
 

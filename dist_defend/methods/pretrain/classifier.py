@@ -3,8 +3,6 @@
 A poisoned run differs from a clean one in its data set alone.
 """
 
-import hashlib
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dist_defend.attacks.attack import AttackConfig
-from dist_defend.attacks.poison import CROSS, STAMPED, image_size_of, poisoned
+from dist_defend.attacks.poison import STAMPED, image_size_of, poisoned, save_flags
 from dist_defend.batch import Batch
 from dist_defend.bounds import at_least_one
 from dist_defend.counts import percents, warn_near_chance
@@ -27,7 +25,6 @@ from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.trial import Examination
 
@@ -141,10 +138,11 @@ def build(config: Config, context: Context) -> Plan:
         on_clean, on_triggered = examination.predict(model)
         counts = examination.counts(on_clean, on_triggered)
         warn_near_chance(kind, examination.task, counts["acc"], model.num_classes)
+        folder = context.folder if context.ranks.is_main else None
         examination.save_examples()
         card = context.card(
             model,
-            {"epochs": update.epochs, "seed": context.seed, **_save_flags(context, flags)},
+            {"epochs": update.epochs, "seed": context.seed, **save_flags(flags, folder)},
             classes=named_classes(test.classes, clean_train.classes),
             backdoored=is_backdoored,
             attack=asdict(config.attack) if config.attack is not None and is_backdoored else None,
@@ -199,17 +197,3 @@ def _image_size(train: PreparedDataset, test: PreparedDataset, config: Config) -
             "out, or prepare the data set at that size"
         )
     return size
-
-
-def _save_flags(context: Context, flags: np.ndarray) -> dict[str, str]:
-    """poisoned_rows.npy and, for triggers that have them, cross_rows.npy (int64) in the run folder; their sha256."""
-    digests = {}
-    for name, flag in (("poisoned_rows", STAMPED), ("cross_rows", CROSS)):
-        rows = np.flatnonzero(flags == flag)
-        if len(rows):
-            content = io.BytesIO()
-            np.save(content, rows)
-            digests[f"{name}_sha256"] = hashlib.sha256(content.getvalue()).hexdigest()
-            if context.ranks.is_main:
-                write_atomic(context.folder / f"{name}.npy", content.getvalue())
-    return digests

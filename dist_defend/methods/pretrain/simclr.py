@@ -1,11 +1,14 @@
 """SimCLR (Chen et al. 2020) as BadEncoder pretrains its clean encoders."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dist_defend.attacks.attack import AttackConfig
+from dist_defend.attacks.poison import STAMPED, poisoned, save_flags
 from dist_defend.batch import Batch
 from dist_defend.bounds import positive
 from dist_defend.counts import extract_features, knn_count
@@ -47,12 +50,14 @@ class Config:
     """Defaults are BadEncoder's pretraining on CIFAR-10.
 
     Keys:
-        data: training images; labels are not read
+        data: training images; labels are not read, unless an attack chooses by them
         arch: architecture of the encoder (`dist-defend models`)
         normalization: constants of the encoder's first layer
         warm_start: model folder to start from; null: fresh weights
         temperature: of the contrastive loss
         grad_cache: negatives from the whole batch, although update.accumulation splits it
+        attack: images of the data that carry a trigger, before they are augmented; null: none. Only clean_label and
+            all_to_one make sense, which say what is stamped: images of the target class, or any
         augment: how each of the two views is made
         update: batch size, epochs, optimizer and the like
         monitor: kNN accuracy while training; null: none
@@ -64,6 +69,7 @@ class Config:
     warm_start: str | None = None
     temperature: float = 0.5
     grad_cache: bool = False
+    attack: AttackConfig | None = None
     augment: AugmentConfig = SIMCLR
     update: UpdateConfig = UpdateConfig(
         batch_size=256, epochs=1000, optimizer=OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)
@@ -72,6 +78,10 @@ class Config:
 
     def __post_init__(self) -> None:
         positive(self, "temperature")
+        if self.attack is not None and self.attack.labels == "all_to_all":
+            raise ValueError(
+                "key 'attack.labels' is all_to_all, but no label is trained on: say clean_label or all_to_one"
+            )
         if self.grad_cache and self.update.accumulation == 1:
             raise ValueError(
                 "key 'grad_cache' is true, but 'update.accumulation' is 1 and splits nothing: make it the number of "
@@ -99,7 +109,12 @@ class SimCLRObjective(CoupledObjective):
 
 def build(config: Config, context: Context) -> Plan:
     """One stage: pretrain, with the kNN monitor where it is configured."""
-    dataset, rows = context.dataset("train", config.data)
+    clean, rows = context.dataset("train", config.data, is_labelled=config.attack is not None)
+    dataset, poisons = clean, np.zeros(0, np.uint8)
+    if config.attack is not None:
+        dataset = poisoned(clean, rows, config.attack, context.seed)
+        poisons = dataset.flags
+    is_poisoned = bool((poisons == STAMPED).any())
     torch.manual_seed(context.seed)
     parent, parent_sha256 = None, None
     if config.warm_start is None:
@@ -119,15 +134,21 @@ def build(config: Config, context: Context) -> Plan:
         stage.evaluate, stage.evaluate_every = _knn_monitor(config.monitor, model, context), config.monitor.every
 
     def result() -> dict[str, Any]:
+        folder = context.folder if context.ranks.is_main else None
         card = context.card(
             model,
-            {"epochs": config.update.epochs, "seed": context.seed},
-            backdoored=parent is not None and parent.backdoored,  # more training is no proof that it went away
-            attack=None if parent is None else parent.attack,
+            {"epochs": config.update.epochs, "seed": context.seed, **save_flags(poisons, folder)},
+            backdoored=is_poisoned or (parent is not None and parent.backdoored),  # more training proves no removal
+            attack=asdict(config.attack)
+            if config.attack and is_poisoned
+            else None
+            if parent is None
+            else parent.attack,
             parent_sha256=parent_sha256,
             guessed=() if parent is None else parent.guessed,
         )
-        return {"model_sha256": context.save_model(model, card)}
+        metrics = {"num_poisoned": int((poisons == STAMPED).sum())} if config.attack else {}
+        return {"model_sha256": context.save_model(model, card), **({"metrics": metrics} if metrics else {})}
 
     return Plan([stage], result)
 

@@ -146,7 +146,7 @@ def predict(model: nn.Module, loader: Loader, ranks: Ranks) -> tuple[Tensor, Ten
     def classes(images: Tensor) -> Tensor:
         with ranks.accelerator.autocast():
             found = [model(some).argmax(1) for some in images.split(_AT_ONCE if images.is_cpu else len(images) or 1)]
-        return torch.cat(found)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     return over_images(model, loader, ranks, classes)
 

@@ -67,7 +67,7 @@ def test_two_ranks_are_one_rank(name: str, alone: Alone, two_ranks: Pool, tmp_pa
 
 
 def own_statistics(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Context, "synchronise", lambda self, model: None)
+    patch.setattr(Context, "synchronise", lambda self, model, second_order=False: None)
 
 
 def own_z(patch: pytest.MonkeyPatch) -> None:

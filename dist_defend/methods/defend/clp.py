@@ -63,9 +63,10 @@ def channel_scores(net: nn.Module, pairs: Mapping[str, str]) -> list[Neuron]:
     for name, conv in pairs.items():
         kernels, gamma = (net.get_parameter(f"{layer}.weight").detach() for layer in (conv, name))
         lip = channel_lipschitz(kernels, gamma, net.get_buffer(f"{name}.running_var"))
-        if not lip.isfinite().all():
-            dead = int((~lip.isfinite()).nonzero()[0])
-            raise UserError(f"{name}, channel {dead}: its running variance is 0 or no number; CLP has no score for it")
+        if len(dead := (~lip.isfinite()).nonzero()):
+            raise UserError(
+                f"{name}, channel {int(dead[0])}: its running variance is 0 or no number; CLP has no score for it"
+            )
         off = lip.mean() - lip
         scores = off / (off.square().sum() / max(len(off) - 1, 1)).sqrt()  # nan where all are alike: they stay
         neurons += [Neuron(name, k, score) for k, score in enumerate(scores.nan_to_num(nan=np.inf).tolist())]

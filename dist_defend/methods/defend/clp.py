@@ -65,7 +65,7 @@ def channel_scores(net: nn.Module, pairs: Mapping[str, str]) -> list[Neuron]:
         lip = channel_lipschitz(kernels, gamma, net.get_buffer(f"{name}.running_var"))
         if len(dead := (~lip.isfinite()).nonzero()):
             raise UserError(
-                f"{name}, channel {int(dead[0])}: its running variance is 0 or no number; CLP has no score for it"
+                f"{name}, channel {int(dead[0])}: its running variance is 0 or no number; CLP cannot score it"
             )
         off = lip.mean() - lip
         scores = off / (off.square().sum() / max(len(off) - 1, 1)).sqrt()  # nan where all are alike: they stay

@@ -64,9 +64,7 @@ def channel_scores(net: nn.Module, pairs: Mapping[str, str]) -> list[Neuron]:
         kernels, gamma = (net.get_parameter(f"{layer}.weight").detach() for layer in (conv, name))
         lip = channel_lipschitz(kernels, gamma, net.get_buffer(f"{name}.running_var"))
         if len(dead := (~lip.isfinite()).nonzero()):
-            raise UserError(
-                f"{name}, channel {int(dead[0])}: its running variance is 0 or no number; CLP cannot score it"
-            )
+            raise UserError(f"{name}, channel {int(dead[0])}: its running variance is 0 or no number; no score for it")
         off = lip.mean() - lip
         scores = off / (off.square().sum() / max(len(off) - 1, 1)).sqrt()  # nan where all are alike: they stay
         neurons += [Neuron(name, k, score) for k, score in enumerate(scores.nan_to_num(nan=np.inf).tolist())]

@@ -114,7 +114,7 @@ def test_the_files_compile_without_what_a_gpu_machine_may_lack() -> None:
         "torch.cuda.is_available = lambda: True\n"
         "raise SystemExit(pytest.main(['tests/gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))\n"
     )
-    own = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    own = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=own, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     collected = re.search(r"^(\d+) tests collected", done.stdout, re.MULTILINE)

@@ -74,6 +74,10 @@ def test_classes_side_by_side_are_classes_alone() -> None:
     case = golden("baselines")["nc"]
     together, batches = make_search(case, [3, 9, 0], classes_at_once=2)
     alone = [make_search(case, [k])[0] for k in (3, 9, 0)]
+    costs = torch.tensor([1e-3, 2e-2, 0.1], dtype=torch.float64)
+    together.cost.copy_(costs)
+    for step, cost in zip(alone, costs, strict=True):
+        step.cost.fill_(cost)
     for epoch in range(2):
         for step in (together, *alone):
             for number, batch in enumerate(batches):

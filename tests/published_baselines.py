@@ -8,6 +8,8 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
+DECREE_DEFAULTS = "decree={encoder: x, data: {path: x}}"
+DECREE = {"lr": 0.5, "later_lrs": [0.1, 0.05], "threshold": 0.99, "cost": 1e-3, "epochs": 1000}
 TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
@@ -76,6 +78,17 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
         "simclr.attack.trigger.channels": ["u", "v"],
     }),
+    # DECREE
+    ("GiantSeaweed/DECREE: 10 % of the test images", ("measure/decree_cifar10",), {"decree.data.fraction": 0.1}),
+    ("GiantSeaweed/DECREE: 20 % of ImageNet's validation images", ("measure/decree_imagenet",),
+     {"decree.data.fraction": 0.2}),
+    ("GiantSeaweed/DECREE, its shipped script: images of CIFAR's size",
+     ("measure/decree_cifar10", f"measure/decree_cifar10 {DECREE_DEFAULTS}"), below("decree", {
+         **DECREE, "batch_size": 128, "milestones": [30, 50], "least_cost": 1e-5, "patience": 10,
+     })),
+    ("GiantSeaweed/DECREE, its shipped script: images of 224 px", ("measure/decree_imagenet",), below("decree", {
+        **DECREE, "batch_size": 32, "milestones": [200, 500], "least_cost": 1e-7, "patience": 35,
+    })),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

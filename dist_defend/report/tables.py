@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_defend.counts import ORACLE, Count, rating
+from dist_defend.detection import KIND
+from dist_defend.report import detectors
 from dist_defend.report.runs import Run
 from dist_defend.screen import cell, markdown
 
@@ -25,7 +27,8 @@ DEFINITIONS = {
     "n": "clean test images / triggered test images whose label is not the target",
 }
 SPREAD = "Mean ± sample standard deviation over the seeds of the downstream classifier; the encoders stay the same."
-_CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered"]
+_DETECTED = ["detector", "score", "low", "high", "verdict", "truth"]
+_CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered", *_DETECTED]
 _KINDS = ["clean", "backdoored", "purified"]
 _NEAR_CHANCE = 1.5
 
@@ -123,7 +126,7 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
     """What the report leaves out."""
     told = (
         []
-        if lines
+        if lines or any(run.detections for run in runs)
         else ["no probe, classifier or defence among these, so no table of rates; run one and report it too"]
     )
     told += [f"{folder} is unfinished and left out" for folder in unfinished]
@@ -133,7 +136,10 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
 
 
 def to_csv(runs: Iterable[Run]) -> str:
-    """One row per kind, task and seed; rates in percent with four decimals, empty where there was nothing to count."""
+    """One row per kind, task and seed; rates in percent with four decimals, empty where there was nothing to count.
+
+    A detector's row has no rates but its score; a verdict is empty where nothing was found.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
@@ -142,7 +148,12 @@ def to_csv(runs: Iterable[Run]) -> str:
             percents = [*(_percent(row, name) for name in METRICS), _der(run, row)]
             rates = ["" if math.isnan(percent) else f"{percent:.4f}" for percent in percents]
             sizes = [row["acc"]["n"], row["asr"]["n"]]
-            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes])
+            nothing = [""] * len(_DETECTED)
+            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes, *nothing])
+        for one in run.detections:
+            head, rates = [*map(cell, (run.label, KIND, one.task)), one.seed], [""] * (len(METRICS) + len(RATINGS) + 2)
+            scores = ["" if score is None else f"{score:.6g}" for score in (one.score, one.low, one.high)]
+            writer.writerow([*head, *rates, cell(one.detector), *scores, one.verdict or "", one.truth])
     return out.getvalue()
 
 
@@ -201,6 +212,8 @@ def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Ru
     if lines:
         out += [*_markdown_table(cells(lines)), "", *([spread(lines), ""] if spread(lines) else [])]
         out += [*(f"- **{name}**: {text}." for name, text in definitions(lines).items()), ""]
+    if found := detectors.cells(runs):
+        out += ["## Detectors", "", *_markdown_table([detectors.HEAD, *found]), "", detectors.MEANING, ""]
     return "\n".join([*out, "## Runs", "", *_markdown_table(provenance(runs)), ""])
 
 

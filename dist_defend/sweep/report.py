@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from dist_defend import screen
 from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS
+from dist_defend.sweep import detectors
 from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.grid import Sweep, shorten
 
@@ -34,6 +35,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         "",
         _NOTE,
         "",
+        *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
     lines[-1] += "\n" if len(lacking) else ""
@@ -53,9 +55,9 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
     """
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
-    if "kind" not in rows:
+    if "chosen_by" not in rows:
         return pd.DataFrame()
-    counted = rows[rows["kind"].notna()]
+    counted = rows[rows["chosen_by"].notna()]  # a detector's rows have no rates
     lines = []
     for names, group in counted.groupby([*axes, "stage", "kind", "task"], dropna=False, sort=False):
         line = dict(zip([*axes, "stage", "kind", "task"], names, strict=True))

@@ -35,6 +35,8 @@ from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
+from dist_defend.methods.measure.decree import Config as InversionConfig
+from dist_defend.methods.measure.decree import InversionStep
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
@@ -225,6 +227,16 @@ def nc(graph: GraphMode) -> Case:
     return Case(step, given, (step.graphed,), (step.update,))
 
 
+def decree(graph: GraphMode) -> Case:
+    """Masks are found by the first steps, and the cost rises within twenty."""
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    encoder = classifier("small_resnet", ranks).net
+    config = InversionConfig("e", DatasetConfig("d"), seeds=(0, 3), threshold=0.5)
+    step = InversionStep(encoder, config, IMAGE, ranks, epoch, graph)
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
 _DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
@@ -250,6 +262,7 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "fp": partial(tuned, make=fp_),
     "sau": partial(tuned, make=sau_),
     "nc": nc,
+    "decree": decree,
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

@@ -21,7 +21,7 @@ from dist_defend.engine.context import UpdateConfig
 from dist_defend.methods.attack import badencoder, input_aware
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
-from dist_defend.methods.measure import probe, zeroshot
+from dist_defend.methods.measure import decree, probe, zeroshot
 from dist_defend.methods.pretrain.classifier import ClassificationObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from tests.capture.ledger import DEVICE
@@ -38,6 +38,7 @@ from tests.capture.ledger_parts import (
     classifier,
     encoder,
     gradient,
+    images,
     staged,
     stepped,
     surroundings,
@@ -76,6 +77,13 @@ def heads() -> Call:
     context = surroundings()
     made = probe.TrainedHeads("task", config, [encoder().f.to(DEVICE)], context, context.dataset("", DATA))
     return staged(made.stages[0])
+
+
+def inversion(is_update: bool) -> Call:
+    """As DECREE is built: three seeds, norms folded; a whole call, or what its graph replays."""
+    (stage,) = decree.build(decree.Config("encoder", DATA, graph="on"), surroundings()).stages
+    assert isinstance(stage.step, decree.InversionStep)
+    return partial(stage.step.learn, images(128)) if is_update else staged(stage)
 
 
 def neighbours() -> Call:
@@ -127,6 +135,8 @@ CASES: dict[str, Callable[[], Call]] = {
     "classifier, clipped: step": lambda: classification(max_grad_norm=1.0),
     "input_aware, mask: step": mask_stage,
     "input_aware, joint: step": joint_stage,
+    "decree: step": lambda: inversion(is_update=False),
+    "decree: update": lambda: inversion(is_update=True),
     "probe, head: step": heads,
     "probe, knn: block of queries": neighbours,
     "zeroshot: batch": zero_shot,

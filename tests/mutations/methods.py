@@ -8,6 +8,7 @@ RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
 SEARCH = "numerics/test_nc.py"
 TUNING = "numerics/test_tuning.py"
+DECREE = "numerics/test_decree.py::test_steps_are_the_published_ones"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
@@ -178,6 +179,44 @@ IN_METHODS: tuple[Mutation, ...] = (
              f"{TUNING}::test_shared_adversarial_unlearning"),
     Mutation("SAU's networks are in train mode", "methods/defend/sau.py",
              "in_train_mode = False", "in_train_mode = True", f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("DECREE's c changes after five steps in a row", "methods/measure/decree.py",
+             "_IN_A_ROW, _FACTOR, _LARGEST_COST = 6,", "_IN_A_ROW, _FACTOR, _LARGEST_COST = 5,", f"{DECREE}[found]"),
+    Mutation("DECREE's mean cosine counts each image with itself", "methods/measure/decree.py",
+             "(total.square().sum(1) - count) / (count * (count - 1))", "total.square().sum(1) / count.square()",
+             f"{DECREE}[first_steps]"),
+    Mutation("DECREE keeps the mask of after the step", "methods/measure/decree.py",
+             "l1.detach(), masks.detach(), patterns.detach())", "l1.detach(), *self.triggers())",
+             f"{DECREE}[first_steps]"),
+    Mutation("DECREE's l1 counts a pixel once, not in each channel", "methods/measure/decree.py",
+             "l1 = 3 * masks", "l1 = masks", f"{DECREE}[first_steps]"),
+    Mutation("DECREE's Adam has the usual betas", "methods/measure/decree.py",
+             "betas=(0.5, 0.9)", "betas=(0.9, 0.999)", f"{DECREE}[first_steps]"),
+    Mutation("DECREE's rate falls an epoch late", "methods/measure/decree.py",
+             "at.epoch >= epoch", "at.epoch > epoch", f"{DECREE}[lr_steps]"),
+    Mutation("DECREE's stall goes on after a better mask", "methods/measure/decree.py",
+             "(~is_better & self.best.isfinite())", "self.best.isfinite()", f"{DECREE}[lr_steps]"),
+    Mutation("DECREE's c falls below its least value", "methods/measure/decree.py",
+             "self.cost >= self.config.least_cost", "self.cost > 0", f"{DECREE}[lr_steps]"),
+    Mutation("DECREE's searches share a cost", "methods/measure/decree.py",
+             "(self.cost * l1 - cosine).sum()", "(self.cost.mean() * l1 - cosine).sum()",
+             "numerics/test_decree.py::test_seeds_side_by_side_are_seeds_alone"),
+    Mutation("DECREE stops below the threshold", "methods/measure/decree.py",
+             "self.stopped | (is_above & (", "self.stopped | ((",
+             "numerics/test_decree.py::test_a_search_stops_when_an_epoch_is_above_the_threshold_and_nothing_better_came"),
+    Mutation("DECREE's verdict is that of the smallest mask", "methods/measure/decree.py",
+             "(median(found), min(found)", "(min(found), min(found)",
+             "unit/test_decree.py::test_the_median_of_the_seeds_decides"),
+    Mutation("DECREE's share in the trigger is that of the pixels", "methods/measure/decree.py",
+             "mask[0][region].sum() / mask.sum()", "mask[0][region].sum() / mask.numel()",
+             "unit/test_decree.py::test_a_row_of_kind_detector_with_score_and_verdict"),
+    Mutation("a smaller score is less suspicious whatever the detector", "detection.py",
+             'each.score if each.flags == "above" else -each.score', "each.score",
+             "unit/test_decree.py::test_separation_counts_verdicts_and_leaves_out_what_was_defended"),
+    Mutation("defended models count as clean ones", "detection.py",
+             'if each.truth != "defended"', 'if each.truth', "unit/test_decree.py::test_separation_counts"
+             "_verdicts_and_leaves_out_what_was_defended"),
+    Mutation("a tie counts as separated", "detection.py",
+             "(one == other) / 2", "(one == other)", "unit/test_decree.py::test_auc_is_the_share_of_pairs_in_order"),
     Mutation("NC's cost rises as it falls", "methods/defend/nc/search.py",
              "config.multiplier**-1.5", "config.multiplier**-1.0", f"{SEARCH}::test_the_search_of_a_class"),
     Mutation("NC keeps a mask that turns too few images", "methods/defend/nc/search.py",

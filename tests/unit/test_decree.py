@@ -149,12 +149,12 @@ def test_images_of_another_size_are_refused(tmp_path: Path, capsys: pytest.Captu
     section = options(tmp_path, encoder=make_model(tmp_path / "large", size=32))
     assert main(["run", str(make_experiment(tmp_path, "decree", section))]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and "32" in line
+    assert line.startswith("error: ") and "(16, 16, 3)" in line and "--image-size 32" in line
 
 
 def scored(truth: str, score: float | None, **changes: Any) -> detection.Detection:
     own = {"detector": "d", "quantity": "q", "bound": 0.5, "flags": "above", "truth": truth}
-    return detection.Detection(**{**own, "score": score, "low": score, "high": score, **changes})
+    return detection.Detection(**{**own, "score": score, "low": score, "high": score} | changes)
 
 
 def test_auc_is_the_share_of_pairs_in_order() -> None:
@@ -177,7 +177,7 @@ def test_separation_counts_verdicts_and_leaves_out_what_was_defended() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"low": None}, {"low": 0.8}, {"high": 0.1}, {"score": float("nan")}, {"bound": 1e99}]
+    "changes", [{"low": None}, {"low": 0.8}, {"high": 0.1}, {"high": float("nan")}, {"bound": 1e99}]
 )
 def test_scores_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="low, score and high"):

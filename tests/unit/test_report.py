@@ -170,7 +170,7 @@ def detected(score: float | None, verdict: str | None, **changes: Any) -> dict[s
 
 
 def test_detectors_stand_in_page_markdown_terminal_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = write_run(tmp_path / "decree", [detected(0.07, "backdoored", low=0.0666666, high=0.08)], method="decree")
+    run = write_run(tmp_path / "decree", [detected(0.07, "backdoored", low=0.06666667, high=0.08)], method="decree")
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(run / "found.png")
     write_run(tmp_path / "none", [detected(None, None)], method="decree")
     write_run(tmp_path / "nc", [row("nc", 100, 45, 1, 11, 35), detected(3, "backdoored", flags="above")], method="nc")
@@ -191,7 +191,7 @@ def test_detectors_stand_in_page_markdown_terminal_and_csv(tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     "changes",
-    [{"low": 0.09}, {"truth": "unknown"}, {"score": None}, {"bound": None}, {"flags": "beside"}, {"seed": -1}],
+    [{"low": 0.09}, {"truth": "unknown"}, {"low": None}, {"bound": None}, {"flags": "beside"}, {"seed": -1}],
 )
 def test_a_detectors_row_that_cannot_be_is_refused(
     changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

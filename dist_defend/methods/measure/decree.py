@@ -35,7 +35,6 @@ from dist_defend.engine.update import Update, check_finite
 from dist_defend.errors import UserError
 from dist_defend.methods.pictures import save_grid
 from dist_defend.models.artifact import ModelCard
-from dist_defend.models.fit import check_image_size
 from dist_defend.models.folding import fold_frozen_norms
 from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.ops.hypergrad import all_reduce_together
@@ -216,7 +215,7 @@ def region_of(card: ModelCard) -> Tensor | None:
     size = card.image_size
     plain = torch.stack([torch.zeros(3, size, size), torch.ones(3, size, size)])
     changes = [(stamp_images(plain, trigger) - plain).abs() for trigger in attack.trigger.build_each(size)]
-    region = torch.stack(changes).amax((0, 1, 2)) > 0
+    region = torch.stack(changes).amax((0, 1, 2)) > 1e-3  # rounding
     return region if region.any() else None
 
 
@@ -224,8 +223,12 @@ def build(config: Config, context: Context) -> Plan:
     """One stage, which ends when all searches have stopped."""
     model, card, sha256 = context.load_encoder(config.encoder)
     dataset, rows = context.dataset("images", config.data)
-    check_image_size(model, config.encoder, dataset.image_shape, config.data.path)
     ranks, size, rest = context.ranks, model.image_size, len(rows) % config.batch_size
+    if dataset.image_shape != (size, size, 3):
+        raise UserError(
+            f"{config.data.path} has images of {dataset.image_shape}, but {config.encoder} wants {size} px: prepare it "
+            f"with --image-size {size}, or say 'resize: {size}' beside its path"
+        )
     rows = rows[: len(rows) - (rest == 1)]
     if not len(rows) or 1 < rest < ranks.world_size:
         raise UserError(

@@ -153,7 +153,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 def scored(truth: str, score: float | None, **changes: Any) -> detection.Detection:
-    own = {"detector": "d", "quantity": "q", "bound": 0.5, "flags": "above", "truth": truth}
+    own: dict[str, Any] = {"detector": "d", "quantity": "q", "bound": 0.5, "flags": "above", "truth": truth}
     return detection.Detection(**{**own, "score": score, "low": score, "high": score} | changes)
 
 

@@ -93,6 +93,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
     "mimic_student_infonce": ("mimic", {"information": {
         "source": "student", "estimator": "infonce", "epochs": 2, "last_epochs": 2, "batch_size": 6, "hidden": 8,
     }}),
+    "ft_simclr": ("ft_simclr", {}),
+    "nad_simclr": ("nad_simclr", {}),
     "probe": ("probe", {}),
     "probe_linear": ("probe", {"hidden": []}),
     "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
@@ -138,6 +140,8 @@ def test_two_ranks_are_one_rank(name: str, cases: Any, two_ranks: Pool, tmp_path
         ("mimic", statistics_of_one_rank),
         ("mimic", critics_drawn_in_turn),
         ("mimic", estimates_of_one_rank),
+        ("ft_simclr", negatives_of_one_rank),
+        ("nad_simclr", statistics_of_one_rank),
         ("classifier", statistics_of_one_rank),
         ("classifier", gradients_of_one_rank),
         ("probe", mean_over_own_rows),

@@ -10,7 +10,7 @@ from dist_defend import counts
 from dist_defend.cli import main
 from dist_defend.engine.clock import WorkClock
 from dist_defend.engine.identity import Identity, Past
-from dist_defend.methods.defend.pruning import outcome
+from dist_defend.methods.defend.pruning.stops import predict_pruned
 from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.removal import removal_seconds
 from tests.runs import make_classifier, make_data, make_experiment, metrics
@@ -82,7 +82,7 @@ def test_a_stop_chosen_by_the_defenders_images_is_work(
     hands: Hands, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A pass over images at all stops takes a thousand seconds: one of the defender's, two of the test's."""
-    monkeypatch.setattr(outcome, "predict_pruned", hands.slowed(outcome.predict_pruned))
+    monkeypatch.setattr("dist_defend.methods.defend.pruning.outcome.predict_pruned", hands.slowed(predict_pruned))
     short = {"unlearning_epochs": 1, "recovering_epochs": 1, "pruning_max": 0.2, "pruning_step": 0.1}
     assert main(["run", str(make_experiment(tmp_path, "rnp", options(tmp_path, **short)))]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())

@@ -13,6 +13,7 @@ import pandas as pd
 from dist_defend.counts import ORACLE, Count, rating
 from dist_defend.detection import KIND
 from dist_defend.errors import UserError
+from dist_defend.removal import removal_seconds
 from dist_defend.results import COUNTS as RATES
 from dist_defend.results import Detected, read_result
 from dist_defend.screen import cell
@@ -21,6 +22,7 @@ from dist_defend.sweep.grid import Point, Sweep
 _COSTS = (
     "wall_seconds",
     "device_seconds",
+    "work_seconds",
     "peak_memory_bytes",
     "world_size",
     "device",
@@ -32,10 +34,14 @@ _COSTS = (
 def table(sweep: Sweep) -> pd.DataFrame:
     """One row per point, kind, task and seed; rates in percent. UserError where every result.json is damaged.
 
-    Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
-    task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
-    n_triggered, and what the run cost; ``reason`` where something is damaged. A row of kind detector has detector,
-    quantity, score, low, high, bound, flags, verdict and truth instead of rates.
+        Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
+        task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
+    <<<<<<< HEAD
+        n_triggered, and what the run cost; ``reason`` where something is damaged. A row of kind detector has detector,
+        quantity, score, low, high, bound, flags, verdict and truth instead of rates.
+    =======
+        n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged.
+    >>>>>>> main
     """
     rows = pd.DataFrame([row for point in sweep.points for row in _rows(sweep, point)])
     damaged = rows[rows["state"] == "damaged"]
@@ -83,12 +89,14 @@ def _rows(sweep: Sweep, point: Point) -> Iterator[dict[str, Any]]:
     if not sweep.is_done(point):
         yield {**head, "state": "missing"}
         return
+    folder = sweep.run_folder(point)
     try:
-        result = read_result(sweep.run_folder(point) / "result.json", "delete it and resubmit")
+        result = read_result(folder / "result.json", "delete it and resubmit")
+        removed = removal_seconds(folder, result)
     except UserError as error:
         yield {**head, "state": "damaged", "reason": str(error)}
         return
-    costs = {key: result.get(key) for key in _COSTS}
+    costs = {**{key: result.get(key) for key in _COSTS}, "removal_seconds": removed}
     before = {f"{name}_before": result["metrics"].get(f"{name}_before") for name in ("acc", "asr")}
     detected = [{"kind": KIND, "task": one.task, **_detected(one)} for one in result["detections"]]
     for row in [_rated(row, before) for row in result["rows"]] + detected or [{}]:

@@ -1,12 +1,13 @@
 """How well the detectors of a sweep tell backdoored models from clean ones."""
 
 from collections.abc import Iterator
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from dist_defend import screen
 from dist_defend.detection import KIND, Detection, Separation, separation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 NOTE = (
     "AUC: share of pairs of a backdoored and a clean model in which the backdoored one looks more suspicious, ties as "
@@ -16,7 +17,7 @@ NOTE = (
 _FIELDS = ("detector", "quantity", "score", "low", "high", "bound", "flags", "truth")
 
 
-def separations(rows: pd.DataFrame) -> Iterator[tuple[str, Separation]]:
+def separations(rows: "pd.DataFrame") -> Iterator[tuple[str, Separation]]:
     """Each detector's name with its quantity, and how it separates all models of the sweep that it scored."""
     if "detector" not in rows:
         return
@@ -26,7 +27,7 @@ def separations(rows: pd.DataFrame) -> Iterator[tuple[str, Separation]]:
         yield f"{name}: {quantity}", separation([Detection(**record) for record in records])
 
 
-def lines(rows: pd.DataFrame) -> list[str]:
+def lines(rows: "pd.DataFrame") -> list[str]:
     """A section of the sweep's report, as Markdown; nothing where no detector ran."""
     found = list(separations(rows))
     if not found:

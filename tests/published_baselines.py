@@ -8,6 +8,9 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
+REACTIVATE_PUBLISHED = (
+    "measure/reactivate_cifar10 reactivate={preset: published, model: x, data: {path: x}, test: {path: x}}"
+)
 TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
@@ -75,6 +78,18 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.rate": 0.01, "simclr.attack.target_class": 0, "simclr.attack.trigger.magnitude": 100,
         "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
         "simclr.attack.trigger.channels": ["u", "v"],
+    }),
+    # Re-activation
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10",), {"seed": 42}),
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10", REACTIVATE_PUBLISHED),
+     below("reactivate", {
+        "num_images": 1000, "num_poisoned": 5, "train_mode": True, "batch_size": 128, "epochs": 5, **PAD_AND_FLIP,
+        "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "constant",
+    })),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels and its trigger file", ("measure/reactivate_stl10",), {
+        "reactivate.attack.target_class": 9, "reactivate.attack.trigger.size": 10,
+        "reactivate.attack.trigger.margin": 1,
     }),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),

@@ -7,6 +7,8 @@ BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
 SEARCH = "numerics/test_nc.py"
+AGAIN = "unit/test_reactivate.py"
+AGAIN_BY_HAND = f"{AGAIN}::test_q_images_none_and_the_control_are_tuned_as_plain_torch_does"
 TUNING = "numerics/test_tuning.py"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
@@ -43,6 +45,19 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("a probe's dropout is the same in every epoch", "methods/measure/probe.py",
              "key=[seed, epoch * self.num_batches + number]", "key=[seed, number]",
              f"{RANDOM}::test_a_probes_dropout_differs_between_epochs_batches_and_seeds"),
+    Mutation("re-activation's control is the suspect", "methods/measure/reactivate.py",
+             "copy.deepcopy(networks[role])", 'copy.deepcopy(networks["model"])', AGAIN_BY_HAND),
+    Mutation("re-tuning without poison is poisoned", "methods/measure/reactivate.py",
+             '("clean", "model", clean)', '("clean", "model", stamped)', AGAIN_BY_HAND),
+    Mutation("re-tuning is in train mode whatever it is told", "methods/measure/reactivate.py",
+             "self.in_train_mode, self.start = config.train_mode, start",
+             "self.in_train_mode, self.start = True, start", AGAIN_BY_HAND),
+    Mutation("re-tuning goes on from a head that nobody trained", "methods/measure/reactivate.py",
+             "            self.start()\n", "            pass\n",
+             f"{AGAIN}::test_an_encoder_is_tuned_with_the_head_that_a_probe_trains"),
+    Mutation("re-tuning augments the stamped images", "methods/measure/reactivate.py",
+             "plain, augmented))", "augmented, plain))",
+             f"{AGAIN}::test_published_images_are_augmented_once_and_stamped_ones_are_not"),
     Mutation("MIMIC estimates on the images that its critics were trained on", "methods/defend/mimic/information.py",
              "self.test_start = len(rows) - self.test_rows", "self.test_start = 0",
              f"{INFORMATION}::test_estimates_are_of_images_that_no_critic_was_trained_on"),

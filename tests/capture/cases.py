@@ -35,7 +35,8 @@ from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
-from dist_defend.methods.measure import reactivate
+from dist_defend.methods.measure.reactivate.networks import ReactivationStep
+from dist_defend.methods.measure.reactivate.options import Config as ReactivationConfig
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
@@ -220,8 +221,8 @@ def sau_(model: Classifier, options: dict[str, Any]) -> TuningStep:
 
 
 def reactivate_(model: Classifier, options: dict[str, Any]) -> TuningStep:
-    config = reactivate.Config(**_DEFENCE, epochs=STEPS, graph=options.pop("graph"))
-    return reactivate.ReactivationStep(config, model, lambda: None, **options)
+    config = ReactivationConfig(**_DEFENCE, epochs=STEPS, graph=options.pop("graph"))
+    return ReactivationStep(config, model, lambda: None, **options)
 
 
 def nc(graph: GraphMode) -> Case:

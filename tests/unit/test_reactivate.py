@@ -17,6 +17,7 @@ from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.methods.measure import reactivate
+from dist_defend.methods.measure.reactivate.networks import ReactivationStep
 from dist_defend.models.artifact import load_classifier, load_simclr
 from tests.distributed.comparison import train
 from tests.runs import CLASSES, make_classifier, make_data, make_experiment, make_model
@@ -130,7 +131,7 @@ def test_published_images_are_augmented_once_and_stamped_ones_are_not(tmp_path: 
             assert not torch.equal(image.double(), unstamped[chosen[place]])
     assert len(is_same) == N
     step = plan.stages[0].step
-    assert isinstance(step, reactivate.ReactivationStep) and step.in_train_mode
+    assert isinstance(step, ReactivationStep) and step.in_train_mode
 
 
 def test_published_tuning_moves_running_statistics_and_ours_does_not(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
         trainer = {"log_every": 1, "checkpoint_every": 1, "trackers": []}
         config = make_experiment(tmp_path / name, "reactivate", options, trainer=trainer, seed=SEED)
         if last is not None:
-            call, done = reactivate.ReactivationStep.__call__, []
+            call, done = ReactivationStep.__call__, []
 
             def stop(self: Any, *given: Any, call: Any = call, done: list[int] = done, last: int = last) -> Any:
                 if len(done) == last:
@@ -239,7 +240,7 @@ def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
                 return call(self, *given)
 
             with monkeypatch.context() as patch, pytest.raises(Killed):
-                patch.setattr(reactivate.ReactivationStep, "__call__", stop)
+                patch.setattr(ReactivationStep, "__call__", stop)
                 main(["run", str(config)])
             assert not (tmp_path / name / "run" / "result.json").exists()
         assert main(["run", str(config)]) == 0

@@ -23,7 +23,10 @@ MOST_SCALAR = 1e30
 _MOST_SECONDS = 1e12
 COUNTS = ("acc", "asr", "asr_all", "ra")
 BEFORE = ("acc_before", "asr_before")
-RETUNED = ("acc_retuned", "asr_retuned", "asr_retuned_clean", "asr_retuned_control")  # see methods.measure.reactivate
+RETUNED = (  # see methods.measure.reactivate
+    *("acc_retuned", "asr_retuned", "asr_retuned_clean", "asr_retuned_control"),
+    *("asr_queried", "asr_queried_control"),
+)
 
 
 def _check_counts(counts: dict[str, Count | None]) -> None:
@@ -45,6 +48,8 @@ class _Row:
     asr_retuned: Count | None = None
     asr_retuned_clean: Count | None = None
     asr_retuned_control: Count | None = None
+    asr_queried: Count | None = None
+    asr_queried_control: Count | None = None
 
     def __post_init__(self) -> None:
         _check_counts({name: getattr(self, name) for name in (*COUNTS, *RETUNED)})

@@ -11,6 +11,7 @@ BB_TUNING = {
 REACTIVATE_PUBLISHED = (
     "measure/reactivate_cifar10 reactivate={preset: published, model: x, data: {path: x}, test: {path: x}}"
 )
+REACTIVATE_QUERIES = "measure/reactivate_cifar10 reactivate.query={}"
 TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
@@ -86,6 +87,11 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "num_images": 1000, "num_poisoned": 5, "train_mode": True, "batch_size": 128, "epochs": 5, **PAD_AND_FLIP,
         "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0,
         "optimizer.schedule": "constant",
+    })),
+    ("AISafety-HKUST/stable_backdoor_purification: queries", (REACTIVATE_QUERIES,), below("reactivate.query", {
+        "eps": 16 / 255, "weight": 0.2, "hidden": [1024, 1024, 1024], "update.batch_size": 128, "update.epochs": 50,
+        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.1, "update.optimizer.momentum": 0.9,
+        "update.optimizer.schedule": "constant",
     })),
     ("jinyuan-jia/BadEncoder, evaluation, reference labels and its trigger file", ("measure/reactivate_stl10",), {
         "reactivate.attack.target_class": 9, "reactivate.attack.trigger.size": 10,

@@ -19,6 +19,8 @@ RETUNED = {  # shown where a run of method reactivate has counted them
     "asr_retuned_clean": "ASR q = 0",
     "asr_retuned_control": "ASR control",
     "acc_retuned": "ACC re-tuned",
+    "asr_queried": "ASR queried",
+    "asr_queried_control": "ASR queried control",
 }
 SCORES = METRICS | RATINGS | RETUNED
 DEFINITIONS = {
@@ -34,6 +36,8 @@ DEFINITIONS = {
     "ASR q = 0": "the same re-tuning without a poisoned image",
     "ASR control": "a clean network that never saw the trigger, re-tuned on the same q poisoned images",
     "ACC re-tuned": "ACC after re-tuning on q poisoned images",
+    "ASR queried": "ASR where each image is changed a little, by a network that was trained to wake the backdoor",
+    "ASR queried control": "the same changed images, and a clean network",
     "n": "clean test images / triggered test images whose label is not the target",
 }
 SPREAD = "Mean ± sample standard deviation over the seeds of the downstream classifier; the encoders stay the same."

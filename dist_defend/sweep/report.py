@@ -13,7 +13,9 @@ from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
-_RETUNED = dict(zip(RETUNED, ("ACC re-tuned", "ASR re-tuned", "q = 0", "control"), strict=True))
+_RETUNED = dict(
+    zip(RETUNED, ("ACC re-tuned", "ASR re-tuned", "q = 0", "control", "queried", "its control"), strict=True)
+)
 _NOTE = (
     "Mean ± sample standard deviation over n seeds, in percent. The defender chose with clean data alone; the oracle "
     "chose by the attack's success on the test set, which no defender has. device-s: mean seconds times devices of one "

@@ -12,9 +12,10 @@ from tests.runs import make_classifier, make_data, make_experiment, make_model
 
 SIZE = 32  # pixels: batch norms then see more than one value per image everywhere
 HEAD = {"hidden": [8], "update": {"batch_size": 4, "epochs": 2, "optimizer": {"name": "adam", "lr": 0.03}}}
+QUERY = {"hidden": [8], "update": {"batch_size": 6, "epochs": 2, "optimizer": {"name": "sgd", "lr": 0.01}}}
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "classifier": (make_classifier, {"preset": "published"}),
-    "encoder": (make_model, {"head": HEAD}),
+    "encoder": (make_model, {"head": HEAD, "query": QUERY}),
 }
 
 

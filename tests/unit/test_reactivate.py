@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.data.store import open_dataset
@@ -18,7 +19,9 @@ from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.methods.measure import reactivate
 from dist_defend.methods.measure.reactivate.networks import ReactivationStep
+from dist_defend.methods.measure.reactivate.query import Perturbation, QueryConfig, QueryObjective
 from dist_defend.models.artifact import load_classifier, load_simclr
+from dist_defend.models.pixel_space import Normalize, normalization_constants
 from tests.distributed.comparison import train
 from tests.runs import CLASSES, make_classifier, make_data, make_experiment, make_model
 
@@ -188,6 +191,55 @@ def test_an_encoder_is_tuned_with_the_head_that_a_probe_trains(tmp_path: Path) -
             torch.testing.assert_close(state[f"head.{key.replace('_', '.')}"], value.detach(), rtol=1e-9, atol=1e-12)
 
 
+def test_a_query_is_worth_what_the_networks_say_of_it() -> None:
+    """w KL(softmax g(x) || softmax h(x')) + CE(c(x'), y), means over the batch, by sums over classes."""
+    torch.manual_seed(0)
+    linear = [nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5)).double() for _ in range(3)]
+    images, labels = torch.rand(6, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
+    config = QueryConfig(eps=0.3, weight=0.7, hidden=(8, 8))
+    perturbation = Perturbation(Normalize("cifar10").double(), 4, config).double()
+    mean, std = (torch.tensor(row, dtype=torch.float64)[:, None, None] for row in normalization_constants("cifar10"))
+    x = ((images - mean) / std).flatten(1)
+    layers = [layer for layer in perturbation.mlp if isinstance(layer, nn.Linear)]
+    for number, layer in enumerate(layers):
+        x = x @ layer.weight.T + layer.bias
+        x = x.tanh() if number == len(layers) - 1 else x.clamp(min=0)
+    changed = (images + 0.3 * x.view_as(images)).clamp(0, 1)
+    torch.testing.assert_close(perturbation(images), changed, rtol=1e-6, atol=1e-7)  # the constants are of float32
+    started: list[int] = []
+    objective = QueryObjective(
+        perturbation, (linear[0], linear[1], linear[2]), 0.7, dist.start("fp64", None), lambda: started.append(1)
+    )
+    changed = perturbation(images)
+    said, wanted, truth = linear[0](changed), linear[1](images), linear[2](changed)
+    p, q = wanted.exp() / wanted.exp().sum(1, keepdim=True), said.exp() / said.exp().sum(1, keepdim=True)
+    divergence = (p * (p.log() - q.log())).sum(1).mean()
+    entropy = -(truth.exp() / truth.exp().sum(1, keepdim=True)).log()[torch.arange(6), labels].mean()
+    for _ in range(2):
+        found = objective(Batch((images,), labels, torch.arange(6)))
+        assert found["loss"].item() == pytest.approx((0.7 * divergence + entropy).item(), rel=1e-9)
+        assert found["divergence"].item() == pytest.approx(divergence.item(), rel=1e-9)
+    assert started == [1] and not any(p.requires_grad for network in linear for p in network.parameters())
+    assert all(name.startswith("perturbation.mlp.") for name, _ in objective.named_parameters())
+
+
+@pytest.mark.parametrize("make", [classifiers, encoders])
+def test_queries_are_counted_on_the_networks_as_they_are(make: Any, tmp_path: Path) -> None:
+    query = {"eps": 0.5, "hidden": [8], "update": {"batch_size": 6, "epochs": 3, "optimizer": {"lr": 0.01}}}
+    options = make(tmp_path) | {"query": query}
+    done = train(make_experiment(tmp_path, "reactivate", options, seed=SEED), tmp_path / "run")
+    found, row = done["result"]["metrics"]["counts"], done["result"]["rows"][0]
+    state = {key.removeprefix("perturbation."): v for key, v in done["states"]["reactivate/query"]["objective"].items()}
+    for role, key in (("model", "asr_queried"), ("control", "asr_queried_control")):
+        assert row[key] == found[f"{role}, queried"]["asr"]
+        if make is classifiers:
+            network = load_classifier(options[role])[0].double().eval()
+            perturbation = Perturbation(Normalize("none"), 16, QueryConfig(eps=0.5, hidden=(8,))).double()
+            perturbation.load_state_dict(state)
+            own = counts(nn.Sequential(perturbation, network), options["test"]["path"])
+            assert {name: found[f"{role}, queried"][name] for name in own} == own
+
+
 @pytest.mark.parametrize("make", [classifiers, encoders])
 def test_a_rate_of_nothing_changes_no_count(make: Any, tmp_path: Path) -> None:
     options = make(tmp_path) | {"optimizer": {"name": "adam", "lr": 1e-30}}
@@ -261,6 +313,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "target": ({"attack": ATTACK | {"target_class": CLASSES}}, "key 'reactivate.attack.target_class' is 3"),
     "head": ({"head": {"hidden": [4]}}, "key 'reactivate.head' is of encoders"),
     "size": ({"augment": {"size": 8}}, "key 'augment.size' is 8"),
+    "query alone": ({"query": {}, "control": None}, "key 'query' is set, which needs a clean network"),
     "last batch": ({"batch_size": 10}, "key 'reactivate.batch_size' is 10: of 11 images 1"),
 }
 
@@ -293,5 +346,5 @@ def test_without_a_control_the_run_says_what_it_cannot_tell(tmp_path: Path, caps
         (tmp_path / "run" / "report.csv")
         .read_text()
         .splitlines()[0]
-        .endswith("n_clean,n_triggered,acc_retuned,asr_retuned,asr_retuned_clean")
+        .endswith("n_clean,n_triggered,asr_retuned,asr_retuned_clean,acc_retuned")
     )

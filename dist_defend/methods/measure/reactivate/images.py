@@ -12,7 +12,7 @@ from torch import Tensor
 from dist_defend.attacks.attack import AttackConfig
 from dist_defend.attacks.poison import CLEAN, CROSS, STAMPED, PoisonedDataset, poisoned
 from dist_defend.batch import Batch
-from dist_defend.data.augment import View
+from dist_defend.data.augment import IDENTITY, AugmentConfig, View
 from dist_defend.data.order import Sampling
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context
@@ -31,29 +31,51 @@ def few_poisoned(
         raise UserError(
             f"key 'reactivate.num_images' is {config.num_images}, but {config.data.path} gives {len(rows)}: lower it"
         )
-    check_last_batch(config.num_images, config.batch_size, context.ranks.world_size, context.method)
     generator = draws(context.seed, Stream.REACTIVATED)
     chosen = np.sort(generator.choice(rows, config.num_images, replace=False))
-    own: dict[str, Any] = {} if attack.labels == "all_to_all" else {"labels": "all_to_one", "avoid_target": True}
-    few = replace(attack, count=config.num_poisoned, choose="random", **own)
-    made = poisoned(dataset, chosen, few, context.seed)
+    made = poisoned(dataset, chosen, _others(attack, config.num_poisoned), context.seed)
     made.flags[made.flags == CROSS] = CLEAN
     return made, chosen
+
+
+def half_triggered(
+    dataset: PreparedDataset, rows: np.ndarray, attack: AttackConfig, context: Context
+) -> PoisonedDataset:
+    """The data set with half of these rows (N,) stamped, of other classes; all keep their labels."""
+    made = poisoned(dataset, rows, _others(attack, len(rows) // 2), context.seed)
+    made.flags[made.flags == CROSS] = CLEAN
+    made.labels = dataset.labels
+    return made
+
+
+def _others(attack: AttackConfig, count: int) -> AttackConfig:
+    """The attack on so many random images, where it can be of other classes than the target."""
+    own: dict[str, Any] = {} if attack.labels == "all_to_all" else {"labels": "all_to_one", "avoid_target": True}
+    return replace(attack, count=count, choose="random", **own)
 
 
 class FixedImages:
     """N images in an order of each epoch's own, made once: clean ones augmented, stamped ones as they are.
 
-    rows: (N,) of the data set. Every rank holds all images, and takes its share of each batch.
+    rows: (N,) of the data set. batch_size: global; the last batch may be short, UserError if it is too short. Every
+    rank holds all images, and takes its share of each batch.
     """
 
-    def __init__(self, dataset: PreparedDataset, rows: np.ndarray, config: Config, context: Context) -> None:
+    def __init__(
+        self,
+        dataset: PreparedDataset,
+        rows: np.ndarray,
+        context: Context,
+        batch_size: int,
+        augment: AugmentConfig = IDENTITY,
+    ) -> None:
         places, ranks = np.arange(len(rows)), context.ranks
-        self.sampling = Sampling(places, config.batch_size, True, False, context.seed, ranks.rank, ranks.world_size)
+        check_last_batch(len(rows), batch_size, ranks.world_size, context.method)
+        self.sampling = Sampling(places, batch_size, True, False, context.seed, ranks.rank, ranks.world_size)
         self.num_batches, self.device = self.sampling.num_batches, ranks.device
         flags = dataset.flags[rows] if isinstance(dataset, PoisonedDataset) else np.zeros(len(rows), np.uint8)
         self.is_stamped, self.labels = torch.from_numpy(flags == STAMPED), torch.from_numpy(dataset.labels[rows])
-        self.loader = context.whole_loader(dataset, rows, views=(View(config.augment), View()))
+        self.loader = context.whole_loader(dataset, rows, views=(View(augment), View()))
 
     @cached_property
     def images(self) -> Tensor:

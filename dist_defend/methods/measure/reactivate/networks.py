@@ -1,5 +1,6 @@
 """The networks that are tuned again: classifiers, or encoders with heads that are trained first; and their step."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,11 @@ def opened(folder: str, config: Config, context: Context) -> tuple[Classifier | 
     for role, part in parts.items():
         check_image_size(encoder, folder, context.dataset(role, part, is_labelled=True)[0].image_shape, part.path)
     return encoder.to(context.ranks.device, context.ranks.dtype), card
+
+
+def normalization_of(model: Classifier | SimCLR) -> nn.Module:
+    """A copy of the first layer, which normalises images (B, 3, H, W) in [0, 1]."""
+    return copy.deepcopy((model.f if isinstance(model, SimCLR) else model).normalize)
 
 
 def with_heads(

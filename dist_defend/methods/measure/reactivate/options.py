@@ -10,6 +10,7 @@ from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.methods.measure.probe import HeadConfig
+from dist_defend.methods.measure.reactivate.query import QueryConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,7 @@ class Config:
         epochs: passes over the N images
         optimizer: optimizer, rate and schedule
         head: of an encoder: how its head is trained before; null: as published
+        query: a perturbation of each image is sought too that wakes the backdoor; it needs ``control``; null: none is
         graph: whether the updates are CUDA graphs
     """
 
@@ -46,6 +48,7 @@ class Config:
     epochs: int = 5
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", lr=1e-4))
     head: HeadConfig | None = None
+    query: QueryConfig | None = None
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:
@@ -54,6 +57,8 @@ class Config:
             raise ValueError(f"key 'num_images' is {self.num_images}; it must be more than num_poisoned")
         if self.augment.size is not None:
             raise ValueError(f"key 'augment.size' is {self.augment.size}; the images keep their size: leave it out")
+        if self.query is not None and self.control is None:
+            raise ValueError("key 'query' is set, which needs a clean network: name it as 'control'")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -67,4 +67,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "augment": {"crop": "pad", "pad": 4, "flip": 0.5},
         "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
     },
+    "gentle": {},  # the defaults
 }

@@ -1,6 +1,5 @@
 """Re-activation: what is tuned on which images, recomputed by plain torch, and what its counts can tell."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from tests.distributed.comparison import train
 from tests.runs import CLASSES, make_classifier, make_data, make_experiment, make_model
 
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}  # a white square of 3 pixels in the corner
-N, Q, BATCH, EPOCHS, SEED = 11, 2, 6, 2, 5
+N, Q, BATCH, EPOCHS, SEED = 12, 2, 8, 2, 5  # batches of 8 and 4
 
 
 def options_for(tmp_path: Path, model: str, control: str | None) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def tuned(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, 
         order = np.random.default_rng([SEED, epoch]).permutation(N)
         for rows in (order[:BATCH], order[BATCH:]):
             optimizer.zero_grad()
-            functional.cross_entropy(network(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+            functional.cross_entropy(network(images[rows]), labels[rows]).backward()
             optimizer.step()
 
 
@@ -84,7 +83,7 @@ def counts(network: nn.Module, test: str) -> dict[str, dict[str, int]]:
 
 
 def test_q_images_none_and_the_control_are_tuned_as_plain_torch_does(tmp_path: Path) -> None:
-    options = classifiers(tmp_path) | {"optimizer": {"name": "adam", "lr": 0.01}}
+    options = classifiers(tmp_path) | {"optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
     done = train(make_experiment(tmp_path, "reactivate", options, seed=SEED), tmp_path / "run")
     found, row = done["result"]["metrics"], done["result"]["rows"][0]
     poisoned, chosen = np.array(found["poisoned_rows"]), drawn()
@@ -100,10 +99,10 @@ def test_q_images_none_and_the_control_are_tuned_as_plain_torch_does(tmp_path: P
         if name != "clean":
             wanted = wanted.clone()
             wanted[poisoned] = 1
-        tuned(network, torch.optim.Adam(network.parameters(), lr=0.01), images[chosen], wanted[chosen])
+        tuned(network, torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9), images[chosen], wanted[chosen])
         state = done["states"][f"reactivate/{name}"]["model"]
         for key, value in network.state_dict().items():
-            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(state[key], value, rtol=0, atol=1e-9 * float(value.abs().max()) + 1e-15)
         after = counts(network, options["test"]["path"])
         assert {key: found["counts"][name][key] for key in after} == after
         key = "asr_retuned" if name == "poisoned" else f"asr_retuned_{name}"
@@ -126,13 +125,13 @@ def test_published_images_are_augmented_once_and_stamped_ones_are_not(tmp_path: 
     unstamped, _ = pictures(options["data"]["path"])
     is_plain = [bool((seen[place].double() == plain[row]).all()) for place, row in enumerate(chosen)]
     assert sum(is_plain) == Q and sorted(seen) == list(range(N))
-    is_same = []
+    is_same, unchanged = list[bool](), 0
     for batch in clean.epoch(0):
         for place, image in zip(batch.index.tolist(), batch.images, strict=True):
             is_same.append(torch.equal(seen[place], image))
             assert is_same[-1] != is_plain[place]
-            assert not torch.equal(image.double(), unstamped[chosen[place]])
-    assert len(is_same) == N
+            unchanged += torch.equal(image.double(), unstamped[chosen[place]])
+    assert len(is_same) == N and unchanged <= 2
     step = plan.stages[0].step
     assert isinstance(step, ReactivationStep) and step.in_train_mode
 
@@ -158,9 +157,9 @@ def test_an_encoder_is_tuned_with_the_head_that_a_probe_trains(tmp_path: Path) -
     done = train(make_experiment(tmp_path, "reactivate", options, seed=SEED), tmp_path / "run")
     task = {"train": options["data"], "test": options["test"], "target_class": 1}
     probe = {
-        "encoders": {key: options[key] for key in ("model", "control")},
+        "encoders": {key: options[key] for key in ("control", "model")},  # files have keys in their order
         "tasks": {"noise": task},
-        "attack": {"trigger": ATTACK["trigger"]},
+        "attack": {"trigger": {"name": "badnets", "size": 3, "margin": 0}},
         "seeds": [SEED],
         **options["head"],
     }
@@ -176,7 +175,9 @@ def test_an_encoder_is_tuned_with_the_head_that_a_probe_trains(tmp_path: Path) -
     labels[poisoned] = 1
     for number, (name, folder) in enumerate((("poisoned", "model"), ("control", "control"))):
         encoder = load_simclr(options[folder])[0].f.double().eval()
-        weights = {key.replace("heads.", ""): value[number].clone().requires_grad_() for key, value in heads.items()}
+        weights = {
+            key.replace("heads.", ""): value[1 - number].clone().requires_grad_() for key, value in heads.items()
+        }
 
         def network(x: Tensor, encoder: nn.Module = encoder, w: dict[str, Tensor] = weights) -> Tensor:
             features = functional.normalize(encoder(x), dim=1)
@@ -186,9 +187,9 @@ def test_an_encoder_is_tuned_with_the_head_that_a_probe_trains(tmp_path: Path) -
         tuned(network, optimizer, images[chosen], labels[chosen])  # type: ignore[arg-type]
         state = done["states"][f"reactivate/{name}"]["model"]
         for key, value in encoder.state_dict().items():
-            torch.testing.assert_close(state[f"encoder.{key}"], value, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(state[f"encoder.{key}"], value, rtol=1e-9, atol=1e-9)
         for key, value in weights.items():
-            torch.testing.assert_close(state[f"head.{key.replace('_', '.')}"], value.detach(), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(state[f"head.{key.replace('_', '.')}"], value.detach(), rtol=1e-9, atol=1e-9)
 
 
 def test_a_query_is_worth_what_the_networks_say_of_it() -> None:
@@ -251,13 +252,13 @@ def test_a_rate_of_nothing_changes_no_count(make: Any, tmp_path: Path) -> None:
 
 
 def test_a_backdoor_stays_open_and_without_poison_a_clean_network_stays_closed(tmp_path: Path) -> None:
-    update = {"batch_size": 16, "epochs": 12, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
+    update = {"batch_size": 16, "epochs": 15, "optimizer": {"name": "sgd", "lr": 0.05, "momentum": 0.9}}
     data = {"path": make_data(tmp_path / "data", 180)}
     test = {"path": make_data(tmp_path / "test", 90, seed=1)}
-    for name, rate in (("backdoored", 0.3), ("clean", 0.0)):
+    for name, rate in (("backdoored", 0.4), ("clean", 0.0)):
         own = {
             "data": data, "test": test, "arch": "small_resnet", "normalization": "none", "update": update,
-            "augment": {"crop": "none"}, "attack": {**ATTACK, "rate": rate},
+            "augment": {"crop": "none"}, "attack": {**ATTACK, "trigger": {"name": "badnets", "size": 6}, "rate": rate},
         }  # fmt: skip
         assert main(["run", str(make_experiment(tmp_path / name, "classifier", own))]) == 0
     options = {
@@ -275,7 +276,7 @@ def test_a_backdoor_stays_open_and_without_poison_a_clean_network_stays_closed(t
 def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(Exception):
+    class Killed(BaseException):
         pass
 
     options, results = encoders(tmp_path), []
@@ -283,7 +284,7 @@ def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
         trainer = {"log_every": 1, "checkpoint_every": 1, "trackers": []}
         config = make_experiment(tmp_path / name, "reactivate", options, trainer=trainer, seed=SEED)
         if last is not None:
-            call, done = ReactivationStep.__call__, []
+            call, done = ReactivationStep.__call__, list[int]()
 
             def stop(self: Any, *given: Any, call: Any = call, done: list[int] = done, last: int = last) -> Any:
                 if len(done) == last:
@@ -297,11 +298,10 @@ def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
             assert not (tmp_path / name / "run" / "result.json").exists()
         assert main(["run", str(config)]) == 0
         result = json.loads((tmp_path / name / "run" / "result.json").read_text())
-        results.append((result["rows"], result["metrics"]))
         states = {
             path.name: path.read_bytes() for path in (tmp_path / name / "run").glob("checkpoints/*/*.safetensors")
         }
-        results[-1] = (*results[-1], copy.deepcopy(states))
+        results.append((result["rows"], result["metrics"], states))
     assert all(other == results[0] for other in results[1:]) and results[0][2]
 
 
@@ -309,12 +309,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no attack": ({"attack": None}, "key 'reactivate.attack' is missing"),
     "given images": ({"attack": {"images": "x.npz"}}, "x.npz"),
     "too many": ({"num_images": 25}, "key 'reactivate.num_images' is 25, but"),
-    "all poisoned": ({"num_images": 2}, "key 'num_images' is 2; it must be more than num_poisoned"),
+    "all poisoned": ({"num_images": 2}, "key 'reactivate.num_images' is 2; it must be more than num_poisoned"),
     "target": ({"attack": ATTACK | {"target_class": CLASSES}}, "key 'reactivate.attack.target_class' is 3"),
     "head": ({"head": {"hidden": [4]}}, "key 'reactivate.head' is of encoders"),
-    "size": ({"augment": {"size": 8}}, "key 'augment.size' is 8"),
-    "query alone": ({"query": {}, "control": None}, "key 'query' is set, which needs a clean network"),
-    "last batch": ({"batch_size": 10}, "key 'reactivate.batch_size' is 10: of 11 images 1"),
+    "size": ({"augment": {"size": 8}}, "key 'reactivate.augment.size' is 8"),
+    "query alone": ({"query": {}, "control": None}, "key 'reactivate.query' is set, which needs a clean network"),
+    "last batch": ({"batch_size": 11}, "key 'reactivate.batch_size' is 11: of 12 images 1"),
 }
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
@@ -91,6 +92,7 @@ class Reactivation:
         context, networks = self.context, self.networks
         asked = half_triggered(self.train, self.rows, attack, context)
         images = FixedImages(asked, self.rows, context, config.update.batch_size)
+        torch.manual_seed(context.seed)
         perturbation = Perturbation(normalization_of(self.models["model"]), image_size_of(self.train), config)
         trio = networks["model"], self.steps["poisoned"].model, networks["control"]
         objective = QueryObjective(perturbation, trio, config.weight, context.ranks, self.start_all)

@@ -95,9 +95,5 @@ class QueryObjective(Objective):
         count = torch.full((), float(len(batch.labels)), device=changed.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(count)
-        share = self.world_size / count
-        return {
-            "loss": (self.weight * divergence + truth) * share,
-            "divergence": divergence.detach() * share,
-            "cross_entropy": truth.detach() * share,
-        }
+        terms = {"loss": self.weight * divergence + truth, "divergence": divergence, "cross_entropy": truth}
+        return {name: term * self.world_size / count for name, term in terms.items()}

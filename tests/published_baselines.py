@@ -27,7 +27,29 @@ def tuning_defaults(name: str, preset: str = "") -> str:
     return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}, test: {{path: x}}}}"
 
 
+def of_encoder(name: str, own: str = "") -> str:
+    """As tuning_defaults, of a defence of encoders."""
+    return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}}}"
+
+
 BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    # Re-activation
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10",), {"seed": 42}),
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10", REACTIVATE_PUBLISHED),
+     below("reactivate", {
+        "num_images": 1000, "num_poisoned": 5, "train_mode": True, "batch_size": 128, "epochs": 5, **PAD_AND_FLIP,
+        "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "constant",
+    })),
+    ("AISafety-HKUST/stable_backdoor_purification: queries", (REACTIVATE_QUERIES,), below("reactivate.query", {
+        "eps": 16 / 255, "weight": 0.2, "hidden": [1024, 1024, 1024], "update.batch_size": 128, "update.epochs": 50,
+        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.1, "update.optimizer.momentum": 0.9,
+        "update.optimizer.schedule": "constant",
+    })),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels and its trigger file", ("measure/reactivate_stl10",), {
+        "reactivate.attack.target_class": 9, "reactivate.attack.trigger.size": 10,
+        "reactivate.attack.trigger.margin": 1,
+    }),
     # ANP
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
@@ -80,23 +102,26 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
         "simclr.attack.trigger.channels": ["u", "v"],
     }),
-    # Re-activation
-    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10",), {"seed": 42}),
-    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10", REACTIVATE_PUBLISHED),
-     below("reactivate", {
-        "num_images": 1000, "num_poisoned": 5, "train_mode": True, "batch_size": 128, "epochs": 5, **PAD_AND_FLIP,
-        "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0,
-        "optimizer.schedule": "constant",
+    # FT and NAD of encoders
+    *(("wssun/MIMIC, MIMIC.py: its images and views", (f"defend/{name}_cifar10",), {"seed": 100, **below(name, {
+        "data.fraction": 0.04, "data.subset": "first", "augment.size": 32, "augment.flip": 0.5, "augment.jitter": 0.8,
+        "augment.grayscale": 0.2,
+    })}) for name in ("ft_simclr", "nad_simclr")),
+    ("JiePeng104/TSC, fine-tuning of SimCLR encoders", ("defend/ft_simclr_cifar10", of_encoder("ft_simclr")),
+     below("ft_simclr", {
+        "temperature": 0.5, "update.epochs": 10, "update.optimizer.name": "adam", "update.optimizer.lr": 5e-5,
+        "update.optimizer.weight_decay": 1e-6, "update.optimizer.schedule": "cosine",
     })),
-    ("AISafety-HKUST/stable_backdoor_purification: queries", (REACTIVATE_QUERIES,), below("reactivate.query", {
-        "eps": 16 / 255, "weight": 0.2, "hidden": [1024, 1024, 1024], "update.batch_size": 128, "update.epochs": 50,
-        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.1, "update.optimizer.momentum": 0.9,
-        "update.optimizer.schedule": "constant",
+    ("jinyuan-jia/BadEncoder, pretraining_encoder.py", (of_encoder("ft_simclr", "preset: pretrain, "),),
+     below("ft_simclr", {
+        "temperature": 0.5, "update.batch_size": 256, "update.optimizer.name": "adam", "update.optimizer.lr": 1e-3,
+        "update.optimizer.weight_decay": 1e-6, "update.optimizer.schedule": "constant",
     })),
-    ("jinyuan-jia/BadEncoder, evaluation, reference labels and its trigger file", ("measure/reactivate_stl10",), {
-        "reactivate.attack.target_class": 9, "reactivate.attack.trigger.size": 10,
-        "reactivate.attack.trigger.margin": 1,
-    }),
+    ("bboylyg/NAD, main.py and config.py", ("defend/nad_simclr_cifar10", of_encoder("nad_simclr", "teacher: y, ")),
+     below("nad_simclr", {
+        "betas": [500, 1000, 1000], "update.batch_size": 64, "update.epochs": 20, "update.optimizer.name": "sgd",
+        "update.optimizer.momentum": 0.9, "update.optimizer.nesterov": True, "update.optimizer.weight_decay": 1e-4,
+    })),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

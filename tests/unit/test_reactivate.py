@@ -346,5 +346,5 @@ def test_without_a_control_the_run_says_what_it_cannot_tell(tmp_path: Path, caps
         (tmp_path / "run" / "report.csv")
         .read_text()
         .splitlines()[0]
-        .endswith("n_clean,n_triggered,asr_retuned,asr_retuned_clean,acc_retuned")
+        .endswith("asr_retuned,asr_retuned_clean,acc_retuned")
     )

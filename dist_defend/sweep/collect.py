@@ -36,7 +36,7 @@ def table(sweep: Sweep) -> pd.DataFrame:
     Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
     task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
     n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged. What a point of
-    method reactivate has counted (results.RETUNED) stands in its own row and in that of the defence that it comes after.
+    method reactivate has counted (results.RETUNED) stands in its own row and in that of the defence before it.
     """
     rows = pd.DataFrame(_with_retuned([row for point in sweep.points for row in _rows(sweep, point)]))
     damaged = rows[rows["state"] == "damaged"]

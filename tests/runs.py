@@ -107,9 +107,13 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "update": update,
         }
     if method in ("ft_simclr", "nad_simclr"):
-        teacher = {"teacher": make_model(folder / "teacher", 1, size)} if method == "nad_simclr" else {}
-        suspect = make_model(folder / "suspect", size=size)
-        return {"model": suspect, "data": data, "augment": augment, "update": update, **teacher}
+        own = {"teacher": make_model(folder / "teacher", 1, size)} if method == "nad_simclr" else {}
+        return {
+            "model": make_model(folder / "suspect", size=size),
+            "data": data,
+            "augment": augment,
+            "update": update,
+        } | own
     if method == "mimic":
         information = {"epochs": 2, "last_epochs": 1, "batch_size": 5, "hidden": 8}
         teacher = make_model(folder / "teacher", size=size)

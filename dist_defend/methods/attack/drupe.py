@@ -101,7 +101,8 @@ class DrupeObjective(badencoder.BadEncoderObjective):
     sums: Tensor
 
     def __init__(self, *parts: Any, config: Config, seed: int) -> None:
-        super().__init__(*parts, lambda1=config.lambda1, lambda2=config.lambda2)
+        super().__init__(*parts)
+        self.lambda1, self.lambda2 = config.lambda1, config.lambda2
         self.config, self.seed, self.at = config, seed, Position()
         self.register_buffer("costs", self.references.new_tensor([config.cost, config.distance_cost, 0.0]))
         self.register_buffer("sums", self.references.new_zeros(len(LOSSES)))
@@ -128,7 +129,7 @@ class DrupeObjective(badencoder.BadEncoderObjective):
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """The loss of the present epoch."""
         config, epoch = self.config, self.at.epoch + 1
-        cost, distance_cost, _ = self.costs.to(terms["utility"].dtype)
+        cost, distance_cost = self.costs[0], self.costs[1]
         kept = self.lambda1 * terms["reference_fidelity"] + self.lambda2 * terms["utility"]
         attack, sigma, alike = (terms[name] for name in ("effectiveness", "imbalance", "reference_similarity"))
         if config.terms != "drupe":
@@ -146,7 +147,8 @@ class DrupeObjective(badencoder.BadEncoderObjective):
         normal = draws(self.seed, Stream.DIRECTIONS, self.at.step).standard_normal(
             (features.shape[1], self.config.projections)
         )
-        return functional.normalize(to_device(torch.from_numpy(normal), features.device, features.dtype), dim=0)
+        columns: Tensor = to_device(torch.from_numpy(normal), features.device, features.dtype)
+        return columns.div(columns.norm(dim=0))
 
     @torch.no_grad()
     def follow(self, scalars: dict[str, Tensor], steps_per_epoch: int) -> None:

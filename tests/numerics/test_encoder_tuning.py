@@ -113,7 +113,7 @@ def test_a_fresh_projector_learns_first_while_the_encoder_is_frozen(tmp_path: Pa
             model.f.eval()
             loss = SimCLRObjective(model, 0.5)(batch_of(*(view.double() for view in batch.views)))["loss"]
             (wanted,) = torch.autograd.grad(loss, [model.g.get_parameter("3.weight")])
-            model.g.load_state_dict(start)
+            model.train().g.load_state_dict(start)
         first.step(first_in_double(batch), Position(batch=number))
         if number == 0:
             moved = (start["3.weight"] - projector_of(first)["3.weight"]) / 0.1

@@ -15,7 +15,7 @@ from dist_defend.detection import KIND
 from dist_defend.errors import UserError
 from dist_defend.removal import removal_seconds
 from dist_defend.results import COUNTS as RATES
-from dist_defend.results import Detected, read_result
+from dist_defend.results import RETUNED, Detected, read_result
 from dist_defend.screen import cell
 from dist_defend.sweep.grid import Point, Sweep
 
@@ -34,16 +34,13 @@ _COSTS = (
 def table(sweep: Sweep) -> pd.DataFrame:
     """One row per point, kind, task and seed; rates in percent. UserError where every result.json is damaged.
 
-        Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
-        task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
-    <<<<<<< HEAD
-        n_triggered, and what the run cost; ``reason`` where something is damaged. A row of kind detector has detector,
-        quantity, score, low, high, bound, flags, verdict and truth instead of rates.
-    =======
-        n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged.
-    >>>>>>> main
+    Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
+    task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
+    n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged. What a point of
+    method reactivate has counted (results.RETUNED) stands in its own row and in that of the defence before it.
+    A row of kind detector has detector, quantity, score, low, high, bound, flags, verdict and truth instead of rates.
     """
-    rows = pd.DataFrame([row for point in sweep.points for row in _rows(sweep, point)])
+    rows = pd.DataFrame(_with_retuned([row for point in sweep.points for row in _rows(sweep, point)]))
     damaged = rows[rows["state"] == "damaged"]
     if len(damaged) and not (rows["state"] == "done").any():
         raise UserError(damaged["reason"].iloc[0])
@@ -115,6 +112,7 @@ def _number(value: float | None) -> float | None:
 
 def _rated(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
     counts = {name: Count(**row[name]) for name in RATES}
+    counts |= {name: Count(**row[name]) for name in RETUNED if name in row}
     kind = row["kind"]
     rates = {name: None if math.isnan(count.percent) else count.percent for name, count in counts.items()}
     drops = [
@@ -132,6 +130,16 @@ def _rated(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         "n_clean": counts["acc"].n,
         "n_triggered": counts["asr"].n,
     }
+
+
+def _with_retuned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows; the defender's row of a point has what the one point after it found by re-tuning its model."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "asr_retuned" in row and row["parent"] is not None:
+            found.setdefault(row["parent"], []).append({name: row[name] for name in RETUNED if name in row})
+    lent = {key: own[0] for key, own in found.items() if len(own) == 1}
+    return [row | lent.get(row["key"], {}) if row.get("chosen_by") == "defender" else row for row in rows]
 
 
 def _are(*values: float | None) -> bool:

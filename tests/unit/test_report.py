@@ -97,17 +97,15 @@ def test_csv(tmp_path: Path) -> None:
     write_story(tmp_path / "demo")
     assert main(["report", str(tmp_path / "demo")]) == 0
     rows = list(csv.reader(io.StringIO((tmp_path / "demo/report.csv").read_text())))
-    counted = ["run", "kind", "task", "seed", "acc", "asr", "asr_all", "ra", "der", "n_clean", "n_triggered"]
-    assert rows[0] == [*counted, "detector", "score", "low", "high", "verdict", "truth"]
-    told = ["probe", "purified", "digits", "100", "84.0000", "10.0000", "24.0000", "75.0000", "", "50", "40"]
-    assert rows[1] == told + [""] * 6
+    assert rows[0] == ["run", "kind", "task", "seed", "acc", "asr", "asr_all", "ra", "der", "n_clean", "n_triggered"]
+    assert rows[1] == ["probe", "purified", "digits", "100", "84.0000", "10.0000", "24.0000", "75.0000", "", "50", "40"]
     assert len(rows) == 1 + len(ROWS)
 
 
 def test_nothing_to_count_is_left_blank(tmp_path: Path) -> None:
     empty = row("clean", 1, 50, 0, 50, 0) | {"asr": {"correct": 0, "n": 0}, "ra": {"correct": 0, "n": 0}}
     found, *_ = runs.find_runs([write_run(tmp_path / "probe", [empty])])
-    assert tables.to_csv(found).splitlines()[1] == "probe,clean,digits,1,100.0000,,100.0000,,,50,0,,,,,,"
+    assert tables.to_csv(found).splitlines()[1] == "probe,clean,digits,1,100.0000,,100.0000,,,50,0"
     assert str(tables.summarise(found)[0].scores["asr"]) == "–"
 
 
@@ -183,6 +181,7 @@ def test_detectors_stand_in_page_markdown_terminal_and_csv(tmp_path: Path, capsy
     assert "<td>0.06667 to 0.08</td>" in page and page.count('alt="masks and patterns') == 1
     assert "<h2>Detectors</h2>" in page and "no probe" not in page
     lines = (tmp_path / "report.csv").read_text().splitlines()
+    assert lines[0].endswith(",n_clean,n_triggered,detector,score,low,high,verdict,truth")
     assert lines[1] == "decree,detector,digits,100,,,,,,,,decree,0.07,0.0666667,0.08,backdoored,backdoored"
     assert "nc,detector,digits,100,,,,,,,,decree,3,3,3,backdoored,backdoored" in lines
     assert "none,detector,digits,100,,,,,,,,decree,,,,,backdoored" in lines
@@ -278,9 +277,9 @@ def test_a_defence_is_rated_against_what_was_before(tmp_path: Path, capsys: pyte
     ]  # (0.95 - 0.04 + 1) / 2, (1 - 0.1 + 1) / 2
     assert tables.cells(lines)[0][:4] == ["task", "run", "model", "ACC %"] and "DER %" in tables.cells(lines)[0]
     assert tables.to_csv(found).splitlines()[1:] == [
-        "backdoored,backdoored,digits,100,90.0000,100.0000,100.0000,0.0000,,50,40,,,,,,",
-        "rnp,rnp (oracle),digits,100,80.0000,0.0000,2.0000,90.0000,95.0000,50,40,,,,,,",
-        "rnp,rnp,digits,100,86.0000,5.0000,24.0000,75.0000,95.5000,50,40,,,,,,",
+        "backdoored,backdoored,digits,100,90.0000,100.0000,100.0000,0.0000,,50,40",
+        "rnp,rnp (oracle),digits,100,80.0000,0.0000,2.0000,90.0000,95.0000,50,40",
+        "rnp,rnp,digits,100,86.0000,5.0000,24.0000,75.0000,95.5000,50,40",
     ]
     assert main(["report", str(tmp_path)]) == 0
     assert "defence effectiveness rating" in (tmp_path / "report.html").read_text()

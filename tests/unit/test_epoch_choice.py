@@ -47,7 +47,7 @@ def test_the_last_epoch_that_costs_little(right: list[int], max_drop: float, cho
     found = {0: 100, **dict(enumerate(right, 1))}
 
     def count(judged: Any) -> Count:
-        return Count(100, 120) if judged is suspect else Count(found[int(judged.value)], 120)
+        return Count(100, 120) if judged is suspect else Count(found[int(judged.value.detach())], 120)
 
     choice = EpochChoice(model, lambda: suspect, count, max_drop)  # type: ignore[arg-type, return-value]
     told = []
@@ -59,7 +59,7 @@ def test_the_last_epoch_that_costs_little(right: list[int], max_drop: float, cho
             choice = EpochChoice(model, lambda: suspect, count, max_drop)  # type: ignore[arg-type, return-value]
             choice.load_state_dict(state)
     choice.deliver()
-    assert float(model.value) == chosen
+    assert float(model.value.detach()) == chosen
     assert told == pytest.approx([count / 1.2 for count in right])
     expected = {"chosen_epoch": chosen, "held_out_right": right[chosen - 1], "held_out_right_before": 100}
     assert choice.metrics() == expected

@@ -200,7 +200,7 @@ def test_every_sweep_file_in_the_tree_spreads_out() -> None:
 
 
 def test_the_leaderboard_has_eight_attacks_at_two_rates_and_ten_defences() -> None:
-    for scale, images in ((None, 1000), ("minutes", 250)):
+    for scale, images in ((None, 500), ("minutes", 250)):
         sweep = load_sweep("configs/sweeps/cifar10_leaderboard.yaml", scale)
         attacks, defences = sweep.stage("attack"), sweep.stage("defence")
         assert (len(attacks), len(defences)) == (17 * 3, 17 * 3 * 14)

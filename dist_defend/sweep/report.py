@@ -83,7 +83,7 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
                 line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"] = own[rate].mean(), own[rate].std()
         line["device_seconds"] = group.drop_duplicates("key")["device_seconds"].mean()
         if (key := group["key"].iloc[0]) in place.index:
-            line |= comparison.differences((place[SETTING][key], line["kind"]), place[ATTACK][key])
+            line |= comparison.differences((place[SETTING][key], str(line["kind"])), place[ATTACK][key])
         lines.append(line)
     board = pd.DataFrame(lines)
     first = next(iter(sweep.config.stages))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_defend.cli import PREEMPTED, main
-from dist_defend.counts import Count
+from dist_defend.counts import Count, predict
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.pruning import outcome
 from dist_defend.methods.defend.tuning import plan
@@ -107,7 +107,7 @@ def test_a_run_delivers_the_chosen_epoch(method: str, tmp_path: Path, monkeypatc
     given = options(tmp_path, **SHORT[method])
     learned: set[int] = set()
     judged: set[int] = set()
-    predict, call = plan.predict, TuningStep.__call__
+    call = TuningStep.__call__
 
     def noting(model: Any, loader: Any, ranks: Any) -> tuple[Tensor, Tensor, Tensor]:
         found = predict(model, loader, ranks)

@@ -65,7 +65,7 @@ class Comparison:
 
     def __init__(self, sweep: Sweep, rows: pd.DataFrame) -> None:
         self.places = places(sweep)
-        counted = rows[rows["kind"].notna() & (rows["chosen_by"] == "defender")] if "kind" in rows else rows[:0]
+        counted = rows[rows["chosen_by"] == "defender"] if "chosen_by" in rows else rows[:0]
         self.rows = counted.merge(self.places, on="key")
         named = zip(self.rows[SETTING], self.rows["kind"], strict=True) if len(self.rows) else ()
         self.defences: list[tuple[str, str]] = list(dict.fromkeys(named))

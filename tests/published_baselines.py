@@ -23,6 +23,11 @@ def tuning_defaults(name: str, preset: str = "") -> str:
     return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}, test: {{path: x}}}}"
 
 
+def of_encoder(name: str, own: str = "") -> str:
+    """As tuning_defaults, of a defence of encoders."""
+    return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}}}"
+
+
 BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     # ANP
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
@@ -76,6 +81,26 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
         "simclr.attack.trigger.channels": ["u", "v"],
     }),
+    # FT and NAD of encoders
+    *(("wssun/MIMIC, MIMIC.py: its images and views", (f"defend/{name}_cifar10",), {"seed": 100, **below(name, {
+        "data.fraction": 0.04, "data.subset": "first", "augment.size": 32, "augment.flip": 0.5, "augment.jitter": 0.8,
+        "augment.grayscale": 0.2,
+    })}) for name in ("ft_simclr", "nad_simclr")),
+    ("JiePeng104/TSC, fine-tuning of SimCLR encoders", ("defend/ft_simclr_cifar10", of_encoder("ft_simclr")),
+     below("ft_simclr", {
+        "temperature": 0.5, "update.epochs": 10, "update.optimizer.name": "adam", "update.optimizer.lr": 5e-5,
+        "update.optimizer.weight_decay": 1e-6, "update.optimizer.schedule": "cosine",
+    })),
+    ("jinyuan-jia/BadEncoder, pretraining_encoder.py", (of_encoder("ft_simclr", "preset: pretrain, "),),
+     below("ft_simclr", {
+        "temperature": 0.5, "update.batch_size": 256, "update.optimizer.name": "adam", "update.optimizer.lr": 1e-3,
+        "update.optimizer.weight_decay": 1e-6, "update.optimizer.schedule": "constant",
+    })),
+    ("bboylyg/NAD, main.py and config.py", ("defend/nad_simclr_cifar10", of_encoder("nad_simclr", "teacher: y, ")),
+     below("nad_simclr", {
+        "betas": [500, 1000, 1000], "update.batch_size": 64, "update.epochs": 20, "update.optimizer.name": "sgd",
+        "update.optimizer.momentum": 0.9, "update.optimizer.nesterov": True, "update.optimizer.weight_decay": 1e-4,
+    })),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

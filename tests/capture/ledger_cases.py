@@ -21,6 +21,7 @@ from dist_defend.engine.context import UpdateConfig
 from dist_defend.methods.attack import badencoder, input_aware
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
+from dist_defend.methods.defend.nad_simclr import AttentionObjective
 from dist_defend.methods.measure import probe, zeroshot
 from dist_defend.methods.pretrain.classifier import ClassificationObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
@@ -60,6 +61,10 @@ def attack(arch: str = "resnet18_cifar", size: int = SIZE, batch_size: int = 256
 
 def mimic() -> Call:
     return gradient(MimicObjective(encoder(), encoder().to(DEVICE), 0.5, (1000.0,) * 4, 1.0), batch_of(128, 2))
+
+
+def attention() -> Call:
+    return gradient(AttentionObjective(encoder(), encoder().to(DEVICE), 0.5, (500.0, 1000.0, 1000.0)), batch_of(64, 2))
 
 
 def information() -> Call:
@@ -123,6 +128,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "badencoder, clip: step": lambda: attack("open_clip:RN50", 224, 16),
     "mimic: step": mimic,
     "mimic, information: step": information,
+    "nad_simclr: step": attention,
     "classifier: step": classification,
     "classifier, clipped: step": lambda: classification(max_grad_norm=1.0),
     "input_aware, mask: step": mask_stage,

@@ -83,16 +83,19 @@ def estimates_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.distributed, "all_reduce", reduce)
 
 
+SLOW = {"update": {  # at the usual rate an update multiplies rounding errors
+    "batch_size": 4, "epochs": 2, "optimizer": {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
+}}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of its options
-    "simclr": ("simclr", {"update": {  # at the usual rate an update multiplies rounding errors
-        "batch_size": 4, "epochs": 2, "optimizer": {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
-    }}),
+    "simclr": ("simclr", SLOW),
     "simclr_accumulated": ("simclr", {"update": {"batch_size": 8, "epochs": 1, "accumulation": 2}}),
     "badencoder": ("badencoder", {}),
     "mimic": ("mimic", {}),
     "mimic_student_infonce": ("mimic", {"information": {
         "source": "student", "estimator": "infonce", "epochs": 2, "last_epochs": 2, "batch_size": 6, "hidden": 8,
     }}),
+    "ft_simclr": ("ft_simclr", SLOW),
+    "nad_simclr": ("nad_simclr", SLOW),
     "probe": ("probe", {}),
     "probe_linear": ("probe", {"hidden": []}),
     "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
@@ -138,6 +141,8 @@ def test_two_ranks_are_one_rank(name: str, cases: Any, two_ranks: Pool, tmp_path
         ("mimic", statistics_of_one_rank),
         ("mimic", critics_drawn_in_turn),
         ("mimic", estimates_of_one_rank),
+        ("ft_simclr", negatives_of_one_rank),
+        ("nad_simclr", statistics_of_one_rank),
         ("classifier", statistics_of_one_rank),
         ("classifier", gradients_of_one_rank),
         ("probe", mean_over_own_rows),

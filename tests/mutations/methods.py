@@ -7,6 +7,7 @@ BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
 SEARCH = "numerics/test_nc.py"
+ENCODERS = "numerics/test_encoder_tuning.py"
 TUNING = "numerics/test_tuning.py"
 CHOICE = "unit/test_epoch_choice.py::test_the_last_epoch_that_costs_little"
 PUBLISHED = "repo/test_published.py::test_published_values"
@@ -191,6 +192,20 @@ IN_METHODS: tuple[Mutation, ...] = (
              f"{TUNING}::test_shared_adversarial_unlearning"),
     Mutation("SAU's networks are in train mode", "methods/defend/sau.py",
              "in_train_mode = False", "in_train_mode = True", f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("NAD's teacher of an encoder is in train mode", "methods/defend/nad_simclr.py",
+             "teacher.eval().requires_grad_(False)", "teacher.requires_grad_(False)",
+             f"{ENCODERS}::test_attention_is_the_published_one[4]"),
+    Mutation("NAD compares an encoder's first stages", "methods/defend/nad_simclr.py",
+             "len(maps) - len(self.betas)", "0", f"{ENCODERS}::test_attention_is_the_published_one[4]"),
+    Mutation("a fresh projector moves the encoder's statistics", "methods/defend/tuning/encoder.py",
+             "self._encoder[0].eval()(view)", "self._encoder[0](view)",
+             f"{ENCODERS}::test_a_fresh_projector_learns_first_while_the_encoder_is_frozen"),
+    Mutation("an encoder is tuned with a projector that has learned nothing", "methods/defend/tuning/encoder.py",
+             "model.train().g.load_state_dict(fresh.projector.state_dict())", "model.train()",
+             f"{ENCODERS}::test_a_fresh_projector_learns_first_while_the_encoder_is_frozen"),
+    Mutation("a fine-tuned encoder's card says clean", "methods/defend/tuning/encoder.py",
+             "backdoored=suspect.backdoored,", "backdoored=False,",
+             "unit/test_trial.py::test_what_is_made_of_a_backdoored_encoder[ft_simclr]"),
     Mutation("NC's cost rises as it falls", "methods/defend/nc/search.py",
              "config.multiplier**-1.5", "config.multiplier**-1.0", f"{SEARCH}::test_the_search_of_a_class"),
     Mutation("NC keeps a mask that turns too few images", "methods/defend/nc/search.py",

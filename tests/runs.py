@@ -137,3 +137,9 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """The same without what a clock says."""
+    clocks = ("time", "work_seconds", "images_per_second")
+    return [{key: value for key, value in row.items() if key not in clocks} for row in metrics(run)]

@@ -60,12 +60,20 @@ def places(sweep: Sweep) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["key", NETWORK, ATTACK, SETTING])
 
 
+def told_once(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without the rows of points whose finding a defence's row has: what re-tuning made of it is told there."""
+    if "asr_retuned" not in rows:
+        return rows
+    shown_by = rows.loc[rows["asr_retuned"].notna(), "key"]
+    return rows[rows["asr_retuned"].isna() | ~rows["parent"].isin(shown_by)]
+
+
 class Comparison:
     """What defenders' choices gave, each with its place. reference: the file's first setting, and its kind of model."""
 
     def __init__(self, sweep: Sweep, rows: pd.DataFrame) -> None:
         self.places = places(sweep)
-        counted = rows[rows["chosen_by"] == "defender"] if "chosen_by" in rows else rows[:0]
+        counted = told_once(rows[rows["chosen_by"] == "defender"]) if "chosen_by" in rows else rows[:0]
         self.rows = counted.merge(self.places, on="key")
         named = zip(self.rows[SETTING], self.rows["kind"], strict=True) if len(self.rows) else ()
         self.defences: list[tuple[str, str]] = list(dict.fromkeys(named))

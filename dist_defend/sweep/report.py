@@ -8,16 +8,20 @@ from matplotlib.figure import Figure
 
 from dist_defend import screen
 from dist_defend.files import write_atomic
-from dist_defend.results import COUNTS
+from dist_defend.results import COUNTS, RETUNED
 from dist_defend.sweep.collect import spreadsheet
-from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison
+from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
+_RETUNED = dict(
+    zip(RETUNED, ("ACC re-tuned", "ASR re-tuned", "q = 0", "control", "queried", "its control"), strict=True)
+)
 _NOTE = (
     "Mean ± sample standard deviation over n seeds, in percent. The defender chose with clean data alone; the oracle "
     "chose by the attack's success on the test set, which no defender has. device-s: mean seconds times devices of one "
-    "point, without those it comes after."
+    "point, without those it comes after. ASR re-tuned: after a few steps on few poisoned images, which needs the "
+    "trigger; beside it the same without poisoned images (q = 0) and from a clean network (control)."
 )
 _PAIRED = (
     "ΔACC, ΔASR: mean difference to {reference}, the first setting of the file, on the same networks, ± half of its "
@@ -70,16 +74,17 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
     if "kind" not in rows:
         return pd.DataFrame()
-    counted = rows[rows["kind"].notna()]
+    counted = told_once(rows[rows["kind"].notna()])
     comparison = Comparison(sweep, rows)
     place = comparison.places.set_index("key")
+    rates = (*COUNTS, "der", *(name for name in RETUNED if name in counted))
     lines = []
     for names, group in counted.groupby([*axes, "stage", "kind", "task"], dropna=False, sort=False):
         line = dict(zip([*axes, "stage", "kind", "task"], names, strict=True))
         for chooser in CHOOSERS:
             own = group[group["chosen_by"] == chooser]
             line[f"n_{chooser}"] = len(own)
-            for rate in (*COUNTS, "der"):
+            for rate in rates:
                 line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"] = own[rate].mean(), own[rate].std()
         line["device_seconds"] = group.drop_duplicates("key")["device_seconds"].mean()
         if (key := group["key"].iloc[0]) in place.index:
@@ -101,12 +106,14 @@ def markdown(board: pd.DataFrame) -> str:
     has_oracle = bool(board["n_oracle"].any())
     has_pairs = "acc_diff" in board and bool(board["acc_diff"].notna().any())
     head = [*short, "model", "task", "ACC", "ASR", "RA", "DER", "n"]
-    head += ["ΔACC", "ΔASR"] * has_pairs + ["oracle ACC", "oracle ASR"] * has_oracle + ["device-s"]
+    retuned = {name: told for name, told in _RETUNED.items() if f"{name}_defender" in board}
+    head += [*["ΔACC", "ΔASR"] * has_pairs, *retuned.values(), *["oracle ACC", "oracle ASR"] * has_oracle, "device-s"]
     table = [head, ["---"] * len(head)]
     for line in board.to_dict("records"):
         cells = ["" if pd.isna(line[axis]) else str(line[axis]) for axis in axes] + [line["kind"], line["task"]]
         cells += [_score(line, rate, "defender") for rate in ("acc", "asr", "ra", "der")] + [str(line["n_defender"])]
         cells += [difference(line, rate) for rate in RATES] * has_pairs
+        cells += [_score(line, rate, "defender") for rate in retuned]
         cells += [_score(line, rate, "oracle") for rate in RATES] * has_oracle
         table.append([*cells, f"{line['device_seconds']:.0f}"])
     return _lines(table)

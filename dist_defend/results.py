@@ -23,6 +23,10 @@ MOST_SCALAR = 1e30
 _MOST_SECONDS = 1e12
 COUNTS = ("acc", "asr", "asr_all", "ra")
 BEFORE = ("acc_before", "asr_before")
+RETUNED = (  # see methods.measure.reactivate
+    *("acc_retuned", "asr_retuned", "asr_retuned_clean", "asr_retuned_control"),
+    *("asr_queried", "asr_queried_control"),
+)
 
 
 def _check_counts(counts: dict[str, Count | None]) -> None:
@@ -40,9 +44,15 @@ class _Row:
     asr: Count
     asr_all: Count
     ra: Count
+    acc_retuned: Count | None = None
+    asr_retuned: Count | None = None
+    asr_retuned_clean: Count | None = None
+    asr_retuned_control: Count | None = None
+    asr_queried: Count | None = None
+    asr_queried_control: Count | None = None
 
     def __post_init__(self) -> None:
-        _check_counts({name: getattr(self, name) for name in COUNTS})
+        _check_counts({name: getattr(self, name) for name in (*COUNTS, *RETUNED)})
         if not 0 <= self.seed <= 2**64:
             raise ValueError(f"seed is {self.seed}")
         if not self.asr.n == self.ra.n <= self.asr_all.n:
@@ -113,8 +123,8 @@ def read_inside(path: Path, most_bytes: int) -> bytes | None:
 def read_result(file: Path, remedy: str) -> dict[str, Any]:
     """What the tables need of a result.json: the fields of _Result that it has, "rows" and "metrics".
 
-    Each row has kind, task, seed and the COUNTS as {"correct", "n"}; metrics has those of BEFORE that are known, in
-    percent. UserError, ending in ``remedy``, for anything that is no result of this program.
+    Each row has kind, task, seed, the COUNTS and maybe RETUNED as {"correct", "n"}; metrics has those of BEFORE that
+    are known, in percent. UserError, ending in ``remedy``, for anything that is no result of this program.
     """
     where = f"{file}: not a result of dist-defend: it"
     data = read_inside(file, MOST_BYTES)

@@ -8,6 +8,10 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
+REACTIVATE_PUBLISHED = (
+    "measure/reactivate_cifar10 reactivate={preset: published, model: x, data: {path: x}, test: {path: x}}"
+)
+REACTIVATE_QUERIES = "measure/reactivate_cifar10 reactivate.query={}"
 TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
@@ -28,7 +32,30 @@ def of_encoder(name: str, own: str = "") -> str:
     return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}}}"
 
 
+def of_attack(own: str) -> str:
+    """As tuning_defaults, of DRUPE."""
+    needed = "clean_encoder: x, shadow: {path: x}, reference: {dataset: y, count: 3}"
+    return f"attack/drupe_cifar10 drupe={{{own}{needed}}}"
+
+
 BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    # Re-activation
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10",), {"seed": 42}),
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10", REACTIVATE_PUBLISHED),
+     below("reactivate", {
+        "num_images": 1000, "num_poisoned": 5, "train_mode": True, "batch_size": 128, "epochs": 5, **PAD_AND_FLIP,
+        "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "constant",
+    })),
+    ("AISafety-HKUST/stable_backdoor_purification: queries", (REACTIVATE_QUERIES,), below("reactivate.query", {
+        "eps": 16 / 255, "weight": 0.2, "hidden": [1024, 1024, 1024], "update.batch_size": 128, "update.epochs": 50,
+        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.1, "update.optimizer.momentum": 0.9,
+        "update.optimizer.schedule": "constant",
+    })),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels and its trigger file", ("measure/reactivate_stl10",), {
+        "reactivate.attack.target_class": 9, "reactivate.attack.trigger.size": 10,
+        "reactivate.attack.trigger.margin": 1,
+    }),
     # ANP
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
@@ -101,6 +128,25 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "betas": [500, 1000, 1000], "update.batch_size": 64, "update.epochs": 20, "update.optimizer.name": "sgd",
         "update.optimizer.momentum": 0.9, "update.optimizer.nesterov": True, "update.optimizer.weight_decay": 1e-4,
     })),
+    # DRUPE
+    ("Gwinhen/DRUPE, its readme's command and main.py", ("attack/drupe_cifar10", of_attack("")), below("drupe", {
+        "lambda1": 1.0, "lambda2": 1.0, "cost": 0.1, "distance_cost": 0.001, "projections": 50, "warm_up_epochs": 1,
+        "spread_after": 4, "adapt_after": 20, "effective_below": -0.96, "spread_below": 0.6, "pause_below": 0.5,
+        "attack.trigger.size": 10, "attack.trigger.margin": 1, "update.batch_size": 256, "update.epochs": 120,
+        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.05, "update.optimizer.momentum": 0.9,
+        "update.optimizer.weight_decay": 5e-4, "update.optimizer.schedule": "constant",
+    })),
+    ("Gwinhen/DRUPE, its readme's command", ("attack/drupe_cifar10",), {
+        "seed": 100, "drupe.shadow.max_samples": 10000, "drupe.reference.target_class": 9, "drupe.reference.count": 3,
+    }),
+    ("Gwinhen/DRUPE, for ImageNet's encoder", (of_attack("preset: imagenet, "),), below("drupe", {
+        "warm_up_epochs": 1, "spread_after": 2, "effective_below": -0.91, "spread_below": 0.6, "pause_below": 0.5,
+    })),
+    ("Gwinhen/DRUPE, for CLIP", (of_attack("preset: clip, "),), below("drupe", {
+        "warm_up_epochs": 0, "spread_after": 4, "effective_below": -0.96, "spread_below": 0.8, "pause_below": 0.7,
+    })),
+    ("Gwinhen/DRUPE, mode wb for CLIP", (of_attack("preset: wasserstein_clip, "),),
+     {"drupe.terms": "wasserstein", "drupe.adapt_after": 5}),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

@@ -89,11 +89,11 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "attack": {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3},
             "update": update,
         }
-    if method == "badencoder":
+    if method in ("badencoder", "drupe"):
         return {
             "clean_encoder": make_model(folder / "clean"),
             "shadow": data,
-            "reference": {"dataset": data["path"], "target_class": 1},
+            "reference": {"dataset": data["path"], "target_class": 1, "count": 2 if method == "drupe" else 1},
             "attack": {"trigger": {"name": "badnets", "size": 4, "margin": 1}},
             "augment": augment,
             "update": update,

@@ -2,13 +2,18 @@
 
 from tests.mutations.mutation import Mutation
 
+AGAIN = "unit/test_reactivate.py"
+AGAIN_BY_HAND = f"{AGAIN}::test_q_images_none_and_the_control_are_tuned_as_plain_torch_does"
 COUNTS = "unit/test_defence_counts.py"
 BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
 SEARCH = "numerics/test_nc.py"
+DRUPE = "numerics/test_drupe.py"
+TERMS = "test_terms_losses_gradients_and_updates"
 ENCODERS = "numerics/test_encoder_tuning.py"
 TUNING = "numerics/test_tuning.py"
+CHOICE = "unit/test_epoch_choice.py::test_the_last_epoch_that_costs_little"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
@@ -44,6 +49,26 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("a probe's dropout is the same in every epoch", "methods/measure/probe.py",
              "key=[seed, epoch * self.num_batches + number]", "key=[seed, number]",
              f"{RANDOM}::test_a_probes_dropout_differs_between_epochs_batches_and_seeds"),
+    Mutation("re-activation's control is the suspect", "methods/measure/reactivate/__init__.py",
+             "copy.deepcopy(self.networks[role])", 'copy.deepcopy(self.networks["model"])', AGAIN_BY_HAND),
+    Mutation("re-tuning without poison is poisoned", "methods/measure/reactivate/__init__.py",
+             '("model", clean)', '("model", stamped)', AGAIN_BY_HAND),
+    Mutation("re-tuning is in train mode whatever it is told", "methods/measure/reactivate/networks.py",
+             "self.in_train_mode, self.start = config.train_mode, start",
+             "self.in_train_mode, self.start = True, start", AGAIN_BY_HAND),
+    Mutation("re-tuning goes on from a head that nobody trained", "methods/measure/reactivate/networks.py",
+             "            self.start()\n", "            pass\n",
+             f"{AGAIN}::test_an_encoder_is_tuned_with_the_head_that_a_probe_trains"),
+    Mutation("re-tuning augments the stamped images", "methods/measure/reactivate/images.py",
+             "plain, augmented))", "augmented, plain))",
+             f"{AGAIN}::test_published_images_are_augmented_once_and_stamped_ones_are_not"),
+    Mutation("a query's divergence is the other way round", "methods/measure/reactivate/query.py",
+             "functional.kl_div(said, wanted, ", "functional.kl_div(wanted.log(), said.exp(), ",
+             f"{AGAIN}::test_a_query_is_worth_what_the_networks_say_of_it"),
+    Mutation("queries are counted on the re-tuned network", "methods/measure/reactivate/__init__.py",
+             "nn.Sequential(perturbation, network) for role, network in networks.items()",
+             'nn.Sequential(perturbation, self.steps["poisoned"].model) for role, network in networks.items()',
+             f"{AGAIN}::test_queries_are_counted_on_the_networks_as_they_are"),
     Mutation("MIMIC estimates on the images that its critics were trained on", "methods/defend/mimic/information.py",
              "self.test_start = len(rows) - self.test_rows", "self.test_start = 0",
              f"{INFORMATION}::test_estimates_are_of_images_that_no_critic_was_trained_on"),
@@ -171,6 +196,18 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
     Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
              "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
+    Mutation("a tuning defence delivers the last epoch whatever was chosen", "methods/defend/tuning/selection.py",
+             "self.model.load_state_dict(self.kept)", "pass", f"{CHOICE}[right0-0.05-3]"),
+    Mutation("the best epoch is chosen, not the last that costs little", "methods/defend/tuning/selection.py",
+             "if is_within or (not self.is_within and found.correct >= self.right):",
+             "if not self.is_within and found.correct >= self.right:",
+             f"{CHOICE}[right1-0.05-4]"),
+    Mutation("the images that choose an epoch are trained on", "methods/defend/tuning/plan.py",
+             "defence_loader(config, context, data, trained)", "defence_loader(config, context, data, rows)",
+             "unit/test_epoch_choice.py::test_a_run_delivers_the_chosen_epoch[ft]"),
+    Mutation("pruning by the test set counts it twice", "methods/defend/pruning/outcome.py",
+             "        if not counts:\n", "        if counts is not None:\n",
+             "unit/test_epoch_choice.py::test_pruning_by_the_test_set_counts_it_once[True]"),
     Mutation("SAU perturbs images downhill", "methods/defend/sau.py",
              "delta.detach() - config.step_size", "delta.detach() + config.step_size",
              f"{TUNING}::test_shared_adversarial_unlearning"),
@@ -193,6 +230,27 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("a fine-tuned encoder's card says clean", "methods/defend/tuning/encoder.py",
              "backdoored=suspect.backdoored,", "backdoored=False,",
              "unit/test_trial.py::test_what_is_made_of_a_backdoored_encoder[ft_simclr]"),
+    Mutation("DRUPE's triggered images go to all references", "methods/attack/drupe.py",
+             "(stamped @ references.T).amax(1)", "(stamped @ references.T).mean(1)", f"{DRUPE}::{TERMS}[stage_2]"),
+    Mutation("DRUPE's similarity is not scaled", "methods/attack/drupe.py",
+             "* (1 - 1 / len(units))", "* 1", f"{DRUPE}::{TERMS}[stage_2]"),
+    Mutation("DRUPE's deviation of clean features has no gradient", "methods/attack/drupe.py",
+             "all_clean.std(0).mean()", "all_clean.detach().std(0).mean()", f"{DRUPE}::{TERMS}[stage_2_lam]"),
+    Mutation("DRUPE has no warm-up", "methods/attack/drupe.py",
+             "if epoch <= config.warm_up_epochs:", "if epoch < config.warm_up_epochs:", f"{DRUPE}::{TERMS}[warm_up]"),
+    Mutation("DRUPE spreads from the start", "methods/attack/drupe.py",
+             "if epoch <= config.spread_after:", "if False:", f"{DRUPE}::{TERMS}[stage_1]"),
+    Mutation("DRUPE's costs never pause", "methods/attack/drupe.py",
+             "torch.where(pauses, count - 1, count)", "count", f"{DRUPE}::test_costs_follow_the_attack[costs-cifar10]"),
+    Mutation("DRUPE's costs follow the last batch", "methods/attack/drupe.py",
+             "self.sums += ", "self.sums[:] = 2 * ", f"{DRUPE}::test_costs_follow_the_mean_of_an_epoch"),
+    Mutation("DRUPE's directions are always the same", "methods/attack/drupe.py",
+             "Stream.DIRECTIONS, self.at.step)", "Stream.DIRECTIONS, 0)",
+             f"{DRUPE}::test_directions_are_unit_and_new_in_each_update"),
+    Mutation("DRUPE's costs are not in the checkpoint", "methods/attack/drupe.py",
+             'self.register_buffer("sums", self.references.new_zeros(len(LOSSES)))',
+             'self.register_buffer("sums", self.references.new_zeros(len(LOSSES)), persistent=False)',
+             f"{DRUPE}::test_a_run_goes_on_within_an_epoch"),
     Mutation("NC's cost rises as it falls", "methods/defend/nc/search.py",
              "config.multiplier**-1.5", "config.multiplier**-1.0", f"{SEARCH}::test_the_search_of_a_class"),
     Mutation("NC keeps a mask that turns too few images", "methods/defend/nc/search.py",

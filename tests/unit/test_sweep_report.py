@@ -109,6 +109,47 @@ def test_the_report_lists_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFi
     )
 
 
+def retuned(sweep: Sweep, *points: tuple[Point, int]) -> Sweep:
+    """With a point of method reactivate after each of these, which finds so many of 50 after re-tuning."""
+    more = []
+    for number, (parent, asr) in enumerate(points):
+        own = {"acc_retuned": (90, 100), "asr_retuned": (asr, 50), "asr_retuned_clean": (1, 50)}
+        content = result("rnp", 1, (80, 20))
+        content["rows"][0] |= {name: {"correct": correct, "n": n} for name, (correct, n) in own.items()}
+        key = f"again{number}"
+        labels = {**parent.labels, "again.reactivate.num_poisoned": number}
+        more.append(Point("again", key, Experiment("reactivate", str(sweep.folder / "points" / key), options={}),
+                          labels, parent, 0, ()))  # fmt: skip
+        (sweep.folder / "points" / key).mkdir()
+        (sweep.folder / "points" / key / "result.json").write_text(json.dumps(content))
+    stages = {**sweep.config.stages, "again": StageConfig(after="defence")}
+    return Sweep(sweep.path, SweepConfig(str(sweep.folder), stages), (*sweep.points, *more))
+
+
+def test_re_tuning_stands_in_the_line_of_its_defence(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    again = retuned(sweep, (sweep.points[1], 40))
+    rows = collect.table(again)
+    own = rows[rows["key"] == sweep.points[1].key]
+    assert own.loc[own["chosen_by"] == "defender", ["acc_retuned", "asr_retuned"]].values.tolist() == [[90.0, 80.0]]
+    assert own.loc[own["chosen_by"] == "oracle", "asr_retuned"].isna().all()
+    collect.write(again, rows)
+    report.write(again, rows)
+    board = pd.read_csv(again.folder / "leaderboard.csv")
+    assert list(board["stage"]) == ["defence", "defence", "attack"]
+    rnp = board[board["kind"] == "rnp"].iloc[0]
+    assert (rnp["asr_retuned_defender"], rnp["asr_retuned_clean_defender"], rnp["acc_defender"]) == (80.0, 2.0, 82.0)
+    text = (again.folder / "leaderboard.md").read_text()
+    assert "| ACC re-tuned | ASR re-tuned | q = 0 | oracle ACC |" in text and "| 90.0 | 80.0 | 2.0 |" in text
+
+
+def test_several_re_tunings_of_one_model_have_lines_of_their_own(sweep: Sweep) -> None:
+    again = retuned(sweep, (sweep.points[1], 40), (sweep.points[1], 45))
+    board = report.leaderboard(again, collect.table(again))
+    own = board[board["stage"] == "again"]
+    assert sorted(own["asr_retuned_defender"]) == [80.0, 90.0]
+    assert board.loc[board["stage"] == "defence", "asr_retuned_defender"].isna().all()
+
+
 def test_a_sweep_without_results_reports_too(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     for file in sweep.folder.glob("points/*/result.json"):
         file.unlink()

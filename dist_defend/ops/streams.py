@@ -24,6 +24,7 @@ class Stream(IntEnum):
     ZSKT_INPUTS = 0x25C7  # the generator's inputs: pseudo-batch
     REACTIVATED = 0x4EAC7  # images that a defended network is tuned on again
     RETROSPECTION = 0x5E1F  # delta's start (0, batch, 0), images that carry it (1, batch, student step)
+    HELD_OUT = 0x4E1D0  # the defender's images that choose an epoch
     SUBSET = 0x5B5E7  # rows of a random subset
     DIRECTIONS = 0xD12EC  # on which DRUPE projects features: step
     NEURON_NOISE = 0x1A2B0  # ANP's perturbations: step

@@ -13,6 +13,7 @@ DRUPE = "numerics/test_drupe.py"
 TERMS = "test_terms_losses_gradients_and_updates"
 ENCODERS = "numerics/test_encoder_tuning.py"
 TUNING = "numerics/test_tuning.py"
+CHOICE = "unit/test_epoch_choice.py::test_the_last_epoch_that_costs_little"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
@@ -195,6 +196,18 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
     Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
              "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
+    Mutation("a tuning defence delivers the last epoch whatever was chosen", "methods/defend/tuning/selection.py",
+             "self.model.load_state_dict(self.kept)", "pass", f"{CHOICE}[right0-0.05-3]"),
+    Mutation("the best epoch is chosen, not the last that costs little", "methods/defend/tuning/selection.py",
+             "if is_within or (not self.is_within and found.correct >= self.right):",
+             "if not self.is_within and found.correct >= self.right:",
+             f"{CHOICE}[right1-0.05-4]"),
+    Mutation("the images that choose an epoch are trained on", "methods/defend/tuning/plan.py",
+             "defence_loader(config, context, data, trained)", "defence_loader(config, context, data, rows)",
+             "unit/test_epoch_choice.py::test_a_run_delivers_the_chosen_epoch[ft]"),
+    Mutation("pruning by the test set counts it twice", "methods/defend/pruning/outcome.py",
+             "        if not counts:\n", "        if counts is not None:\n",
+             "unit/test_epoch_choice.py::test_pruning_by_the_test_set_counts_it_once[True]"),
     Mutation("SAU perturbs images downhill", "methods/defend/sau.py",
              "delta.detach() - config.step_size", "delta.detach() + config.step_size",
              f"{TUNING}::test_shared_adversarial_unlearning"),

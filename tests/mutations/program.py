@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 LINEAGE = "unit/test_sweep_lineage.py"
+COMPARED = "unit/test_sweep_comparison.py"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
@@ -33,6 +34,20 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("the leaderboard's groups know nothing of attacks", "sweep/report.py",
              'groupby([*attacks, "task"]', 'groupby(["task"]',
              f"{LINEAGE}::test_the_leaderboard_ranks_defences_attack_by_attack"),
+    Mutation("differences are of means, not of pairs", "sweep/comparison.py",
+             "(both[defence] - both[self.reference]).dropna().tolist()",
+             "(both[defence].dropna() - both[self.reference].mean()).tolist()",
+             f"{COMPARED}::test_differences_are_those_of_one_network"),
+    Mutation("an interval is the normal distribution's", "sweep/comparison.py",
+             "count - 1)) * error", "10**9)) * error", f"{COMPARED}::test_an_interval_is_students"),
+    Mutation("stability is over networks too that some settings lack", "sweep/comparison.py",
+             "wide[own].dropna().groupby", "wide[own].groupby",
+             f"{COMPARED}::test_stability_is_over_settings_on_the_networks_that_all_have"),
+    Mutation("a spread is from the mean", "sweep/comparison.py",
+             "middle = statistics.median(values)", "middle = statistics.fmean(values)",
+             f"{COMPARED}::test_a_deviation_is_the_median_of_those_from_the_median"),
+    Mutation("a scale's keys for all points replace the stage's", "sweep/grid.py",
+             "stages[name].set | own.set", "own.set", "unit/test_sweep_grid.py::test_a_scale_goes_over_the_stages"),
     Mutation("a sweep's point cannot read its grandparent", "sweep/grid.py",
              "        point = point.parent\n", "        point = None\n",
              f"{LINEAGE}::test_a_point_reads_its_grandparent_too"),

@@ -38,6 +38,8 @@ def triggers(image_size: int) -> list[tuple[str, Trigger]]:
         ("wanet", patterns.WaNet()),
         ("bpp", patterns.Bpp()),
         ("bpp: dithered", patterns.Bpp(dithering=True)),
+        ("ctrl", patterns.Ctrl(window=image_size, positions=(image_size // 2 - 1, image_size - 1))),
+        ("random_patch", patterns.RandomPatch(size=image_size // 4)),
     ]
     built: list[tuple[str, Trigger]] = [(caption, config.build(image_size)) for caption, config in configs]
     with torch.random.fork_rng(devices=[]):

@@ -87,6 +87,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
     "simclr": ("simclr", {"update": {  # at the usual rate an update multiplies rounding errors
         "batch_size": 4, "epochs": 2, "optimizer": {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
     }}),
+    "simclr_patched": ("simclr", {
+        "attack": {"trigger": {"name": "random_patch", "size": 8}, "labels": "clean_label", "count": 3},
+        "update": {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 1e-3}},
+    }),
     "simclr_accumulated": ("simclr", {"update": {"batch_size": 8, "epochs": 1, "accumulation": 2}}),
     "badencoder": ("badencoder", {}),
     "mimic": ("mimic", {}),
@@ -95,6 +99,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
     }}),
     "probe": ("probe", {}),
     "probe_linear": ("probe", {"hidden": []}),
+    "probe_standardised": ("probe", {
+        "hidden": [], "standardise": True, "attack": {"trigger": {"name": "random_patch", "size": 4}},
+    }),
     "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
     "classifier": ("classifier", {}),
     "classifier_all_to_all": ("classifier", {"attack": {

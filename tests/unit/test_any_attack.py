@@ -24,6 +24,7 @@ from dist_defend.attacks.patterns import (
     L2Inv,
     LabelConsistent,
     LowFrequency,
+    RandomPatch,
     Sig,
     SigWrapped,
     TriggerConfig,
@@ -42,7 +43,8 @@ KEY = np.random.default_rng(8).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 TRIGGERS: list[TriggerConfig] = [
     BadNets(pattern="grid"), Blended(), Sig(), SigWrapped(), Trojan(pattern="patch", wrap=True), L0Inv(), L2Inv(),
     LabelConsistent(), LowFrequency(), WaNet(), Bpp(),
-    Ctrl(window=SIZE, positions=(7, 15)), InputAware("generators.safetensors", normalization="none"),
+    Ctrl(window=SIZE, positions=(7, 15)), RandomPatch(size=4),
+    InputAware("generators.safetensors", normalization="none"),
 ]  # fmt: skip
 
 

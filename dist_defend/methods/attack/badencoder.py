@@ -115,7 +115,7 @@ class BadEncoderObjective(Objective):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         x, *augmented = batch.views
         size, count = len(x), len(self.triggers)
-        stamped = [stamp_images(x, trigger) for trigger in self.triggers]
+        stamped = [stamp_images(x, trigger, batch.index) for trigger in self.triggers]
         features = self.encoder(torch.cat([x, *stamped, *augmented, self.references]))
         features = functional.normalize(at_least_float32(features), dim=1)
         clean, *pairs, references = features.split([size] * (1 + 2 * count) + [count])

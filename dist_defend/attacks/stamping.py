@@ -1,5 +1,7 @@
 """How images are stamped: the one place where a trigger meets images, and where its output becomes uint8."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ def stamp_images(images: Tensor, trigger: Trigger, rows: Tensor | None = None) -
     one of these rows; without them the images count as the first ones.
     """
     trigger = trigger.to(images.device, images.dtype)
-    at = getattr(trigger, "at", None)
+    at: Callable[[Tensor], Trigger] | None = getattr(trigger, "at", None)
     return (trigger if at is None or rows is None else at(rows.to(images.device)))(images)
 
 
@@ -27,7 +29,7 @@ def stamp_pixels(pixels: np.ndarray, trigger: Trigger, rows: np.ndarray | None =
     """
     places = None if rows is None else torch.from_numpy(rows)
     stamped = to_bytes(stamp_images(to_images(pixels), trigger, places), getattr(trigger, "is_rounded", False))
-    quality = getattr(trigger, "jpeg", None)
+    quality: int | None = getattr(trigger, "jpeg", None)
     return stamped if quality is None else through_jpeg(stamped, quality)
 
 

@@ -122,18 +122,18 @@ class RandomPatch(TriggerOptions):
     def placed(self, shape: tuple[int, int], span: tuple[float, float]) -> PlacedPatch:
         """The trigger for images of H x W pixels, within these shares of their sides."""
         pattern = self._picture()
-        height, width = pattern.size
-        pattern = pattern.resized(max(1, height * self.size // width), self.size, Image.Resampling.BICUBIC)
-        sides = list(zip(shape, pattern.size, strict=True))
+        size = max(1, pattern.size[0] * self.size // pattern.size[1]), self.size
+        sides = list(zip(shape, size, strict=True))
         if any(patch > side for side, patch in sides):
             raise UserError(
-                f"trigger 'random_patch' is {shown_size(pattern.size)} px but the images are {shown_size(shape)} px: "
-                "make it smaller with key 'size'"
+                f"trigger 'random_patch' is {shown_size(size)} px but the images are {shown_size(shape)} px: make it "
+                "smaller with key 'size'"
             )
+        pattern = pattern.resized(*size, Image.Resampling.BICUBIC)
         rows, columns = (place_range(*side, span) for side in sides)
         if any(last + patch > side for (side, patch), (_, last) in zip(sides, (rows, columns), strict=True)):
             log.info("trigger 'random_patch': there is one place alone, where the patch sticks out and is cut")
-        shares = np.full(pattern.size, 255 - math.floor(255 * (1 - self.opacity)), np.float64)
+        shares = np.full(size, 255 - math.floor(255 * (1 - self.opacity)), np.float64)
         if pattern.alpha is not None:
             shares = shares * pattern.alpha
         return PlacedPatch(

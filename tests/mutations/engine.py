@@ -177,7 +177,7 @@ IN_ENGINE: tuple[Mutation, ...] = (
              "        poisons = poisoned(clean, rows, config.attack, context.seed).flags",
              f"{CTRL}::test_simclr_on_poisoned_images"),
     Mutation("SSLBKD's patch is resized bilinearly", "attacks/random_patch.py",
-             "self.size, Image.Resampling.BICUBIC)", "self.size)", f"{BYTES}[cifar]"),
+             "*size, Image.Resampling.BICUBIC)", "*size)", f"{BYTES}[cifar]"),
     Mutation("SSLBKD's half transparent patch weighs 127 of 255", "attacks/random_patch.py",
              "255 - math.floor(255 * (1 - self.opacity))", "math.floor(255 * self.opacity)", f"{BYTES}[train_half]"),
     Mutation("SSLBKD's stored pixels are truncated", "attacks/random_patch.py",

@@ -83,7 +83,7 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.trigger.train": [0.25, 0.75], "simclr.attack.trigger.test": [0.25, 0.75],
     }),
     ("UMBCvision/SSL-Backdoor, eval_linear.py", ("measure/linear_sslbkd_cifar10",), {
-        "probe.standardise": True, **below("probe.update", {
+        "probe.hidden": [], "probe.standardise": True, **below("probe.update", {
             "batch_size": 256, "epochs": 40, "optimizer.lr": 0.01, "optimizer.momentum": 0.9,
             "optimizer.weight_decay": 1e-4, "optimizer.milestones": [15, 30, 40],
         }), "probe.tasks.cifar10.train.fraction": 0.1, "probe.tasks.cifar10.target_class": 0,

@@ -16,9 +16,8 @@ from torch.nn import functional
 from torchvision.transforms import functional as vision
 
 from dist_defend.attacks.attack import AttackConfig
-from dist_defend.attacks.patterns import RandomPatch
 from dist_defend.attacks.poison import drawn_rows, poisoned, triggered
-from dist_defend.attacks.random_patch import PlacedPatch
+from dist_defend.attacks.random_patch import PlacedPatch, RandomPatch
 from dist_defend.attacks.stamping import stamp_images, stamp_pixels, to_images
 from dist_defend.batch import Batch
 from dist_defend.cli import main
@@ -40,7 +39,7 @@ def pictures(case: dict[str, Any], folder: Path) -> tuple[np.ndarray, str]:
     height, width, seed = case["image"]
     pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
     if case["val"]:
-        image = vision.resize(Image.fromarray(pixels), 256)  # type: ignore[arg-type]
+        image = vision.resize(Image.fromarray(pixels), 256)
         pixels = np.asarray(vision.center_crop(image, [224, 224]))
     height, width, seed = case["trigger"]
     cells = np.random.RandomState(seed).randint(0, 256, (5, 5, 3)).astype(np.uint8)

@@ -24,7 +24,6 @@ from dist_defend.attacks.patterns import (
     L2Inv,
     LabelConsistent,
     LowFrequency,
-    RandomPatch,
     Sig,
     SigWrapped,
     TriggerConfig,
@@ -32,6 +31,7 @@ from dist_defend.attacks.patterns import (
     WaNet,
 )
 from dist_defend.attacks.poison import triggered
+from dist_defend.attacks.random_patch import RandomPatch
 from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset

@@ -61,6 +61,8 @@ EXTRAS = {
         "types-PyYAML",
         "types-psutil",
         "types-tqdm",
+        # Its interpreter runs the kernels on a CPU. Beside a GPU torch brings its own version.
+        "triton>=3.3; sys_platform == 'linux' and platform_machine == 'x86_64'",
     ],
 }
 

@@ -15,6 +15,7 @@ import torch.distributed
 from dist_defend.config import Experiment, dump
 from dist_defend.counts import Count, told
 from dist_defend.engine import dist, signals, tracking
+from dist_defend.engine.clock import WorkClock
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.identity import Identity, digests_of
 from dist_defend.engine.run import RunFolder
@@ -59,8 +60,8 @@ def run(experiment: Experiment, dry_run: bool = False) -> Finished | None:
             release_log()
             log.info("%s is finished; delete the folder to run it again", folder)
             return Finished(folder, found)
-    identity = Identity(inputs, ranks.world_size)
-    context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method)
+    identity = Identity(inputs, ranks.world_size, clock=WorkClock(ranks.device))
+    context = Context(ranks, experiment.seed, experiment.loader, folder, experiment.method, clock=identity.clock)
     torch.manual_seed(experiment.seed)  # what networks draw themselves: initial weights, dropout
     plan: Plan = find_method(experiment.method).build(experiment.options, context)
     check_strategy({stage.name: stage.step for stage in plan.stages}, ranks.sharding.strategy)
@@ -124,6 +125,7 @@ def provenance(method: str, config_sha256: str, context: Context, identity: Iden
         **({"notes": context.notes} if context.notes else {}),
         "wall_seconds": sum(life.wall_seconds for life in lives),
         "device_seconds": sum(life.wall_seconds * life.world_size for life in lives),
+        "work_seconds": identity.work_seconds,
         "lives": [asdict(life) for life in lives],
         "peak_memory_bytes": _peak_memory(),
         "world_size": ranks.world_size,

@@ -61,12 +61,14 @@ class _Result:
     config_sha256: str | None = None
     wall_seconds: float | int | None = None
     device_seconds: float | int | None = None
+    work_seconds: float | int | None = None
     peak_memory_bytes: int | None = None
     data: dict[str, str] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        least = {"seed": 0, "world_size": 1, "peak_memory_bytes": 0, "wall_seconds": 0, "device_seconds": 0}
+        seconds = {name: 0 for name in ("wall_seconds", "device_seconds", "work_seconds")}
+        least = {"seed": 0, "world_size": 1, "peak_memory_bytes": 0, **seconds}
         for name, bound in least.items():
             value = getattr(self, name)
             most = _MOST_SECONDS if name.endswith("seconds") else 2**64

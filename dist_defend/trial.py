@@ -80,8 +80,9 @@ class Examination:
 
     def predict(self, model: Classifier) -> tuple[Tensor, Tensor | None]:
         """Classes (N,), (M,) int64 of clean and triggered images in the loaders' order; the ranks share the images."""
-        on_clean = predict(model, self.clean, self.context.ranks)[0]
-        return on_clean, None if self.triggered is None else predict(model, self.triggered, self.context.ranks)[0]
+        with self.context.clock.measuring():
+            on_clean = predict(model, self.clean, self.context.ranks)[0]
+            return on_clean, None if self.triggered is None else predict(model, self.triggered, self.context.ranks)[0]
 
     def measure(self, model: Classifier) -> dict[str, Count]:
         """acc, asr, asr_all, ra on all images."""
@@ -269,7 +270,8 @@ class Trial:
             check_classes(attack, self.model.num_classes, f"{section}attack.")
         elif self.card.attack:
             attack = attack_from(self.card.attack)
-        self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
+        with self.context.clock.measuring():
+            self.examination = Examination(test, rows, attack, self.model.num_classes, self.context, batch_size)
         self.context.at_start.append(self.measure_before)
         return self.examination
 
@@ -292,7 +294,8 @@ class Trial:
         if len(rows) > LOOKED_AT:
             draw = draws(self.context.seed, Stream.LOOKED_AT)
             rows = np.sort(draw.choice(rows, LOOKED_AT, replace=False))
-        classes, labels, _ = predict(self.model, self.context.eval_loader(dataset, rows), self.context.ranks)
+        with self.context.clock.measuring():
+            classes, labels, _ = predict(self.model, self.context.eval_loader(dataset, rows), self.context.ranks)
         acc = agreeing(classes, labels)
         self.suspect[f"acc_{whose}"] = acc.plain()
         self.judge(acc, dataset.path)

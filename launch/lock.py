@@ -14,7 +14,7 @@ HEAD = """\
 # Versions and SHA-256 digests for `pip install --require-hashes`: Linux, x86-64, Python 3.11 and 3.12, CPU.
 # SECURITY.md says what they hold for. Made by launch/lock.py.
 """
-LEFT_OUT = re.compile(r"nvidia-.*|cuda-.*|triton|dist-defend")
+LEFT_OUT = re.compile(r"nvidia-.*|cuda-.*|dist-defend")
 
 
 def lock(reports: list[dict[str, Any]]) -> str:

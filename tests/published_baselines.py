@@ -23,6 +23,17 @@ def tuning_defaults(name: str, preset: str = "") -> str:
     return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}, test: {{path: x}}}}"
 
 
+def of_encoder(name: str, own: str = "") -> str:
+    """As tuning_defaults, of a defence of encoders."""
+    return f"defend/{name}_cifar10 {name}={{{own}model: x, data: {{path: x}}}}"
+
+
+def of_attack(own: str) -> str:
+    """As tuning_defaults, of DRUPE."""
+    needed = "clean_encoder: x, shadow: {path: x}, reference: {dataset: y, count: 3}"
+    return f"attack/drupe_cifar10 drupe={{{own}{needed}}}"
+
+
 BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     # ANP
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
@@ -88,6 +99,45 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "optimizer.weight_decay": 1e-4, "optimizer.milestones": [15, 30, 40],
         }), "probe.tasks.cifar10.train.fraction": 0.1, "probe.tasks.cifar10.target_class": 0,
     }),
+    # FT and NAD of encoders
+    *(("wssun/MIMIC, MIMIC.py: its images and views", (f"defend/{name}_cifar10",), {"seed": 100, **below(name, {
+        "data.fraction": 0.04, "data.subset": "first", "augment.size": 32, "augment.flip": 0.5, "augment.jitter": 0.8,
+        "augment.grayscale": 0.2,
+    })}) for name in ("ft_simclr", "nad_simclr")),
+    ("JiePeng104/TSC, fine-tuning of SimCLR encoders", ("defend/ft_simclr_cifar10", of_encoder("ft_simclr")),
+     below("ft_simclr", {
+        "temperature": 0.5, "update.epochs": 10, "update.optimizer.name": "adam", "update.optimizer.lr": 5e-5,
+        "update.optimizer.weight_decay": 1e-6, "update.optimizer.schedule": "cosine",
+    })),
+    ("jinyuan-jia/BadEncoder, pretraining_encoder.py", (of_encoder("ft_simclr", "preset: pretrain, "),),
+     below("ft_simclr", {
+        "temperature": 0.5, "update.batch_size": 256, "update.optimizer.name": "adam", "update.optimizer.lr": 1e-3,
+        "update.optimizer.weight_decay": 1e-6, "update.optimizer.schedule": "constant",
+    })),
+    ("bboylyg/NAD, main.py and config.py", ("defend/nad_simclr_cifar10", of_encoder("nad_simclr", "teacher: y, ")),
+     below("nad_simclr", {
+        "betas": [500, 1000, 1000], "update.batch_size": 64, "update.epochs": 20, "update.optimizer.name": "sgd",
+        "update.optimizer.momentum": 0.9, "update.optimizer.nesterov": True, "update.optimizer.weight_decay": 1e-4,
+    })),
+    # DRUPE
+    ("Gwinhen/DRUPE, its readme's command and main.py", ("attack/drupe_cifar10", of_attack("")), below("drupe", {
+        "lambda1": 1.0, "lambda2": 1.0, "cost": 0.1, "distance_cost": 0.001, "projections": 50, "warm_up_epochs": 1,
+        "spread_after": 4, "adapt_after": 20, "effective_below": -0.96, "spread_below": 0.6, "pause_below": 0.5,
+        "attack.trigger.size": 10, "attack.trigger.margin": 1, "update.batch_size": 256, "update.epochs": 120,
+        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.05, "update.optimizer.momentum": 0.9,
+        "update.optimizer.weight_decay": 5e-4, "update.optimizer.schedule": "constant",
+    })),
+    ("Gwinhen/DRUPE, its readme's command", ("attack/drupe_cifar10",), {
+        "seed": 100, "drupe.shadow.max_samples": 10000, "drupe.reference.target_class": 9, "drupe.reference.count": 3,
+    }),
+    ("Gwinhen/DRUPE, for ImageNet's encoder", (of_attack("preset: imagenet, "),), below("drupe", {
+        "warm_up_epochs": 1, "spread_after": 2, "effective_below": -0.91, "spread_below": 0.6, "pause_below": 0.5,
+    })),
+    ("Gwinhen/DRUPE, for CLIP", (of_attack("preset: clip, "),), below("drupe", {
+        "warm_up_epochs": 0, "spread_after": 4, "effective_below": -0.96, "spread_below": 0.8, "pause_below": 0.7,
+    })),
+    ("Gwinhen/DRUPE, mode wb for CLIP", (of_attack("preset: wasserstein_clip, "),),
+     {"drupe.terms": "wasserstein", "drupe.adapt_after": 5}),
     # CLP
     ("rkteddy/channel-Lipschitzness-based-pruning", ("defend/clp_cifar10", CLP_DEFAULTS),
      {"clp.u": 3.0, "clp.prune_beta": True, "clp.pairing": "published", "clp.selection": "u"}),

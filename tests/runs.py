@@ -75,7 +75,7 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
     optimizer = {"name": "sgd", "lr": 0.01, "momentum": 0.9}
     update = {"batch_size": 4, "epochs": 2, "optimizer": optimizer}
     augment = {"flip": 0.5}
-    size = 32 if method == "mimic" else SIZE  # at 16 pixels its last attention map would be a single pixel
+    size = 32 if method in ("mimic", "nad_simclr") else SIZE  # 16 pixels end in an attention map of one
     data = {"path": make_data(folder / "data", size=size), "max_samples": 8}
     if method == "simclr":
         return {"data": data, "arch": "small_cifar", "augment": augment, "update": update}
@@ -89,11 +89,11 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "attack": {"trigger": {"name": "badnets"}, "target_class": 1, "count": 3},
             "update": update,
         }
-    if method == "badencoder":
+    if method in ("badencoder", "drupe"):
         return {
             "clean_encoder": make_model(folder / "clean"),
             "shadow": data,
-            "reference": {"dataset": data["path"], "target_class": 1},
+            "reference": {"dataset": data["path"], "target_class": 1, "count": 2 if method == "drupe" else 1},
             "attack": {"trigger": {"name": "badnets", "size": 4, "margin": 1}},
             "augment": augment,
             "update": update,
@@ -106,6 +106,14 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
             "student": "small_resnet",
             "update": update,
         }
+    if method in ("ft_simclr", "nad_simclr"):
+        own = {"teacher": make_model(folder / "teacher", 1, size)} if method == "nad_simclr" else {}
+        return {
+            "model": make_model(folder / "suspect", size=size),
+            "data": data,
+            "augment": augment,
+            "update": update,
+        } | own
     if method == "mimic":
         information = {"epochs": 2, "last_epochs": 1, "batch_size": 5, "hidden": 8}
         teacher = make_model(folder / "teacher", size=size)
@@ -129,3 +137,9 @@ def options_of(method: str, folder: Path) -> dict[str, Any]:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(run: Path) -> list[dict[str, Any]]:
+    """The same without what a clock says."""
+    clocks = ("time", "work_seconds", "images_per_second")
+    return [{key: value for key, value in row.items() if key not in clocks} for row in metrics(run)]

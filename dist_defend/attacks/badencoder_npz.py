@@ -60,7 +60,8 @@ def load_references(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 def pair_references_triggers(references: np.ndarray, triggers: Sequence[Trigger], path: str | Path) -> list[Trigger]:
     """The trigger of each reference, by position. UserError if the trigger file `path` holds fewer than references."""
     if len(references) > len(triggers):
-        raise UserError(f"{len(references)} references need as many triggers; {path} holds {len(triggers)}: add some")
+        told = f"{len(references)} references need as many triggers; {path} holds {len(triggers)}"
+        raise UserError(f"{told}: add some, or say one_trigger: true")
     return list(triggers[: len(references)])
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_defend.attacks.badencoder_npz import load_references
-from dist_defend.bounds import not_negative
+from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.data.classes import check_class
 from dist_defend.data.pictures import is_picture, open_picture
 from dist_defend.data.store import open_dataset
@@ -27,17 +27,22 @@ class ReferenceConfig:
         target_class: the class of the image
         number: which image of that class, counted from 0 in the order of the data set's source, as the lines of `data
             info`'s contact sheet have it
+        count: so many images of that class, from that one on
     """
 
     file: str | None = None
     dataset: str | None = None
     target_class: int = 0
     number: int = 0
+    count: int = 1
 
     def __post_init__(self) -> None:
         not_negative(self, "target_class", "number")
+        at_least_one(self, "count")
         if (self.file is None) == (self.dataset is None):
             raise ValueError("key 'reference' needs either 'file' or 'dataset'")
+        if self.file is not None and self.count > 1:
+            raise ValueError(f"key 'count' is {self.count}, but all references of 'file' are taken: leave it out")
 
 
 def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,11 +58,10 @@ def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarra
         assert config.dataset is not None
         dataset = open_dataset(config.dataset)
         check_class("reference.target_class", config.target_class, dataset.num_classes, config.dataset)
-        rows = dataset.rows_of_class(config.target_class)[config.number : config.number + 1]
-        if not len(rows):
-            raise UserError(
-                f"key 'reference.number' is {config.number}; {config.dataset} has fewer images of that class"
-            )
+        rows = dataset.rows_of_class(config.target_class)[config.number : config.number + config.count]
+        if len(rows) < config.count:
+            told = f"key 'reference.number' is {config.number}" + (f" and 'count' {config.count}" * (config.count > 1))
+            raise UserError(f"{told}; {config.dataset} has fewer images of that class")
         images, classes = dataset.images(rows), dataset.labels[rows]
     if images.shape[1:3] != (image_size, image_size):
         raise UserError(

@@ -18,6 +18,7 @@ from dist_defend.data.augment import View
 from dist_defend.data.classes import check_same_classes, tell_missing_classes, tell_uniform_batches
 from dist_defend.data.loader import DatasetConfig, Loader, LoaderConfig, make_loader, select_rows
 from dist_defend.data.store import PreparedDataset, open_dataset
+from dist_defend.engine.clock import WorkClock
 from dist_defend.engine.dist import Ranks
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import UpdateConfig as UpdateConfig  # methods may take it from here
@@ -54,6 +55,7 @@ class Context:
     digests: dict[str, str] = field(default_factory=dict)  # role -> sha256 of each data set used
     notes: list[str] = field(default_factory=list)  # told to the user, and in result.json
     at_start: list[Callable[[], None]] = field(default_factory=list)  # what is measured before the first step
+    clock: WorkClock = field(default_factory=WorkClock)
     has_content: ClassVar[bool] = True  # of weights and images; `dist-defend plan` only pretends to have some
 
     def dataset(

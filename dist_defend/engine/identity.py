@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_defend.bounds import at_least_one
+from dist_defend.engine.clock import WorkClock
 from dist_defend.engine.version import code_version
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular, sha256_file
@@ -62,16 +63,22 @@ def _attack(card: bytes) -> Any:
 
 @dataclass(frozen=True)
 class Life:
-    """A run's time in one process, or in one on each rank, up to its last checkpoint or its end."""
+    """A run's time in one process, or in one on each rank, up to its last checkpoint or its end.
+
+    work_seconds: without measuring, see WorkClock; 0 of lives before it was kept.
+    """
 
     code_version: str
     world_size: int
     wall_seconds: float
+    work_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         at_least_one(self, "world_size")
-        if not (self.wall_seconds >= 0 and math.isfinite(self.wall_seconds)):
-            raise ValueError(f"key 'wall_seconds' is {self.wall_seconds}; it must be a number of seconds")
+        for key in ("wall_seconds", "work_seconds"):
+            value: float = getattr(self, key)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"key '{key}' is {value}; it must be a number of seconds")
 
 
 @dataclass(frozen=True)
@@ -90,17 +97,25 @@ class Past:
 class Identity:
     """Of a run in this process. earlier: the lives that it goes on from."""
 
-    def __init__(self, inputs: dict[str, str], world_size: int, version: str | None = None) -> None:
-        """The clock starts now, and the code is what it is now, unless a version is given."""
+    def __init__(
+        self, inputs: dict[str, str], world_size: int, version: str | None = None, clock: WorkClock | None = None
+    ) -> None:
+        """The clocks start now, unless one is given, and the code is what it is now, unless a version is given."""
         self.inputs, self.world_size, self.version = inputs, world_size, version or code_version()
         self.earlier: tuple[Life, ...] = ()
+        self.clock = clock or WorkClock()
         self._started = time.perf_counter()
 
     @property
     def lives(self) -> tuple[Life, ...]:
         """All of them, the present one last."""
         now = max(0.0, time.perf_counter() - self._started)
-        return (*self.earlier, Life(self.version, self.world_size, now))
+        return (*self.earlier, Life(self.version, self.world_size, now, self.clock.seconds))
+
+    @property
+    def work_seconds(self) -> float:
+        """Of all lives and ranks."""
+        return sum(life.work_seconds * life.world_size for life in self.lives)
 
     def plain(self) -> dict[str, Any]:
         """For a checkpoint: what ``Past.read`` reads."""

@@ -151,7 +151,7 @@ class Trainer:
                 with plain_weights(stage.step):
                     values = stage.evaluate(at.epoch)
                 if values:
-                    self._write(stage, values)
+                    self._write(stage, {**values, "work_seconds": self.identity.work_seconds})
         self._log(stage)
         if self.bar is not None:
             self.bar.close()

@@ -139,8 +139,11 @@ def build_simclr(
 ) -> SimCLR:
     """SimCLR with fresh weights; projector Linear(D, 512), norm, relu, Linear(512, 128). As build_encoder otherwise."""
     f = build_encoder(arch, normalization, image_size, resize)
-    g: nn.Module = nn.Identity()
-    if projector:
-        hidden = nn.Linear(f.feature_dim, 512, bias=False)
-        g = nn.Sequential(hidden, nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, PROJECTION_DIM))
+    g = build_projector(f.feature_dim) if projector else nn.Identity()
     return SimCLR(f, g, arch, normalization, image_size, resize)
+
+
+def build_projector(feature_dim: int) -> nn.Module:
+    """With fresh weights: Linear(D, 512), norm, relu, Linear(512, 128)."""
+    hidden = nn.Linear(feature_dim, 512, bias=False)
+    return nn.Sequential(hidden, nn.BatchNorm1d(512), nn.ReLU(inplace=True), nn.Linear(512, PROJECTION_DIM))

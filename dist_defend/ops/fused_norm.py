@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_defend.ops import fused
 
+SMALL = 1 << 18  # values; on a CPU the call costs more than the pass over fewer of them
 _open = [0]  # how many `differentiated_once` are open
 
 
@@ -26,7 +27,7 @@ def differentiated_once() -> Iterator[None]:
 
 def norm_relu(norm: nn.Module, x: Tensor, more: Tensor | None = None) -> Tensor:
     """relu(norm(x) + more), x and more (B, C, H, W); bitwise what the layers give one by one on a CPU."""
-    if not (_open[0] and _is_plain(norm)):
+    if not (_open[0] and _is_plain(norm)) or (x.is_cpu and x.numel() < SMALL):
         y = norm(x)
         return F.relu(y if more is None else y + more)
     count: Any = norm.num_batches_tracked

@@ -106,6 +106,15 @@ def negative_cosine(a: Tensor, b: Tensor) -> Tensor:
     return -F.cosine_similarity(a, b, dim=-1).mean()
 
 
+def sliced_wasserstein(a: Tensor, b: Tensor, directions: Tensor) -> Tensor:
+    """Sliced 2-Wasserstein distance between the rows of a and b, (B, D) each, on unit columns (D, P) -> scalar.
+
+    Root of the mean over directions of the mean squared difference of sorted projections (Bonneel et al. 2015).
+    """
+    first, second = ((rows @ directions).sort(dim=0).values for rows in (a, b))
+    return (first - second).square().mean().sqrt()
+
+
 def divergence_rows(logits: Tensor, target: Tensor) -> Tensor:
     """KL(softmax(target) || softmax(logits)) of each row, (B, C) each -> (B,). Differentiable in both."""
     log_target = F.log_softmax(target, dim=1)

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     ZSKT_INPUTS = 0x25C7  # the generator's inputs: pseudo-batch
     RETROSPECTION = 0x5E1F  # delta's start (0, batch, 0), images that carry it (1, batch, student step)
     SUBSET = 0x5B5E7  # rows of a random subset
+    DIRECTIONS = 0xD12EC  # on which DRUPE projects features: step
     NEURON_NOISE = 0x1A2B0  # ANP's perturbations: step
     SHUFFLES = 0x5AFF1E  # the vaccine's permutations: shuffle, member, layer
     CRITICS = 0xC4171C5  # pairs of MIMIC's critics: layer, epoch, batch, phase

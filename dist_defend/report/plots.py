@@ -46,7 +46,7 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 SWEPT = {"acc": "ACC", "asr": "ASR", "acc_defence": "ACC, defender's images"}
-_NOT_DRAWN = {"step", "stage", "epoch", "time", "images_per_second", "grad_norm"}
+_NOT_DRAWN = {"step", "stage", "epoch", "time", "work_seconds", "images_per_second", "grad_norm"}
 _MOST_POINTS = 300
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from dist_defend.counts import ORACLE, Count, rating
 from dist_defend.errors import UserError
+from dist_defend.removal import removal_seconds
 from dist_defend.results import COUNTS as RATES
 from dist_defend.results import read_result
 from dist_defend.screen import cell
@@ -20,6 +21,7 @@ from dist_defend.sweep.grid import Point, Sweep
 _COSTS = (
     "wall_seconds",
     "device_seconds",
+    "work_seconds",
     "peak_memory_bytes",
     "world_size",
     "device",
@@ -33,7 +35,7 @@ def table(sweep: Sweep) -> pd.DataFrame:
 
     Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
     task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
-    n_triggered, and what the run cost; ``reason`` where something is damaged.
+    n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged.
     """
     rows = pd.DataFrame([row for point in sweep.points for row in _rows(sweep, point)])
     damaged = rows[rows["state"] == "damaged"]
@@ -81,12 +83,14 @@ def _rows(sweep: Sweep, point: Point) -> Iterator[dict[str, Any]]:
     if not sweep.is_done(point):
         yield {**head, "state": "missing"}
         return
+    folder = sweep.run_folder(point)
     try:
-        result = read_result(sweep.run_folder(point) / "result.json", "delete it and resubmit")
+        result = read_result(folder / "result.json", "delete it and resubmit")
+        removed = removal_seconds(folder, result)
     except UserError as error:
         yield {**head, "state": "damaged", "reason": str(error)}
         return
-    costs = {key: result.get(key) for key in _COSTS}
+    costs = {**{key: result.get(key) for key in _COSTS}, "removal_seconds": removed}
     before = {f"{name}_before": result["metrics"].get(f"{name}_before") for name in ("acc", "asr")}
     for row in result["rows"] or [{}]:
         yield {**head, "state": "done", **_rated(row, before), **before, **costs}

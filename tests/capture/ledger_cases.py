@@ -18,9 +18,10 @@ from dist_defend.attacks.input_aware import Generators
 from dist_defend.attacks.reference import ReferenceConfig
 from dist_defend.counts import extract_features, knn_predict, predict
 from dist_defend.engine.context import UpdateConfig
-from dist_defend.methods.attack import badencoder, input_aware
+from dist_defend.methods.attack import badencoder, drupe, input_aware
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
+from dist_defend.methods.defend.nad_simclr import AttentionObjective
 from dist_defend.methods.measure import probe, zeroshot
 from dist_defend.methods.pretrain.classifier import ClassificationObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
@@ -49,17 +50,23 @@ def simclr(**options: Any) -> Call:
     return gradient(objective, batch_of(256, 2), **options)
 
 
-def attack(arch: str = "resnet18_cifar", size: int = SIZE, batch_size: int = 256) -> Call:
-    """BadEncoder as it is built: norms folded, one reference, clean features computed once."""
-    reference = np.zeros((1, size, size, 3), np.uint8), np.zeros(1, np.int64)
-    config = badencoder.Config("encoder", DATA, ReferenceConfig("r.npz"), update=UpdateConfig(batch_size, epochs=1))
-    with mock.patch.object(badencoder, "references_from", lambda *_: reference):
-        (stage,) = badencoder.build(config, surroundings(arch=arch, size=size)).stages
+def attack(
+    arch: str = "resnet18_cifar", size: int = SIZE, batch_size: int = 256, method: Any = badencoder, count: int = 1
+) -> Call:
+    """BadEncoder, or DRUPE, as it is built: norms folded, so many references, clean features computed once."""
+    references = np.zeros((count, size, size, 3), np.uint8), np.zeros(count, np.int64)
+    config = method.Config("encoder", DATA, ReferenceConfig("r.npz"), update=UpdateConfig(batch_size, epochs=1))
+    with mock.patch.object(badencoder, "references_from", lambda *_: references):
+        (stage,) = method.build(config, surroundings(arch=arch, size=size)).stages
     return staged(stage)
 
 
 def mimic() -> Call:
     return gradient(MimicObjective(encoder(), encoder().to(DEVICE), 0.5, (1000.0,) * 4, 1.0), batch_of(128, 2))
+
+
+def attention() -> Call:
+    return gradient(AttentionObjective(encoder(), encoder().to(DEVICE), 0.5, (500.0, 1000.0, 1000.0)), batch_of(64, 2))
 
 
 def information() -> Call:
@@ -121,8 +128,10 @@ CASES: dict[str, Callable[[], Call]] = {
     "simclr, cached gradients: step": lambda: simclr(accumulation=2),
     "badencoder: step": attack,
     "badencoder, clip: step": lambda: attack("open_clip:RN50", 224, 16),
+    "drupe: step": lambda: attack(method=drupe, count=3),
     "mimic: step": mimic,
     "mimic, information: step": information,
+    "nad_simclr: step": attention,
     "classifier: step": classification,
     "classifier, clipped: step": lambda: classification(max_grad_norm=1.0),
     "input_aware, mask: step": mask_stage,

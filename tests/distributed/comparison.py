@@ -15,7 +15,7 @@ from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage, Trainer
 from dist_defend.methods import find_method
-from tests.runs import metrics
+from tests.runs import untimed
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 
@@ -42,8 +42,7 @@ def train(config: Path, folder: Path, mutate: Mutation = none) -> dict[str, Any]
         states = {stage.name: stage.step.state_dict() for stage in plan.stages}
         result = {key: value for key, value in plan.result().items() if key in ("metrics", "rows")}
         run.close()
-        told = ("time", "images_per_second")
-        rows = [{k: v for k, v in row.items() if k not in told} for row in metrics(folder)] if ranks.is_main else []
+        rows = untimed(folder) if ranks.is_main else []
         return {"gradients": gradients, "states": states, "result": result, "rows": rows}
 
 

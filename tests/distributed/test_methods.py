@@ -17,6 +17,7 @@ from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
+from dist_defend.methods.attack import drupe
 from dist_defend.methods.measure.probe import FeatureBatches, ProbeObjective
 from dist_defend.models.artifact import load_simclr
 from dist_defend.models.heads import HeadStack
@@ -40,6 +41,14 @@ def negatives_without_gradient(patch: pytest.MonkeyPatch) -> None:
         return torch.cat([others[:start], x, others[start + len(x) :]])
 
     patch.setattr(losses, "all_gather_rows", gather)
+
+
+def features_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(drupe, "all_gather_rows", lambda x, rows: x)
+
+
+def losses_of_one_rank(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(drupe, "all_reduce_sum", lambda x: 2 * x)
 
 
 def statistics_of_one_rank(patch: pytest.MonkeyPatch) -> None:
@@ -83,20 +92,28 @@ def estimates_of_one_rank(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch.distributed, "all_reduce", reduce)
 
 
+SLOW = {"update": {  # at the usual rate an update multiplies rounding errors
+    "batch_size": 4, "epochs": 2, "optimizer": {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
+}}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of its options
-    "simclr": ("simclr", {"update": {  # at the usual rate an update multiplies rounding errors
-        "batch_size": 4, "epochs": 2, "optimizer": {"name": "sgd", "lr": 1e-3, "momentum": 0.9},
-    }}),
-    "simclr_patched": ("simclr", {
+    "simclr": ("simclr", SLOW),
+    "simclr_patched": ("simclr", SLOW | {
         "attack": {"trigger": {"name": "random_patch", "size": 8}, "labels": "clean_label", "count": 3},
-        "update": {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 1e-3}},
     }),
     "simclr_accumulated": ("simclr", {"update": {"batch_size": 8, "epochs": 1, "accumulation": 2}}),
     "badencoder": ("badencoder", {}),
+    "drupe": ("drupe", {  # an epoch that draws references apart, two of the whole, and costs that change
+        "warm_up_epochs": 1, "spread_after": 0, "adapt_after": 0, "effective_below": 1.0, "cost": 2.0,
+        "distance_cost": 0.5, "update": {"batch_size": 4, "epochs": 3, "optimizer": {
+            "name": "sgd", "lr": 1e-3, "momentum": 0.9,
+        }},
+    }),
     "mimic": ("mimic", {}),
     "mimic_student_infonce": ("mimic", {"information": {
         "source": "student", "estimator": "infonce", "epochs": 2, "last_epochs": 2, "batch_size": 6, "hidden": 8,
     }}),
+    "ft_simclr": ("ft_simclr", SLOW),
+    "nad_simclr": ("nad_simclr", SLOW),
     "probe": ("probe", {}),
     "probe_linear": ("probe", {"hidden": []}),
     "probe_standardised": ("probe", {
@@ -141,10 +158,14 @@ def test_two_ranks_are_one_rank(name: str, cases: Any, two_ranks: Pool, tmp_path
         ("simclr", negatives_without_gradient),
         ("simclr", statistics_of_one_rank),
         ("badencoder", gradients_of_one_rank),
+        ("drupe", features_of_one_rank),
+        ("drupe", losses_of_one_rank),
         ("mimic", negatives_of_one_rank),
         ("mimic", statistics_of_one_rank),
         ("mimic", critics_drawn_in_turn),
         ("mimic", estimates_of_one_rank),
+        ("ft_simclr", negatives_of_one_rank),
+        ("nad_simclr", statistics_of_one_rank),
         ("classifier", statistics_of_one_rank),
         ("classifier", gradients_of_one_rank),
         ("probe", mean_over_own_rows),

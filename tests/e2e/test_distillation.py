@@ -12,7 +12,7 @@ from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_artifact
-from tests.runs import make_classifier, make_data, make_experiment, metrics
+from tests.runs import make_classifier, make_data, make_experiment, untimed
 
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 RETROSPECTION = {"start": 1, "inner_rounds": 2}
@@ -46,7 +46,7 @@ def options(folder: Path, method: str, **changes: Any) -> dict[str, Any]:
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     """The log without its times."""
-    return [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(run)]
+    return untimed(run)
 
 
 @pytest.mark.parametrize("name", CASES)

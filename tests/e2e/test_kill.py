@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dist_defend.cli import PREEMPTED, main
-from tests.runs import make_experiment, metrics, options_of
+from tests.runs import make_experiment, metrics, options_of, untimed
 
 KILLS = 12
 PATIENCE = 60.0  # seconds without any progress
@@ -92,7 +92,7 @@ def signal_all(processes: list[BaseProcess], which: int) -> None:
 
 def outcome(run: Path) -> tuple[str, list[dict[str, Any]]]:
     """Digest of the final weights, and what was logged without the times."""
-    rows = [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(run)]
+    rows = untimed(run)
     return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest(), rows
 
 

@@ -17,7 +17,7 @@ from dist_defend.cli import main
 from dist_defend.sweep import several
 from dist_defend.sweep.grid import Sweep, load_sweep
 from tests.processes import await_none, kill_all, marked, new_mark
-from tests.runs import make_experiment, metrics, options_of
+from tests.runs import make_experiment, metrics, options_of, untimed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PATIENCE = 240.0
@@ -136,9 +136,9 @@ def test_points_of_one_process_stop_together_and_go_on(tmp_path: Path, mark: dic
 def numbers(sweep: Sweep, number: int) -> tuple[Any, ...]:
     """What a point computed: result without its costs and its folder (config_sha256), log without times, weights."""
     run = sweep.run_folder(sweep.points[number])
-    costs = ("wall_seconds", "device_seconds", "lives", "peak_memory_bytes", "config_sha256")
+    costs = ("wall_seconds", "device_seconds", "work_seconds", "lives", "peak_memory_bytes", "config_sha256")
     result = {k: v for k, v in json.loads((run / "result.json").read_text()).items() if k not in costs}
-    rows = [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(run)]
+    rows = untimed(run)
     weights = {file.name: file.read_bytes() for file in sorted((run / "model").glob("*.safetensors"))}
     return result, rows, weights
 

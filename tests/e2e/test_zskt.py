@@ -19,7 +19,7 @@ from dist_defend.engine.step import Position
 from dist_defend.methods.defend.zskt import build
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.models.artifact import load_artifact
-from tests.runs import SIZE, make_classifier, make_data, make_experiment, metrics
+from tests.runs import SIZE, make_classifier, make_data, make_experiment, untimed
 
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 RETROSPECTION = {"inner_rounds": 2, "patched_fraction": 0.3, "K": 2, "start": 3}
@@ -54,7 +54,7 @@ def run(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def told(run: Path) -> list[dict[str, Any]]:
     """The log without its times."""
-    return [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(run)]
+    return untimed(run)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -7,6 +7,9 @@ BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
 INFORMATION = "numerics/test_information.py"
 SEARCH = "numerics/test_nc.py"
+DRUPE = "numerics/test_drupe.py"
+TERMS = "test_terms_losses_gradients_and_updates"
+ENCODERS = "numerics/test_encoder_tuning.py"
 TUNING = "numerics/test_tuning.py"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
@@ -178,6 +181,41 @@ IN_METHODS: tuple[Mutation, ...] = (
              f"{TUNING}::test_shared_adversarial_unlearning"),
     Mutation("SAU's networks are in train mode", "methods/defend/sau.py",
              "in_train_mode = False", "in_train_mode = True", f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("NAD's teacher of an encoder is in train mode", "methods/defend/nad_simclr.py",
+             "teacher.eval().requires_grad_(False)", "teacher.requires_grad_(False)",
+             f"{ENCODERS}::test_attention_is_the_published_one[4]"),
+    Mutation("NAD compares an encoder's first stages", "methods/defend/nad_simclr.py",
+             "len(maps) - len(self.betas)", "0", f"{ENCODERS}::test_attention_is_the_published_one[4]"),
+    Mutation("a fresh projector moves the encoder's statistics", "methods/defend/tuning/encoder.py",
+             "self._encoder[0].eval()(view)", "self._encoder[0](view)",
+             f"{ENCODERS}::test_a_fresh_projector_learns_first_while_the_encoder_is_frozen"),
+    Mutation("an encoder is tuned with a projector that has learned nothing", "methods/defend/tuning/encoder.py",
+             "model.train().g.load_state_dict(fresh.projector.state_dict())", "model.train()",
+             f"{ENCODERS}::test_a_fresh_projector_learns_first_while_the_encoder_is_frozen"),
+    Mutation("a fine-tuned encoder's card says clean", "methods/defend/tuning/encoder.py",
+             "backdoored=suspect.backdoored,", "backdoored=False,",
+             "unit/test_trial.py::test_what_is_made_of_a_backdoored_encoder[ft_simclr]"),
+    Mutation("DRUPE's triggered images go to all references", "methods/attack/drupe.py",
+             "(stamped @ references.T).amax(1)", "(stamped @ references.T).mean(1)", f"{DRUPE}::{TERMS}[stage_2]"),
+    Mutation("DRUPE's similarity is not scaled", "methods/attack/drupe.py",
+             "* (1 - 1 / len(units))", "* 1", f"{DRUPE}::{TERMS}[stage_2]"),
+    Mutation("DRUPE's deviation of clean features has no gradient", "methods/attack/drupe.py",
+             "all_clean.std(0).mean()", "all_clean.detach().std(0).mean()", f"{DRUPE}::{TERMS}[stage_2_lam]"),
+    Mutation("DRUPE has no warm-up", "methods/attack/drupe.py",
+             "if epoch <= config.warm_up_epochs:", "if epoch < config.warm_up_epochs:", f"{DRUPE}::{TERMS}[warm_up]"),
+    Mutation("DRUPE spreads from the start", "methods/attack/drupe.py",
+             "if epoch <= config.spread_after:", "if False:", f"{DRUPE}::{TERMS}[stage_1]"),
+    Mutation("DRUPE's costs never pause", "methods/attack/drupe.py",
+             "torch.where(pauses, count - 1, count)", "count", f"{DRUPE}::test_costs_follow_the_attack[costs-cifar10]"),
+    Mutation("DRUPE's costs follow the last batch", "methods/attack/drupe.py",
+             "self.sums += ", "self.sums[:] = 2 * ", f"{DRUPE}::test_costs_follow_the_mean_of_an_epoch"),
+    Mutation("DRUPE's directions are always the same", "methods/attack/drupe.py",
+             "Stream.DIRECTIONS, self.at.step)", "Stream.DIRECTIONS, 0)",
+             f"{DRUPE}::test_directions_are_unit_and_new_in_each_update"),
+    Mutation("DRUPE's costs are not in the checkpoint", "methods/attack/drupe.py",
+             'self.register_buffer("sums", self.references.new_zeros(len(LOSSES)))',
+             'self.register_buffer("sums", self.references.new_zeros(len(LOSSES)), persistent=False)',
+             f"{DRUPE}::test_a_run_goes_on_within_an_epoch"),
     Mutation("NC's cost rises as it falls", "methods/defend/nc/search.py",
              "config.multiplier**-1.5", "config.multiplier**-1.0", f"{SEARCH}::test_the_search_of_a_class"),
     Mutation("NC keeps a mask that turns too few images", "methods/defend/nc/search.py",

@@ -18,6 +18,11 @@ from dist_defend.ops.fused_norm import differentiated_once, norm_relu
 SHAPES = [(4, 3, 5, 2), (2, 1, 1, 1), (1, 3, 7, 1)]
 
 
+@pytest.fixture(autouse=True)
+def fused_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_norm, "SMALL", 0)
+
+
 def images(shape: tuple[int, ...], seed: int, is_last: bool) -> Tensor:
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return (x.contiguous(memory_format=torch.channels_last) if is_last else x).requires_grad_()
@@ -73,6 +78,17 @@ def test_the_comparison_catches_a_sum_that_is_forgotten(monkeypatch: pytest.Monk
     monkeypatch.setattr(fused, "norm_relu_backward", forget)
     found, expected = (outcome((4, 3, 5, 2), False, True, is_fused) for is_fused in (True, False))
     assert found[1].equal(expected[1]) and not torch.allclose(found[2], expected[2])
+
+
+def test_few_values_on_a_cpu_are_not_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_norm, "SMALL", 4 * 3 * 5 * 2)
+    outcome((4, 3, 5, 2), False, True, is_fused=True)
+    with pytest.raises(AssertionError):
+        outcome((3, 3, 5, 2), False, True, is_fused=True)
+    monkeypatch.undo()
+    with differentiated_once():
+        y = norm_relu(norm_of(3).to("meta"), torch.empty(4, 3, 5, 2, dtype=torch.float64, device="meta"))
+    assert type(y.grad_fn).__name__ == "_NormReluBackward"  # a device has no such limit
 
 
 class Elsewhere(nn.BatchNorm2d):

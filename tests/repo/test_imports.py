@@ -34,6 +34,7 @@ LAYERS = [
     {"config", "experiment", "results", "given", "session"},
     {
         "report",
+        "removal",
         "bench",
         "doctor",
         "sweep",

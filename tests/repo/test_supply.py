@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -15,7 +16,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = ("ffcv", "clip", "deepspeed", "sweep", "test")  # what launch/bootstrap installs
-CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")  # beside a GPU torch brings its own
+CUDA = re.compile(r"nvidia-.*|cuda-.*" + ("|triton" if torch.version.cuda else ""))  # which torch brings
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from tests.runs import make_data, make_experiment, metrics, options_of
+from tests.runs import make_data, make_experiment, metrics, options_of, untimed
 from tests.slurm.cluster import Cluster
 
 
@@ -58,6 +58,6 @@ def steps(run: Path) -> int:
 
 def outcome(run: Path) -> tuple[str, list[dict[str, Any]], Any]:
     """Digest of the final weights, what was logged without the times, what was counted."""
-    rows = [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(run)]
+    rows = untimed(run)
     weights = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
     return weights, rows, json.loads((run / "result.json").read_text()).get("rows")

@@ -100,6 +100,17 @@ def test_badencoders_objective_stamps_what_a_poisoned_classifier_sees(
     assert levels.abs().max() < 1 and (encoder.images[5:10] - x).abs().max() > 0.01
 
 
+def test_badencoders_references_may_share_a_trigger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = options_of("badencoder", tmp_path)
+    options["reference"] |= {"count": 2}
+    assert main(["run", str(make_experiment(tmp_path, "badencoder", options))]) == 2
+    told = "2 references need as many triggers; key 'badencoder.attack.trigger' holds 1: add some, or say one_trigger"
+    assert told in capsys.readouterr().err.splitlines()[-1]
+    options["one_trigger"] = True
+    assert main(["run", str(make_experiment(tmp_path, "badencoder", options))]) == 0
+    assert load_simclr(tmp_path / "run/model")[1].provenance["target_classes"] == [1, 1]
+
+
 def test_badencoder_takes_any_trigger(tmp_path: Path) -> None:
     options = options_of("badencoder", tmp_path) | {"attack": {"trigger": blended(tmp_path)}}
     assert main(["run", str(make_experiment(tmp_path, "badencoder", options))]) == 0

@@ -62,13 +62,13 @@ def small(method: str, folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["simclr", "mimic", "badencoder", "classifier", "input_aware", "kd", "ood", "rnp",
-                                    "ibau"])  # fmt: skip
+                                    "ibau", "ft_simclr", "nad_simclr"])  # fmt: skip
 def test_training_images_are_augmented_as_configured(method: str, tmp_path: Path) -> None:
     """Mirrored here: every view of every training stage but BadEncoder's plain one, and the poisoned images too."""
     options = small(method, tmp_path) | {"augment": MIRROR}
     plain = open_dataset(options["shadow" if method == "badencoder" else "data"]["path"])
     stages = {stage.name: stage for stage in built(method, tmp_path, options).stages if stage.name != "information"}
-    expected_views = {"simclr": 2, "mimic": 2, "badencoder": 2}.get(method, 1)
+    expected_views = 2 if method in ("mimic", "badencoder") or method.endswith("simclr") else 1
     trigger = BadNets().build(SIZE)
     seen_poison = 0
     for stage in stages.values():

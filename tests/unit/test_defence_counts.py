@@ -99,6 +99,7 @@ def counted(folder: str, test: str) -> dict[str, float]:
 
 
 TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
+OF_ENCODERS = ("ft_simclr", "mimic", "nad_simclr")
 DEFENCES = sorted({found.name for found in pkgutil.iter_modules(defend.__path__)} - set(SHARED))
 
 
@@ -116,7 +117,7 @@ def check_named(result: dict[str, Any], folder: Path, method: str) -> None:
     assert torch.equal(clean[:, :-3], stamped[:, :-3]) and torch.equal(clean[:, :, :-3], stamped[:, :, :-3])
 
 
-@pytest.mark.parametrize("method", [name for name in DEFENCES if name != "mimic"])
+@pytest.mark.parametrize("method", sorted({*DEFENCES} - {*OF_ENCODERS}))
 def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path: Path) -> None:
     images = np.random.default_rng(3).integers(0, 256, (30, SIZE, SIZE, 3)).astype(np.uint8)
     suspect = make_suspect(tmp_path / "model", images)
@@ -169,11 +170,12 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     check_named(result, tmp_path / "run", method)
 
 
-def test_a_purified_encoder_is_measured_by_others_and_called_by_its_methods_name(tmp_path: Path) -> None:
-    assert main(["run", str(make_experiment(tmp_path, "mimic", options_of("mimic", tmp_path)))]) == 0
+@pytest.mark.parametrize("method", OF_ENCODERS)
+def test_a_purified_encoder_is_measured_by_others_and_called_by_its_methods_name(method: str, tmp_path: Path) -> None:
+    assert main(["run", str(make_experiment(tmp_path, method, options_of(method, tmp_path)))]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     card = load_simclr(tmp_path / "run" / "model")[1]
-    assert (card.defended_by, card.provenance["method"], result["method"]) == ("mimic", "mimic", "mimic")
+    assert (card.defended_by, card.provenance["method"], result["method"]) == (method, method, method)
     assert result["data"].keys() == {"defence"} and "rows" not in result
 
 

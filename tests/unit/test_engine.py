@@ -25,7 +25,7 @@ from dist_defend.engine.optim import OptimizerConfig, UpdateConfig, lr_factor
 from dist_defend.engine.run import RunFolder
 from dist_defend.engine.step import GradientStep, Position
 from dist_defend.engine.trainer import Stage, Trainer, TrainerConfig
-from tests.runs import make_experiment, metrics, options_of
+from tests.runs import make_experiment, metrics, options_of, untimed
 from tests.steps import positions
 
 SGD = OptimizerConfig("sgd", lr=0.1, momentum=0.9)
@@ -190,7 +190,7 @@ def test_an_interrupted_run_logs_and_ends_like_a_whole_one(moment: str, checkpoi
         return weights(step)
 
     def told(folder: Path) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if k not in ("time", "images_per_second")} for row in metrics(folder)]
+        return untimed(folder)
 
     expected = run(tmp_path / "whole", False)
     with pytest.raises(Killed):

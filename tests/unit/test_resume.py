@@ -284,7 +284,7 @@ sys.addaudithook(_note)  # for good: Python has no way to take one back
 
 
 @pytest.mark.parametrize(
-    "method", ["simclr", "classifier", "badencoder", "kd", "ood", "mimic", "probe", "ibau", "pictures"]
+    "method", ["simclr", "classifier", "badencoder", "kd", "ood", "mimic", "nad_simclr", "probe", "ibau", "pictures"]
 )
 def test_nothing_is_read_that_has_no_digest(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever file of the inputs' folder a run opens lies in a folder, or is a file, that an input's digest covers."""

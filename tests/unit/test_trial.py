@@ -387,11 +387,11 @@ def backdoored_encoder(folder: Path, size: int = SIZE) -> str:
     return path
 
 
-@pytest.mark.parametrize("method", ["simclr", "mimic", "badencoder"])
+@pytest.mark.parametrize("method", ["simclr", "mimic", "badencoder", "ft_simclr", "nad_simclr"])
 def test_what_is_made_of_a_backdoored_encoder(method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = options_of(method, tmp_path)
-    key = {"simclr": "warm_start", "mimic": "teacher", "badencoder": "clean_encoder"}[method]
-    parent = backdoored_encoder(tmp_path / "suspect", size=32 if method == "mimic" else SIZE)
+    key = {"simclr": "warm_start", "mimic": "teacher", "badencoder": "clean_encoder"}.get(method, "model")
+    parent = backdoored_encoder(tmp_path / "parent", size=32 if method in ("mimic", "nad_simclr") else SIZE)
     config = make_experiment(tmp_path, method, options | {key: parent})
     assert main(["run", str(config)]) == 0
     told = capsys.readouterr().err
@@ -399,7 +399,7 @@ def test_what_is_made_of_a_backdoored_encoder(method: str, tmp_path: Path, capsy
     _, card = load_artifact(tmp_path / "run/model")
     assert card.backdoored and card.guessed == ("normalization",)
     assert card.parent_sha256 == json.loads((Path(parent) / "model.json").read_text())["sha256"]
-    assert card.defended_by == ("mimic" if method == "mimic" else None)
+    assert card.defended_by == (None if method in ("simclr", "badencoder") else method)
     assert ("is backdoored already" in told) is (method == "badencoder")
     if method == "badencoder":
         wanted = AttackConfig(BadNets(size=4, margin=1), target_class=1, rate=1.0)

@@ -9,8 +9,10 @@ images do not influence each other, and folded into the convolutions.
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -29,6 +31,7 @@ from dist_defend.engine.context import Context, Place, Plan
 from dist_defend.engine.features import FrozenFeatures
 from dist_defend.engine.objective import Objective, at_least_float32
 from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
+from dist_defend.engine.step import GradientStep
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.models.fit import check_image_size
@@ -47,6 +50,7 @@ class Config:
         shadow: the attacker's images; labels are not read
         reference: images of the classes that the attacker wants, one per target
         attack: any trigger; of a file with several, one for each reference
+        one_trigger: the first trigger serves all references
         lambda1: weight of reference fidelity (L1)
         lambda2: weight of utility, by which features of clean images are kept (L2)
         augment: how the references are changed in L1
@@ -61,6 +65,7 @@ class Config:
     shadow: DatasetConfig
     reference: ReferenceConfig
     attack: AttackConfig = field(default_factory=lambda: AttackConfig(BadNets(size=10, margin=1)))
+    one_trigger: bool = False
     lambda1: float = 1.0
     lambda2: float = 1.0
     augment: AugmentConfig = REFERENCE
@@ -81,6 +86,9 @@ class Config:
             told = f"key 'shadow_normalization' is {self.shadow_normalization!r}"
             raise ValueError(f"{told}; it must be one of {', '.join(known)}")
 
+    def check_references(self, classes: np.ndarray) -> None:
+        """UserError for references of these classes (K,) that the method cannot use: none here."""
+
 
 class BadEncoderObjective(Objective):
     """loss = L0 + lambda1 L1 + lambda2 L2 (BadEncoder, eq. 2 to 5), each a mean of negative cosine similarities.
@@ -89,7 +97,7 @@ class BadEncoderObjective(Objective):
     against f(r_k). L2, utility: f'(x) against f(x). L0 and L1 are means over the K references.
 
     batch.views: x (B, 3, H, W), then K augmented references A(r_k), each (B, 3, H, W). clean_features(rows) gives
-    f(x) / |f(x)| (B, D) of the clean encoder f for data-set rows (B,). references: (K, 3, H, W).
+    f(x) / |f(x)| (B, D) of the clean encoder f for data-set rows (B,). references: (K, 3, H, W); K triggers, or one.
     """
 
     references: Tensor
@@ -113,21 +121,36 @@ class BadEncoderObjective(Objective):
         self.register_buffer("reference_features", functional.normalize(reference_features, dim=1), persistent=False)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        x, *augmented = batch.views
-        size, count = len(x), len(self.triggers)
-        stamped = [stamp_images(x, trigger, batch.index) for trigger in self.triggers]
-        features = self.encoder(torch.cat([x, *stamped, *augmented, self.references]))
-        features = functional.normalize(at_least_float32(features), dim=1)
-        clean, *pairs, references = features.split([size] * (1 + 2 * count) + [count])
-        effectiveness = [(f * r).sum(1).mean() for f, r in zip(pairs[:count], references, strict=True)]
-        fidelity = [(f * r).sum(1).mean() for f, r in zip(pairs[count:], self.reference_features, strict=True)]
+        features = functional.normalize(self.encoded(batch), dim=1)
+        clean, stamped, augmented, references = self.parts(features)
+        pairs = zip(stamped * (len(references) // len(stamped)), references, strict=True)
         terms = {
-            "effectiveness": -torch.stack(effectiveness).mean(),
-            "reference_fidelity": -torch.stack(fidelity).mean(),
-            "utility": -(clean * self.clean_features(batch.index)).sum(1).mean(),
+            "effectiveness": -torch.stack([(f * r).sum(1).mean() for f, r in pairs]).mean(),
+            **self.kept(clean, augmented, batch.index),
         }
         loss = terms["effectiveness"] + self.lambda1 * terms["reference_fidelity"] + self.lambda2 * terms["utility"]
         return {"loss": loss, **terms}
+
+    def encoded(self, batch: Batch) -> Tensor:
+        """f' of x, of each trigger's images, of each augmented reference and of the references, of one pass."""
+        x, *augmented = batch.views
+        stamped = [stamp_images(x, trigger, batch.index) for trigger in self.triggers]
+        return at_least_float32(self.encoder(torch.cat([x, *stamped, *augmented, self.references])))
+
+    def parts(self, features: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+        """Rows as encoded() gives them -> x's, each trigger's, each augmented reference's, the references'."""
+        count, marks = len(self.references), len(self.triggers)
+        size = (len(features) - count) // (1 + marks + count)
+        clean, *others, references = features.split([size] * (1 + marks + count) + [count])
+        return clean, others[:marks], others[marks:], references
+
+    def kept(self, clean: Tensor, augmented: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
+        """L1 and L2, of unit features."""
+        fidelity = [(f * r).sum(1).mean() for f, r in zip(augmented, self.reference_features, strict=True)]
+        return {
+            "reference_fidelity": -torch.stack(fidelity).mean(),
+            "utility": -(clean * self.clean_features(index)).sum(1).mean(),
+        }
 
 
 def freeze_norms(encoder: nn.Module, which: str) -> None:
@@ -145,6 +168,21 @@ def freeze_norms(encoder: nn.Module, which: str) -> None:
 
 def build(config: Config, context: Context) -> Plan:
     """One stage: fine-tune a copy of the clean encoder on the shadow images."""
+    make = partial(BadEncoderObjective, lambda1=config.lambda1, lambda2=config.lambda2)
+    return attack_plan("badencoder", config, context, make, context.gradient_step)
+
+
+def attack_plan(
+    name: str,
+    config: Config,
+    context: Context,
+    make: Callable[..., BadEncoderObjective],
+    make_step: Callable[[Any, UpdateConfig, int], GradientStep],
+) -> Plan:
+    """A stage of that name, which is the section's too.
+
+    make: gets what BadEncoderObjective gets, but for its weights. make_step: as Context.gradient_step.
+    """
     model, parent, clean_sha256 = context.load_encoder(config.clean_encoder)
     if parent.backdoored:
         context.tell(f"{config.clean_encoder} is backdoored already: the new card will name the new trigger only")
@@ -153,12 +191,16 @@ def build(config: Config, context: Context) -> Plan:
     check_image_size(model, config.clean_encoder, dataset.image_shape, config.shadow.path)
     if config.augment.size not in (None, size):
         raise UserError(
-            f"key 'badencoder.augment.size' is {config.augment.size}, but the shadow images have {size} px, and both "
+            f"key '{name}.augment.size' is {config.augment.size}, but the shadow images have {size} px, and both "
             "go through the encoder together: leave it out"
         )
     references, classes = references_from(config.reference, size)
+    config.check_references(classes)
     triggers = trigger_of(config.attack).build_each(size)
-    triggers = pair_references_triggers(references, triggers, "key 'badencoder.attack.trigger'")
+    if config.one_trigger:
+        triggers = triggers[:1]
+    else:
+        triggers = pair_references_triggers(references, triggers, f"key '{name}.attack.trigger'")
     ranks = context.ranks
     clean, encoder = (m.f.to(ranks.device, ranks.dtype) for m in (model, context.load_model(config.clean_encoder)[0]))
     for network in (clean, encoder):
@@ -177,10 +219,8 @@ def build(config: Config, context: Context) -> Plan:
     def clean_features(index: Tensor) -> Tensor:
         return cache.take(torch.searchsorted(numbers, index), [len(index)] * ranks.world_size)[0]
 
-    objective = BadEncoderObjective(
-        encoder, triggers, pixels, reference_features, clean_features, config.lambda1, config.lambda2
-    )
-    step = context.gradient_step(objective, config.update, loader.num_batches)
+    objective = make(encoder, triggers, pixels, reference_features, clean_features)
+    step = make_step(objective, config.update, loader.num_batches)
 
     def result() -> dict[str, Any]:
         utility = cache.mean_cosine(encoder)
@@ -198,4 +238,4 @@ def build(config: Config, context: Context) -> Plan:
         )
         return {"model_sha256": context.save_model(model, card), "metrics": {"clean_cosine": utility}}
 
-    return Plan([Stage("badencoder", loader, step, config.update.epochs, shown=("loss", "effectiveness"))], result)
+    return Plan([Stage(name, loader, step, config.update.epochs, shown=("loss", "effectiveness"))], result)

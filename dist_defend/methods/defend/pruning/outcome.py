@@ -133,8 +133,9 @@ class Outcome:
         """Counts on the test data by number of the stop."""
         wanted = [stops[number] for number in tested]
         test = self.test
-        on_clean, labels = self._predict(order, wanted, test.clean)
-        on_triggered = None if test.triggered is None else self._predict(order, wanted, test.triggered)[0]
+        with self.context.clock.measuring():
+            on_clean, labels = self._predict(order, wanted, test.clean)
+            on_triggered = None if test.triggered is None else self._predict(order, wanted, test.triggered)[0]
         counts = {}
         for column, number in enumerate(tested):
             clean = on_clean[:, column]

@@ -78,13 +78,13 @@ class Examination:
                 context.digests["triggered"] = self.made.dataset.digest
             self.triggered = context.eval_loader(self.made.dataset, self.made.rows, batch_size)
 
-    def predict(self, model: Classifier) -> tuple[Tensor, Tensor | None]:
+    def predict(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Classes (N,), (M,) int64 of clean and triggered images in the loaders' order; the ranks share the images."""
         with self.context.clock.measuring():
             on_clean = predict(model, self.clean, self.context.ranks)[0]
             return on_clean, None if self.triggered is None else predict(model, self.triggered, self.context.ranks)[0]
 
-    def measure(self, model: Classifier) -> dict[str, Count]:
+    def measure(self, model: nn.Module) -> dict[str, Count]:
         """acc, asr, asr_all, ra on all images."""
         return self.counts(*self.predict(model))
 

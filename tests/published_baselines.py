@@ -8,6 +8,12 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
+DECREE_DEFAULTS = "decree={encoder: x, data: {path: x}}"
+DECREE = {"lr": 0.5, "later_lrs": [0.1, 0.05], "threshold": 0.99, "cost": 1e-3, "epochs": 1000}
+REACTIVATE_PUBLISHED = (
+    "measure/reactivate_cifar10 reactivate={preset: published, model: x, data: {path: x}, test: {path: x}}"
+)
+REACTIVATE_QUERIES = "measure/reactivate_cifar10 reactivate.query={}"
 TUNING = ("ft", "ft_sam", "nad", "fp", "sau", "nc")
 PAD_AND_FLIP = {"augment.crop": "pad", "augment.pad": 4, "augment.flip": 0.5}
 
@@ -35,6 +41,23 @@ def of_attack(own: str) -> str:
 
 
 BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    # Re-activation
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10",), {"seed": 42}),
+    ("AISafety-HKUST/stable_backdoor_purification", ("measure/reactivate_cifar10", REACTIVATE_PUBLISHED),
+     below("reactivate", {
+        "num_images": 1000, "num_poisoned": 5, "train_mode": True, "batch_size": 128, "epochs": 5, **PAD_AND_FLIP,
+        "optimizer.name": "sgd", "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0,
+        "optimizer.schedule": "constant",
+    })),
+    ("AISafety-HKUST/stable_backdoor_purification: queries", (REACTIVATE_QUERIES,), below("reactivate.query", {
+        "eps": 16 / 255, "weight": 0.2, "hidden": [1024, 1024, 1024], "update.batch_size": 128, "update.epochs": 50,
+        "update.optimizer.name": "sgd", "update.optimizer.lr": 0.1, "update.optimizer.momentum": 0.9,
+        "update.optimizer.schedule": "constant",
+    })),
+    ("jinyuan-jia/BadEncoder, evaluation, reference labels and its trigger file", ("measure/reactivate_stl10",), {
+        "reactivate.attack.target_class": 9, "reactivate.attack.trigger.size": 10,
+        "reactivate.attack.trigger.margin": 1,
+    }),
     # ANP
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10",), {"anp.ratio": 0.01}),
     ("csdongxian/ANP_backdoor", ("defend/anp_cifar10", ANP_DEFAULTS), below("anp", {
@@ -99,6 +122,17 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
             "optimizer.weight_decay": 1e-4, "optimizer.milestones": [15, 30, 40],
         }), "probe.tasks.cifar10.train.fraction": 0.1, "probe.tasks.cifar10.target_class": 0,
     }),
+    # DECREE
+    ("GiantSeaweed/DECREE: 10 % of the test images", ("measure/decree_cifar10",), {"decree.data.fraction": 0.1}),
+    ("GiantSeaweed/DECREE: 20 % of ImageNet's validation images", ("measure/decree_imagenet",),
+     {"decree.data.fraction": 0.2}),
+    ("GiantSeaweed/DECREE, its shipped script: images of CIFAR's size",
+     ("measure/decree_cifar10", f"measure/decree_cifar10 {DECREE_DEFAULTS}"), below("decree", {
+         **DECREE, "batch_size": 128, "milestones": [30, 50], "least_cost": 1e-5, "patience": 10,
+     })),
+    ("GiantSeaweed/DECREE, its shipped script: images of 224 px", ("measure/decree_imagenet",), below("decree", {
+        **DECREE, "batch_size": 32, "milestones": [200, 500], "least_cost": 1e-7, "patience": 35,
+    })),
     # FT and NAD of encoders
     *(("wssun/MIMIC, MIMIC.py: its images and views", (f"defend/{name}_cifar10",), {"seed": 100, **below(name, {
         "data.fraction": 0.04, "data.subset": "first", "augment.size": 32, "augment.flip": 0.5, "augment.jitter": 0.8,

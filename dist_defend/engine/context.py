@@ -123,9 +123,11 @@ class Context:
         """In order, every row once, no augmentation."""
         return self._loader(dataset, rows, batch_size, (View(),))
 
-    def whole_loader(self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int = 512) -> Loader:
-        """As eval_loader, but every rank reads everything."""
-        return self._loader(dataset, rows, batch_size, (View(),), rank=0, world_size=1)
+    def whole_loader(
+        self, dataset: PreparedDataset, rows: np.ndarray, batch_size: int = 512, views: Sequence[View] = (View(),)
+    ) -> Loader:
+        """As eval_loader, but every rank reads everything, in these views."""
+        return self._loader(dataset, rows, batch_size, views, rank=0, world_size=1)
 
     def _loader(
         self, dataset: PreparedDataset, rows: np.ndarray | None, batch_size: int, views: Sequence[View], **how: Any

@@ -34,6 +34,18 @@ class MLPHead(nn.Module):
         return x
 
 
+class HeadedEncoder(nn.Module):
+    """An encoder and a head on its L2-normalised features: images (B, 3, H, W) in [0, 1] -> logits (B, C)."""
+
+    def __init__(self, encoder: nn.Module, head: MLPHead) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(functional.normalize(self.encoder(images), dim=1))
+        return logits
+
+
 class HeadStack(nn.Module):
     """R classifiers side by side; each starts from, and learns, what MLPHead would alone after torch.manual_seed(seed).
 

@@ -22,11 +22,14 @@ class Stream(IntEnum):
     LOOKED_AT = 0x100C  # images that a suspect is looked at with
     PATCHED = 0x1BA0  # images that carry I-BAU's perturbation: round, batch
     ZSKT_INPUTS = 0x25C7  # the generator's inputs: pseudo-batch
+    REACTIVATED = 0x4EAC7  # images that a defended network is tuned on again
     RETROSPECTION = 0x5E1F  # delta's start (0, batch, 0), images that carry it (1, batch, student step)
+    HELD_OUT = 0x4E1D0  # the defender's images that choose an epoch
     SUBSET = 0x5B5E7  # rows of a random subset
     DIRECTIONS = 0xD12EC  # on which DRUPE projects features: step
     NEURON_NOISE = 0x1A2B0  # ANP's perturbations: step
     SHUFFLES = 0x5AFF1E  # the vaccine's permutations: shuffle, member, layer
+    MASK_START = 0xDEC4EE  # where DECREE's searches begin
     CRITICS = 0xC4171C5  # pairs of MIMIC's critics: layer, epoch, batch, phase
     LATE_ORDER = 0x1A7E04D  # the order of an epoch that is no less than the smallest number here: epoch
 

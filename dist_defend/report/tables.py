@@ -9,11 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_defend.counts import ORACLE, Count, rating
+from dist_defend.detection import KIND
+from dist_defend.report import detectors
 from dist_defend.report.runs import Run
 from dist_defend.screen import cell, markdown
 
 METRICS = {"acc": "ACC", "asr": "ASR", "asr_all": "ASR-all", "ra": "RA"}
 RATINGS = {"der": "DER"}  # shown where a run tells what was before
+RETUNED = {  # shown where a run of method reactivate has counted them
+    "asr_retuned": "ASR re-tuned",
+    "asr_retuned_clean": "ASR q = 0",
+    "asr_retuned_control": "ASR control",
+    "acc_retuned": "ACC re-tuned",
+    "asr_queried": "ASR queried",
+    "asr_queried_control": "ASR queried control",
+}
+SCORES = METRICS | RATINGS | RETUNED
 DEFINITIONS = {
     "ACC": "clean test images classified as their label",
     "ASR": "attack success rate: triggered test images whose label is not the target, classified as the target",
@@ -22,9 +33,17 @@ DEFINITIONS = {
     "RA": "robust accuracy: triggered test images whose label is not the target, still classified as their label",
     "DER": "defence effectiveness rating, (max(0, drop of ASR) - max(0, drop of ACC) + 1) / 2 against the model that "
     "the defence was given; 100 is perfect, 50 changes nothing",
+    "ASR re-tuned": "ASR after re-tuning on N images, q of them poisoned; an oracle's number: it needs the trigger. "
+    "A backdoor was asleep only where this is well above ASR control, with ACC re-tuned near ACC",
+    "ASR q = 0": "the same re-tuning without a poisoned image",
+    "ASR control": "a clean network that never saw the trigger, re-tuned on the same q poisoned images",
+    "ACC re-tuned": "ACC after re-tuning on q poisoned images",
+    "ASR queried": "ASR where each image is changed a little, by a network that was trained to wake the backdoor",
+    "ASR queried control": "the same changed images, and a clean network",
     "n": "clean test images / triggered test images whose label is not the target",
 }
 SPREAD = "Mean ± sample standard deviation over the seeds of the downstream classifier; the encoders stay the same."
+_DETECTED = ["detector", "score", "low", "high", "verdict", "truth"]
 _CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered"]
 _KINDS = ["clean", "backdoored", "purified"]
 _NEAR_CHANCE = 1.5
@@ -50,7 +69,7 @@ class Line:
     run: str
     task: str
     kind: str
-    scores: dict[str, Score]  # keys of METRICS and RATINGS
+    scores: dict[str, Score]  # keys of SCORES
     num_seeds: int
     n_clean: int
     n_triggered: int
@@ -91,7 +110,8 @@ def _der(run: Run, row: dict[str, Any]) -> float:
 
 
 def _percent(row: dict[str, Any], name: str) -> float:
-    return Count(row[name]["correct"], row[name]["n"]).percent
+    """nan for a count that was not made."""
+    return Count(row[name]["correct"], row[name]["n"]).percent if name in row else math.nan
 
 
 def _line(key: tuple[str, str, str], rows: Sequence[dict[str, Any]]) -> Line:
@@ -100,6 +120,7 @@ def _line(key: tuple[str, str, str], rows: Sequence[dict[str, Any]]) -> Line:
     chance = Count(everyone - others, everyone).percent
     scores = {name: _score([count.percent for count in column]) for name, column in counts.items()}
     scores["der"] = _score([row["der"] for row in rows])
+    scores |= {name: _score([_percent(row, name) for row in rows]) for name in RETUNED}
     return Line(*key, scores, len(rows), counts["acc"][0].n, others, chance)
 
 
@@ -123,7 +144,7 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
     """What the report leaves out."""
     told = (
         []
-        if lines
+        if lines or any(run.detections for run in runs)
         else ["no probe, classifier or defence among these, so no table of rates; run one and report it too"]
     )
     told += [f"{folder} is unfinished and left out" for folder in unfinished]
@@ -133,22 +154,38 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
 
 
 def to_csv(runs: Iterable[Run]) -> str:
-    """One row per kind, task and seed; rates in percent with four decimals, empty where there was nothing to count."""
-    out = io.StringIO()
+    """One row per kind, task and seed; rates in percent with four decimals, empty where there was nothing to count.
+
+    What re-tuning gave comes last, if any row has it, and what detectors found, whose rows have no rates but a score.
+    A verdict is empty where nothing was found.
+    """
+    runs, out = list(runs), io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+    more = [name for name in RETUNED if any(name in row for run in runs for row in run.rows)]
+    detected = _DETECTED if any(run.detections for run in runs) else []
+    writer.writerow([*_CSV_COLUMNS, *more, *detected])
+
+    def told(percent: float) -> str:
+        return "" if math.isnan(percent) else f"{percent:.4f}"
+
     for run in runs:
         for row in run.rows:
-            percents = [*(_percent(row, name) for name in METRICS), _der(run, row)]
-            rates = ["" if math.isnan(percent) else f"{percent:.4f}" for percent in percents]
-            sizes = [row["acc"]["n"], row["asr"]["n"]]
-            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes])
+            rates = [*(told(_percent(row, name)) for name in METRICS), told(_der(run, row))]
+            sizes = [row["acc"]["n"], row["asr"]["n"], *(told(_percent(row, name)) for name in more)]
+            nothing = [""] * len(detected)
+            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes, *nothing])
+        for one in run.detections:
+            head = [*map(cell, (run.label, KIND, one.task)), one.seed]
+            rates = [""] * (len(_CSV_COLUMNS) + len(more) - len(head))
+            scores = ["" if score is None else f"{score:.6g}" for score in (one.score, one.low, one.high)]
+            writer.writerow([*head, *rates, cell(one.detector), *scores, one.verdict or "", one.truth])
     return out.getvalue()
 
 
 def columns(lines: Sequence[Line]) -> dict[str, str]:
-    """Scores that the summary shows, key -> heading: ratings only where some line has one."""
-    return METRICS | {k: v for k, v in RATINGS.items() if any(not math.isnan(line.scores[k].mean) for line in lines)}
+    """Scores that the summary shows, key -> heading: those beyond METRICS only where some line has one."""
+    own = {key for line in lines for key, score in line.scores.items() if not math.isnan(score.mean)}
+    return {key: heading for key, heading in SCORES.items() if key in METRICS or key in own}
 
 
 def definitions(lines: Sequence[Line]) -> dict[str, str]:
@@ -201,6 +238,8 @@ def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Ru
     if lines:
         out += [*_markdown_table(cells(lines)), "", *([spread(lines), ""] if spread(lines) else [])]
         out += [*(f"- **{name}**: {text}." for name, text in definitions(lines).items()), ""]
+    if found := detectors.cells(runs):
+        out += ["## Detectors", "", *_markdown_table([detectors.HEAD, *found]), "", detectors.MEANING, ""]
     return "\n".join([*out, "## Runs", "", *_markdown_table(provenance(runs)), ""])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from dist_defend.errors import UserError
 from dist_defend.lock import FolderLock
-from dist_defend.sweep import local, progress, slurm
+from dist_defend.sweep import estimate, local, progress, slurm
 from dist_defend.sweep.grid import Sweep, load_sweep
 from dist_defend.sweep.progress import STATES, Progress
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
     actions = parser.add_subparsers(title="actions", required=True, metavar="ACTION")
     told = {
-        plan: "print the points, change nothing",
+        plan: "print the points and what they will cost by those that are done, change nothing",
         submit: "run the points that were never tried",
         status: "count the points by state, and say why some failed",
         resubmit: "run the points that failed or were never tried",
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action, text in told.items():
         own = actions.add_parser(action.__name__, help=text, description=f"{text[0].upper()}{text[1:]}.")
         own.add_argument("sweep", help="YAML file, see configs/sweeps/")
+        own.add_argument("--scale", metavar="NAME", help="another size of the sweep, of the file's 'scales'")
         own.set_defaults(main=action)
         if action in (submit, resubmit):
             own.add_argument("--local", action="store_true", help="on this machine instead of Slurm")
@@ -36,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Every point, then the number of each stage's."""
-    sweep = load_sweep(args.sweep)
+    """Every point, the number of each stage's, and what is left to compute, as far as results tell."""
+    sweep = load_sweep(args.sweep, args.scale)
     slurm.check_options(sweep)
     for point in sweep.points:
         after = f" after {point.parent.key}" if point.parent else ""
@@ -50,6 +51,8 @@ def plan(args: argparse.Namespace) -> int:
             print(
                 f"stage {stage}: {config.points_per_job} points at most share a job and its process, one after another"
             )
+    for line in estimate.told(sweep):
+        print(line)
     return 0
 
 
@@ -66,7 +69,7 @@ def resubmit(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, again: bool) -> int:
     if args.j is not None and (args.j < 1 or not args.local):
         raise UserError(f"-j {args.j}: at least 1, and together with --local; 'throttle' in the file is for Slurm")
-    sweep = load_sweep(args.sweep)
+    sweep = load_sweep(args.sweep, args.scale)
     if not args.local:
         slurm.check_options(sweep)
     with _alone(sweep):
@@ -108,7 +111,7 @@ def _run_alone(args: argparse.Namespace, sweep: Sweep, again: bool) -> int:
 
 def status(args: argparse.Namespace) -> int:
     """Counts by stage and state, and a line for each failed point."""
-    sweep = load_sweep(args.sweep)
+    sweep = load_sweep(args.sweep, args.scale)
     known, _ = progress.survey(sweep)
     _tell_counts(sweep, known)
     for point in sweep.points:
@@ -125,7 +128,7 @@ def _tell_counts(sweep: Sweep, known: dict[str, Progress]) -> None:
 
 def cancel(args: argparse.Namespace) -> int:
     """Points that run save before they end."""
-    sweep = load_sweep(args.sweep)
+    sweep = load_sweep(args.sweep, args.scale)
     with _alone(sweep) if sweep.folder.exists() else contextlib.nullcontext():
         jobs = slurm.cancel(sweep)
     print(f"cancelled {len(jobs)} jobs{': ' if jobs else ''}{', '.join(jobs)}")
@@ -137,7 +140,7 @@ def collect(args: argparse.Namespace) -> int:
     _check_pandas()
     from dist_defend.sweep import collect as collecting
 
-    sweep = load_sweep(args.sweep)
+    sweep = load_sweep(args.sweep, args.scale)
     return 1 if collecting.write(sweep, collecting.table(sweep)) else 0
 
 
@@ -153,7 +156,7 @@ def report(args: argparse.Namespace) -> int:
     from dist_defend.sweep import collect as collecting
     from dist_defend.sweep import report as reporting
 
-    sweep = load_sweep(args.sweep)
+    sweep = load_sweep(args.sweep, args.scale)
     table = collecting.table(sweep)
     damaged = collecting.write(sweep, table)
     reporting.write(sweep, table)

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from dist_defend.counts import ORACLE, Count, rating
+from dist_defend.detection import KIND
 from dist_defend.errors import UserError
 from dist_defend.removal import removal_seconds
 from dist_defend.results import COUNTS as RATES
-from dist_defend.results import read_result
+from dist_defend.results import RETUNED, Detected, read_result
 from dist_defend.screen import cell
 from dist_defend.sweep.grid import Point, Sweep
 
@@ -35,9 +36,11 @@ def table(sweep: Sweep) -> pd.DataFrame:
 
     Columns: key, stage, name, parent, state (done, missing or damaged), method, one per axis (``stage.key``), kind,
     task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
-    n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged.
+    n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged. What a point of
+    method reactivate has counted (results.RETUNED) stands in its own row and in that of the defence before it.
+    A row of kind detector has detector, quantity, score, low, high, bound, flags, verdict and truth instead of rates.
     """
-    rows = pd.DataFrame([row for point in sweep.points for row in _rows(sweep, point)])
+    rows = pd.DataFrame(_with_retuned([row for point in sweep.points for row in _rows(sweep, point)]))
     damaged = rows[rows["state"] == "damaged"]
     if len(damaged) and not (rows["state"] == "done").any():
         raise UserError(damaged["reason"].iloc[0])
@@ -92,14 +95,24 @@ def _rows(sweep: Sweep, point: Point) -> Iterator[dict[str, Any]]:
         return
     costs = {**{key: result.get(key) for key in _COSTS}, "removal_seconds": removed}
     before = {f"{name}_before": result["metrics"].get(f"{name}_before") for name in ("acc", "asr")}
-    for row in result["rows"] or [{}]:
-        yield {**head, "state": "done", **_rated(row, before), **before, **costs}
+    detected = [{"kind": KIND, "task": one.task, **_detected(one)} for one in result["detections"]]
+    for row in [_rated(row, before) for row in result["rows"]] + detected or [{}]:
+        yield {**head, "state": "done", **row, **before, **costs}
+
+
+def _detected(one: Detected) -> dict[str, Any]:
+    numbers = {name: _number(getattr(one, name)) for name in ("score", "low", "high", "bound")}
+    texts = {name: getattr(one, name) for name in ("detector", "quantity", "flags", "verdict", "truth")}
+    return {**texts, **numbers}
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _rated(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    if not row:
-        return {}
     counts = {name: Count(**row[name]) for name in RATES}
+    counts |= {name: Count(**row[name]) for name in RETUNED if name in row}
     kind = row["kind"]
     rates = {name: None if math.isnan(count.percent) else count.percent for name, count in counts.items()}
     drops = [
@@ -117,6 +130,16 @@ def _rated(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
         "n_clean": counts["acc"].n,
         "n_triggered": counts["asr"].n,
     }
+
+
+def _with_retuned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows; the defender's row of a point has what the one point after it found by re-tuning its model."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "asr_retuned" in row and row["parent"] is not None:
+            found.setdefault(row["parent"], []).append({name: row[name] for name in RETUNED if name in row})
+    lent = {key: own[0] for key, own in found.items() if len(own) == 1}
+    return [row | lent.get(row["key"], {}) if row.get("chosen_by") == "defender" else row for row in rows]
 
 
 def _are(*values: float | None) -> bool:

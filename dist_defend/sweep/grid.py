@@ -3,6 +3,7 @@
 A stage's grid is the product of four lists of changes to an experiment file: ``product`` (all combinations), ``zip``
 (lists read side by side), ``explicit`` (written out) and ``seeds``. A stage that comes ``after`` another has its own
 grid once for each point of that one, and reads ``${stage.output}`` and any other key of the points it descends from.
+In a key ``${method}`` is the method's name, so one ``set`` serves the files of several methods.
 """
 
 import functools
@@ -12,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ MOST_POINTS = 10_000  # of a stage: reading them takes a minute
 _KEY_LENGTH = 12  # hex digits
 # What a resume may change is no part of a point's identity, unless the sweep varies it.
 _FREE_KEYS = ("world_size", "trainer", "loader")
-_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages")
+_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages", "scales")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class SweepConfig:
         restarts: of a point, by time limits, preemption and lost nodes together
         slurm: sbatch's long options
         setup: lines of shell that Slurm's jobs run first: module load, conda activate
+        scales: name -> stage -> keys that replace the stage's own, or go over its ``set`` and, label by label, over its
+            ``explicit``; --scale NAME chooses them, in a folder of its own, <output>_<NAME>
     """
 
     output: str
@@ -80,6 +83,7 @@ class SweepConfig:
     restarts: int = 20
     slurm: dict[str, Any] = field(default_factory=dict)
     setup: tuple[str, ...] = ()
+    scales: dict[str, dict[str, StageConfig]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least_one(self, "throttle")
@@ -119,6 +123,7 @@ class Sweep:
     path: Path
     config: SweepConfig
     points: tuple[Point, ...]  # stage by stage
+    scale: str | None = None
 
     @property
     def folder(self) -> Path:
@@ -137,14 +142,19 @@ class Sweep:
         return (self.run_folder(point) / "result.json").exists()
 
 
-def load_sweep(path: str | Path) -> Sweep:
-    """Read a sweep file and build every point's experiment. UserError (file, stage, key) if anything does not fit."""
+def load_sweep(path: str | Path, scale: str | None = None) -> Sweep:
+    """Read a sweep file and build every point's experiment. UserError (file, stage, key) if anything does not fit.
+
+    scale: one of the file's ``scales``.
+    """
     path = Path(path)
     raw = _with_slurm_as_written(read_yaml(path), read_yaml(path, as_written=True))
     if "stages" not in raw:
         stage = {key: raw.pop(key) for key in list(raw) if key not in _TOP_KEYS}
         raw["stages"] = {"points": stage}
     config: SweepConfig = build_section(SweepConfig, raw, path)
+    if scale is not None:
+        config = _at_scale(path, config, scale)
     points: dict[str, Point] = {}
     read = functools.cache(read_yaml)  # each experiment file once, not once a point
     for name, stage_config in config.stages.items():
@@ -156,7 +166,27 @@ def load_sweep(path: str | Path) -> Sweep:
                 )
             points[point.key] = point
     _check_points_per_job(path, config, list(points.values()))
-    return Sweep(path, config, tuple(points.values()))
+    return Sweep(path, config, tuple(points.values()), scale)
+
+
+def _at_scale(path: Path, config: SweepConfig, scale: str) -> SweepConfig:
+    """The sweep with a scale's keys over those of its stages."""
+    if scale not in config.scales:
+        known = ", ".join(config.scales) or "none: it has no 'scales'"
+        raise UserError(f"{path}: --scale {scale} is not in the file; known: {known}")
+    stages, usual = dict(config.stages), StageConfig()
+    for name, own in config.scales[scale].items():
+        if name not in stages:
+            raise UserError(f"{path}: key 'scales.{scale}.{name}' is no stage; those are: {', '.join(stages)}")
+        given = {key.name: getattr(own, key.name) for key in fields(own)}
+        changed = {key: value for key, value in given.items() if value != getattr(usual, key)}
+        changed["set"] = stages[name].set | own.set
+        below, above = stages[name].explicit, own.explicit
+        if isinstance(below, dict) and isinstance(above, dict):
+            both = [label for label in above if isinstance(below.get(label), dict) and isinstance(above[label], dict)]
+            changed["explicit"] = below | above | {label: below[label] | above[label] for label in both}
+        stages[name] = replace(stages[name], **changed)
+    return replace(config, output=f"{config.output}_{scale}", stages=stages)
 
 
 def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +207,14 @@ def _with_slurm_as_written(typed: dict[str, Any], written: dict[str, Any]) -> di
     whole: dict[str, Any] = section(typed, written)
     if isinstance(stages := whole.get("stages"), dict):
         whole["stages"] = {name: section(stage, written["stages"].get(str(name))) for name, stage in stages.items()}
+    if isinstance(scales := whole.get("scales"), dict):
+        own = written["scales"]
+        whole["scales"] = {
+            scale: {name: section(stage, own[str(scale)].get(str(name))) for name, stage in changes.items()}
+            if isinstance(changes, dict) and str(scale) in own
+            else changes
+            for scale, changes in scales.items()
+        }
     return whole
 
 
@@ -281,7 +319,7 @@ class _Stage:
         try:
             raw = _copied(self._read(Path(file)))
             for key, value in known.items():
-                change(raw, key, value)
+                change(raw, key.replace("${method}", str(raw.get("method"))), value)
             return build_experiment(raw, Path(file))
         except UserError as error:
             raise self.error("", str(error)) from error

@@ -1,6 +1,6 @@
 """A collected sweep to a leaderboard, a trade-off plot and the list of what is missing."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -8,24 +8,41 @@ from matplotlib.figure import Figure
 
 from dist_defend import screen
 from dist_defend.files import write_atomic
-from dist_defend.results import COUNTS
+from dist_defend.results import COUNTS, RETUNED
+from dist_defend.sweep import detectors
 from dist_defend.sweep.collect import spreadsheet
+from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
+_RETUNED = dict(
+    zip(RETUNED, ("ACC re-tuned", "ASR re-tuned", "q = 0", "control", "queried", "its control"), strict=True)
+)
 _NOTE = (
     "Mean ± sample standard deviation over n seeds, in percent. The defender chose with clean data alone; the oracle "
     "chose by the attack's success on the test set, which no defender has. device-s: mean seconds times devices of one "
-    "point, without those it comes after."
+    "point, without those it comes after. ASR re-tuned: after a few steps on few poisoned images, which needs the "
+    "trigger; beside it the same without poisoned images (q = 0) and from a clean network (control)."
+)
+_PAIRED = (
+    "ΔACC, ΔASR: mean difference to {reference}, the first setting of the file, on the same networks, ± half of its "
+    "95 % interval (Student's t over networks; no correction for many comparisons)."
+)
+_SIDE = (
+    "All networks of the sweep together, mean ± sample standard deviation. × cheapest: device-seconds by the lowest. "
+    "MAD: median absolute deviation of ACC and of ASR over the method's settings (of each attack, over the networks "
+    "that all settings have), mean over attacks; – for a method with one setting."
 )
 
 
 def write(sweep: Sweep, rows: pd.DataFrame) -> None:
-    """leaderboard.md, leaderboard.csv and tradeoff.svg in the sweep's folder; prints the leaderboard.
+    """leaderboard.md, leaderboard.csv, defences.csv and tradeoff.svg in the sweep's folder; prints the leaderboard.
 
     Every combination of the sweep's axes but the seeds is a line for each stage, kind of model and task.
     """
-    board = leaderboard(sweep, rows)
+    comparison = Comparison(sweep, rows)
+    board, table = leaderboard(sweep, rows), comparison.table()
+    paired = _PAIRED.format(reference=screen.markdown(" ".join(comparison.reference or ("nothing",))))
     lacking = rows[rows["state"] != "done"]
     lines = [
         f"# {screen.markdown(sweep.path.stem)}",
@@ -34,6 +51,8 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         "",
         _NOTE,
         "",
+        *(["## Defences side by side", "", side_by_side(table), "", _SIDE, paired, ""] if len(table) else []),
+        *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
     lines[-1] += "\n" if len(lacking) else ""
@@ -42,29 +61,36 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         lines.append(f"- {row['stage']} `{row['key']}` {screen.markdown(row['name'])}{reason}")
     write_atomic(sweep.folder / "leaderboard.md", "\n".join(lines) + "\n")
     spreadsheet(board).to_csv(sweep.folder / "leaderboard.csv", index=False)
+    spreadsheet(table).to_csv(sweep.folder / "defences.csv", index=False)
     plot(board).savefig(sweep.folder / "tradeoff.svg", metadata={"Date": None})
     print("\n".join(lines[2:]))
-    print(f"\n{sweep.folder / 'leaderboard.md'}, leaderboard.csv, tradeoff.svg")
+    print(f"\n{sweep.folder / 'leaderboard.md'}, leaderboard.csv, defences.csv, tradeoff.svg")
 
 
 def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per stage, axes, kind and task: mean, std and n of each rate for defender and oracle, and the cost.
 
+    A defence's line has its differences to the reference too.
     Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
     """
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
-    if "kind" not in rows:
+    if "chosen_by" not in rows:
         return pd.DataFrame()
-    counted = rows[rows["kind"].notna()]
+    counted = told_once(rows[rows["chosen_by"].notna()])  # a detector's rows have no rates
+    comparison = Comparison(sweep, rows)
+    place = comparison.places.set_index("key")
+    rates = (*COUNTS, "der", *(name for name in RETUNED if name in counted))
     lines = []
     for names, group in counted.groupby([*axes, "stage", "kind", "task"], dropna=False, sort=False):
         line = dict(zip([*axes, "stage", "kind", "task"], names, strict=True))
         for chooser in CHOOSERS:
             own = group[group["chosen_by"] == chooser]
             line[f"n_{chooser}"] = len(own)
-            for rate in (*COUNTS, "der"):
+            for rate in rates:
                 line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"] = own[rate].mean(), own[rate].std()
         line["device_seconds"] = group.drop_duplicates("key")["device_seconds"].mean()
+        if (key := group["key"].iloc[0]) in place.index:
+            line |= comparison.differences((place[SETTING][key], str(line["kind"])), place[ATTACK][key])
         lines.append(line)
     board = pd.DataFrame(lines)
     first = next(iter(sweep.config.stages))
@@ -80,14 +106,44 @@ def markdown(board: pd.DataFrame) -> str:
     axes = list(board.columns[: board.columns.get_loc("stage")])
     short = shorten(axes)
     has_oracle = bool(board["n_oracle"].any())
+    has_pairs = "acc_diff" in board and bool(board["acc_diff"].notna().any())
     head = [*short, "model", "task", "ACC", "ASR", "RA", "DER", "n"]
-    head += ["oracle ACC", "oracle ASR"] * has_oracle + ["device-s"]
+    retuned = {name: told for name, told in _RETUNED.items() if f"{name}_defender" in board}
+    head += [*["ΔACC", "ΔASR"] * has_pairs, *retuned.values(), *["oracle ACC", "oracle ASR"] * has_oracle, "device-s"]
     table = [head, ["---"] * len(head)]
     for line in board.to_dict("records"):
         cells = ["" if pd.isna(line[axis]) else str(line[axis]) for axis in axes] + [line["kind"], line["task"]]
         cells += [_score(line, rate, "defender") for rate in ("acc", "asr", "ra", "der")] + [str(line["n_defender"])]
-        cells += [_score(line, rate, "oracle") for rate in ("acc", "asr")] * has_oracle
+        cells += [difference(line, rate) for rate in RATES] * has_pairs
+        cells += [_score(line, rate, "defender") for rate in retuned]
+        cells += [_score(line, rate, "oracle") for rate in RATES] * has_oracle
         table.append([*cells, f"{line['device_seconds']:.0f}"])
+    return _lines(table)
+
+
+def side_by_side(table: pd.DataFrame) -> str:
+    """The defences' table as Markdown."""
+    head = ["setting", "model", "networks", "ACC", "ASR", "ΔACC", "ΔASR", "device-s", "× cheapest"]
+    head += ["MAD ACC", "MAD ASR"]
+    cells = [head, ["---"] * len(head)]
+    for line in table.to_dict("records"):
+        own = [line["setting"], line["kind"], str(line["networks"])]
+        own += [mean_std(line[rate], line[f"{rate}_std"]) for rate in RATES]
+        own += [difference(line, rate) for rate in RATES]
+        own += [mean_std(line["device_seconds"], line["device_seconds_std"]), mean_std(line["times"])]
+        cells.append([*own, *(mean_std(line[f"{rate}_mad"]) for rate in RATES)])
+    return _lines(cells)
+
+
+def difference(line: Mapping[Hashable, Any], rate: str) -> str:
+    """A signed difference with half of its interval, which two networks at least give."""
+    mean, half = line.get(f"{rate}_diff"), line.get(f"{rate}_diff_half")
+    if mean is None or pd.isna(mean):
+        return "–"
+    return f"{mean:+.1f}" if half is None or pd.isna(half) else f"{mean:+.1f} ± {half:.1f}"
+
+
+def _lines(table: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(screen.markdown, cells))} |" for cells in table)
 
 
@@ -114,7 +170,11 @@ def plot(board: pd.DataFrame) -> Figure:
 
 
 def _score(line: Mapping[Hashable, Any], rate: str, chooser: str) -> str:
-    mean, std = line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"]
+    return mean_std(line[f"{rate}_{chooser}"], line[f"{rate}_{chooser}_std"])
+
+
+def mean_std(mean: float, std: float | None = None) -> str:
+    """One decimal each; what is nan is left out."""
     if pd.isna(mean):
         return "–"
-    return f"{mean:.1f}" if pd.isna(std) else f"{mean:.1f} ± {std:.1f}"
+    return f"{mean:.1f}" if std is None or pd.isna(std) else f"{mean:.1f} ± {std:.1f}"

@@ -217,7 +217,8 @@ def _submit_array(sweep: Sweep, block: Block, waits: list[str], throttle: int | 
 def _submit_collect(sweep: Sweep, jobs: list[str]) -> str:
     """Failed arrays do not keep it from running."""
     record: dict[str, Any] = {"job": None, "stage": "collect", "points": {}}
-    program = [sys.executable, "-m", "dist_defend", "sweep", "report", str(sweep.path)]
+    scale = [] if sweep.scale is None else [f"--scale={sweep.scale}"]
+    program = [sys.executable, "-m", "dist_defend", "sweep", "report", str(sweep.path), *scale]
     options = [f"--dependency=afterany:{':'.join(jobs)}", "--ntasks=1"]
     return _sbatch(sweep, "collect", record, program, [*sbatch.options(sweep.path, sweep.config.slurm), *options], ())
 

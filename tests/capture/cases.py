@@ -35,6 +35,10 @@ from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
+from dist_defend.methods.measure.decree import Config as InversionConfig
+from dist_defend.methods.measure.decree import InversionStep
+from dist_defend.methods.measure.reactivate.networks import ReactivationStep
+from dist_defend.methods.measure.reactivate.options import Config as ReactivationConfig
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.masked_norm import mask_norms, norm_names
@@ -218,10 +222,25 @@ def sau_(model: Classifier, options: dict[str, Any]) -> TuningStep:
     return sau.SharedStep(sau.Config(**_DEFENCE), model, **options)
 
 
+def reactivate_(model: Classifier, options: dict[str, Any]) -> TuningStep:
+    config = ReactivationConfig(**_DEFENCE, epochs=STEPS, graph=options.pop("graph"))
+    return ReactivationStep(config, model, lambda: None, **options)
+
+
 def nc(graph: GraphMode) -> Case:
     ranks = dist.start(PRECISION, None)
     given, epoch = labelled(ranks)
     step = SearchStep(classifier("small_resnet", ranks), SearchConfig(), [0, 3], ranks, epoch, graph)
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
+def decree(graph: GraphMode) -> Case:
+    """Masks are found by the first steps, and the cost rises within twenty."""
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    encoder = classifier("small_resnet", ranks).net
+    config = InversionConfig("e", DatasetConfig("d"), seeds=(0, 3), threshold=0.5)
+    step = InversionStep(encoder, config, IMAGE, ranks, epoch, graph)
     return Case(step, given, (step.graphed,), (step.update,))
 
 
@@ -249,7 +268,9 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "nad": partial(tuned, make=nad_),
     "fp": partial(tuned, make=fp_),
     "sau": partial(tuned, make=sau_),
+    "reactivate": partial(tuned, make=reactivate_),
     "nc": nc,
+    "decree": decree,
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

@@ -244,6 +244,7 @@ DEFENCES: dict[str, Callable[[], Call]] = {
     "nad wrn: update": lambda: tuned(cases.nad_, "wrn_16_1"),
     "fp: update": lambda: tuned(cases.fp_),
     "sau: update": lambda: tuned(cases.sau_),
+    "reactivate: update": lambda: tuned(cases.reactivate_),
     "nc: search update": searched,
     "zskt: step": transferred,
     "zskt, sv: step": lambda: transferred(vaccine=_SV),

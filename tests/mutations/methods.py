@@ -2,6 +2,8 @@
 
 from tests.mutations.mutation import Mutation
 
+AGAIN = "unit/test_reactivate.py"
+AGAIN_BY_HAND = f"{AGAIN}::test_q_images_none_and_the_control_are_tuned_as_plain_torch_does"
 COUNTS = "unit/test_defence_counts.py"
 BEFORE = f"{COUNTS}::test_before_is_the_suspect_and_after_is_what_was_saved"
 RANDOM = "unit/test_random_state.py"
@@ -11,6 +13,8 @@ DRUPE = "numerics/test_drupe.py"
 TERMS = "test_terms_losses_gradients_and_updates"
 ENCODERS = "numerics/test_encoder_tuning.py"
 TUNING = "numerics/test_tuning.py"
+DECREE = "numerics/test_decree.py::test_steps_are_the_published_ones"
+CHOICE = "unit/test_epoch_choice.py::test_the_last_epoch_that_costs_little"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
 AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
@@ -46,6 +50,26 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("a probe's dropout is the same in every epoch", "methods/measure/probe.py",
              "key=[seed, epoch * self.num_batches + number]", "key=[seed, number]",
              f"{RANDOM}::test_a_probes_dropout_differs_between_epochs_batches_and_seeds"),
+    Mutation("re-activation's control is the suspect", "methods/measure/reactivate/__init__.py",
+             "copy.deepcopy(self.networks[role])", 'copy.deepcopy(self.networks["model"])', AGAIN_BY_HAND),
+    Mutation("re-tuning without poison is poisoned", "methods/measure/reactivate/__init__.py",
+             '("model", clean)', '("model", stamped)', AGAIN_BY_HAND),
+    Mutation("re-tuning is in train mode whatever it is told", "methods/measure/reactivate/networks.py",
+             "self.in_train_mode, self.start = config.train_mode, start",
+             "self.in_train_mode, self.start = True, start", AGAIN_BY_HAND),
+    Mutation("re-tuning goes on from a head that nobody trained", "methods/measure/reactivate/networks.py",
+             "            self.start()\n", "            pass\n",
+             f"{AGAIN}::test_an_encoder_is_tuned_with_the_head_that_a_probe_trains"),
+    Mutation("re-tuning augments the stamped images", "methods/measure/reactivate/images.py",
+             "plain, augmented))", "augmented, plain))",
+             f"{AGAIN}::test_published_images_are_augmented_once_and_stamped_ones_are_not"),
+    Mutation("a query's divergence is the other way round", "methods/measure/reactivate/query.py",
+             "functional.kl_div(said, wanted, ", "functional.kl_div(wanted.log(), said.exp(), ",
+             f"{AGAIN}::test_a_query_is_worth_what_the_networks_say_of_it"),
+    Mutation("queries are counted on the re-tuned network", "methods/measure/reactivate/__init__.py",
+             "nn.Sequential(perturbation, network) for role, network in networks.items()",
+             'nn.Sequential(perturbation, self.steps["poisoned"].model) for role, network in networks.items()',
+             f"{AGAIN}::test_queries_are_counted_on_the_networks_as_they_are"),
     Mutation("MIMIC estimates on the images that its critics were trained on", "methods/defend/mimic/information.py",
              "self.test_start = len(rows) - self.test_rows", "self.test_start = 0",
              f"{INFORMATION}::test_estimates_are_of_images_that_no_critic_was_trained_on"),
@@ -173,6 +197,18 @@ IN_METHODS: tuple[Mutation, ...] = (
              "        told = super().follow(scalars, gradients)\n", f"{TUNING}::test_fine_pruning"),
     Mutation("FP takes the stop before the one that is published", "methods/defend/fp.py",
              "n - self.off_by_one", "n", f"{TUNING}::test_fine_pruning"),
+    Mutation("a tuning defence delivers the last epoch whatever was chosen", "methods/defend/tuning/selection.py",
+             "self.model.load_state_dict(self.kept)", "pass", f"{CHOICE}[right0-0.05-3]"),
+    Mutation("the best epoch is chosen, not the last that costs little", "methods/defend/tuning/selection.py",
+             "if is_within or (not self.is_within and found.correct >= self.right):",
+             "if not self.is_within and found.correct >= self.right:",
+             f"{CHOICE}[right1-0.05-4]"),
+    Mutation("the images that choose an epoch are trained on", "methods/defend/tuning/plan.py",
+             "defence_loader(config, context, data, trained)", "defence_loader(config, context, data, rows)",
+             "unit/test_epoch_choice.py::test_a_run_delivers_the_chosen_epoch[ft]"),
+    Mutation("pruning by the test set counts it twice", "methods/defend/pruning/outcome.py",
+             "        if not counts:\n", "        if counts is not None:\n",
+             "unit/test_epoch_choice.py::test_pruning_by_the_test_set_counts_it_once[True]"),
     Mutation("SAU perturbs images downhill", "methods/defend/sau.py",
              "delta.detach() - config.step_size", "delta.detach() + config.step_size",
              f"{TUNING}::test_shared_adversarial_unlearning"),
@@ -181,6 +217,44 @@ IN_METHODS: tuple[Mutation, ...] = (
              f"{TUNING}::test_shared_adversarial_unlearning"),
     Mutation("SAU's networks are in train mode", "methods/defend/sau.py",
              "in_train_mode = False", "in_train_mode = True", f"{TUNING}::test_shared_adversarial_unlearning"),
+    Mutation("DECREE's c changes after five steps in a row", "methods/measure/decree.py",
+             "_IN_A_ROW, _FACTOR, _LARGEST_COST = 6,", "_IN_A_ROW, _FACTOR, _LARGEST_COST = 5,", f"{DECREE}[found]"),
+    Mutation("DECREE's mean cosine counts each image with itself", "methods/measure/decree.py",
+             "(total.square().sum(1) - count) / (count * (count - 1))", "total.square().sum(1) / count.square()",
+             f"{DECREE}[first_steps]"),
+    Mutation("DECREE keeps the mask of after the step", "methods/measure/decree.py",
+             "l1.detach(), masks.detach(), patterns.detach())", "l1.detach(), *self.triggers())",
+             f"{DECREE}[first_steps]"),
+    Mutation("DECREE's l1 counts a pixel once, not in each channel", "methods/measure/decree.py",
+             "l1 = 3 * masks", "l1 = masks", f"{DECREE}[first_steps]"),
+    Mutation("DECREE's Adam has the usual betas", "methods/measure/decree.py",
+             "betas=(0.5, 0.9)", "betas=(0.9, 0.999)", f"{DECREE}[first_steps]"),
+    Mutation("DECREE's rate falls an epoch late", "methods/measure/decree.py",
+             "at.epoch >= epoch", "at.epoch > epoch", f"{DECREE}[lr_steps]"),
+    Mutation("DECREE's stall goes on after a better mask", "methods/measure/decree.py",
+             "(~is_better & self.best.isfinite())", "self.best.isfinite()", f"{DECREE}[lr_steps]"),
+    Mutation("DECREE's c falls below its least value", "methods/measure/decree.py",
+             "self.cost >= self.config.least_cost", "self.cost > 0", f"{DECREE}[lr_steps]"),
+    Mutation("DECREE's searches share a cost", "methods/measure/decree.py",
+             "(self.cost * l1 - cosine).sum()", "(self.cost.mean() * l1 - cosine).sum()",
+             "numerics/test_decree.py::test_seeds_side_by_side_are_seeds_alone"),
+    Mutation("DECREE stops below the threshold", "methods/measure/decree.py",
+             "self.stopped | (is_above & (", "self.stopped | ((",
+             "numerics/test_decree.py::test_a_search_stops_when_an_epoch_is_above_the_threshold_and_nothing_better_came"),
+    Mutation("DECREE's verdict is that of the smallest mask", "methods/measure/decree.py",
+             "(median(found), min(found)", "(min(found), min(found)",
+             "unit/test_decree.py::test_the_median_of_the_seeds_decides"),
+    Mutation("DECREE's share in the trigger is that of the pixels", "methods/measure/decree.py",
+             "mask[0][region].sum() / mask.sum()", "mask[0][region].sum() / mask.numel()",
+             "unit/test_decree.py::test_a_row_of_kind_detector_with_score_and_verdict"),
+    Mutation("a smaller score is less suspicious whatever the detector", "detection.py",
+             'each.score if each.flags == "above" else -each.score', "each.score",
+             "unit/test_decree.py::test_separation_counts_verdicts_and_leaves_out_what_was_defended"),
+    Mutation("defended models count as clean ones", "detection.py",
+             'if each.truth != "defended"', 'if each.truth', "unit/test_decree.py::test_separation_counts"
+             "_verdicts_and_leaves_out_what_was_defended"),
+    Mutation("a tie counts as separated", "detection.py",
+             "(one == other) / 2", "(one == other)", "unit/test_decree.py::test_auc_is_the_share_of_pairs_in_order"),
     Mutation("NAD's teacher of an encoder is in train mode", "methods/defend/nad_simclr.py",
              "teacher.eval().requires_grad_(False)", "teacher.requires_grad_(False)",
              f"{ENCODERS}::test_attention_is_the_published_one[4]"),

@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 LINEAGE = "unit/test_sweep_lineage.py"
+COMPARED = "unit/test_sweep_comparison.py"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
@@ -27,9 +28,26 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("DER of a sweep takes |.| of the change of accuracy", "sweep/collect.py",
              "rating(drops[0] / 100, drops[1] / 100)", "rating(drops[0] / 100, abs(drops[1]) / 100)",
              f"{LINEAGE}::test_a_sweep_rates_no_gain_of_accuracy_and_no_rise_of_asr"),
+    Mutation("a defence's line shows one of several re-tunings", "sweep/collect.py",
+             "if len(own) == 1", "if own",
+             "unit/test_sweep_report.py::test_several_re_tunings_of_one_model_have_lines_of_their_own"),
     Mutation("the leaderboard's groups know nothing of attacks", "sweep/report.py",
              'groupby([*attacks, "task"]', 'groupby(["task"]',
              f"{LINEAGE}::test_the_leaderboard_ranks_defences_attack_by_attack"),
+    Mutation("differences are of means, not of pairs", "sweep/comparison.py",
+             "(both[defence] - both[self.reference]).dropna().tolist()",
+             "(both[defence].dropna() - both[self.reference].mean()).tolist()",
+             f"{COMPARED}::test_differences_are_those_of_one_network"),
+    Mutation("an interval is the normal distribution's", "sweep/comparison.py",
+             "count - 1)) * error", "10**9)) * error", f"{COMPARED}::test_an_interval_is_students"),
+    Mutation("stability is over networks too that some settings lack", "sweep/comparison.py",
+             "wide[own].dropna().groupby", "wide[own].groupby",
+             f"{COMPARED}::test_stability_is_over_settings_on_the_networks_that_all_have"),
+    Mutation("a spread is from the mean", "sweep/comparison.py",
+             "middle = statistics.median(values)", "middle = statistics.fmean(values)",
+             f"{COMPARED}::test_a_deviation_is_the_median_of_those_from_the_median"),
+    Mutation("a scale's keys for all points replace the stage's", "sweep/grid.py",
+             "stages[name].set | own.set", "own.set", "unit/test_sweep_grid.py::test_a_scale_goes_over_the_stages"),
     Mutation("a sweep's point cannot read its grandparent", "sweep/grid.py",
              "        point = point.parent\n", "        point = None\n",
              f"{LINEAGE}::test_a_point_reads_its_grandparent_too"),

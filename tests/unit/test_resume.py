@@ -336,7 +336,7 @@ def test_seconds_and_versions_are_those_of_all_lives(
     state = checkpoint.load(newest(tmp_path / "run"))
     assert [life["code_version"] for life in state["identity"]["lives"]] == ["1.0+first"]
     assert state["identity"]["inputs"] == digests_of(options, "simclr")
-    two_ranks = {"code_version": "1.0+first", "world_size": 2, "wall_seconds": 1000.0}
+    two_ranks = {"code_version": "1.0+first", "world_size": 2, "wall_seconds": 1000.0, "work_seconds": 500.0}
     rewrite(newest(tmp_path / "run"), set_("identity", "lives", [two_ranks]))
     monkeypatch.setattr("dist_defend.engine.identity.code_version", lambda: "1.0+second")
     capsys.readouterr()
@@ -348,6 +348,7 @@ def test_seconds_and_versions_are_those_of_all_lives(
     assert result["code_version"] == "1.0+second" and 0 < second["wall_seconds"] < 600
     assert result["wall_seconds"] == pytest.approx(1000 + second["wall_seconds"])
     assert result["device_seconds"] == pytest.approx(2000 + second["wall_seconds"])
+    assert result["work_seconds"] == pytest.approx(1000 + second["work_seconds"])
 
 
 def test_lives_are_added_up_over_several(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ PUBLISHED = {  # the numbers that results with digests were drawn by, when each 
     0x1BA0: Stream.PATCHED,
     0x25C7: Stream.ZSKT_INPUTS,
     0x5E1F: Stream.RETROSPECTION,
+    0x4E1D0: Stream.HELD_OUT,
     0x5B5E7: Stream.SUBSET,
     0x5AFF1E: Stream.SHUFFLES,
 }

@@ -197,3 +197,59 @@ def test_every_sweep_file_in_the_tree_spreads_out() -> None:
     sizes = {path.stem: len(load_sweep(path).points) for path in Path("configs/sweeps").glob("*.yaml")}
     assert sizes["fashion_attacks_defences"] == 75
     assert all(sizes.values())
+
+
+def test_the_leaderboard_has_eight_attacks_at_two_rates_and_ten_defences() -> None:
+    for scale, images in ((None, 500), ("minutes", 250)):
+        sweep = load_sweep("configs/sweeps/cifar10_leaderboard.yaml", scale)
+        attacks, defences = sweep.stage("attack"), sweep.stage("defence")
+        assert (len(attacks), len(defences)) == (17 * 3, 17 * 3 * 14)
+        own = [point.experiment.options.attack for point in attacks]
+        assert len({attack.trigger.name for attack in own}) == 8
+        assert [sum(attack.rate == rate for attack in own) for rate in (0.1, 0.01, 0.0)] == [24, 24, 3]
+        assert len({point.experiment.method for point in defences}) == 10
+        assert {point.experiment.options.data.max_samples for point in defences} == {images}
+        assert len({point.labels["attack"] for point in attacks}) == 17
+        assert all(point.experiment.options.attack is None for point in defences)
+
+
+def test_a_key_may_name_the_points_own_method(tmp_path: Path) -> None:
+    files = [experiment(tmp_path, "classifier", CLASSIFIER), experiment(tmp_path, "rnp", RNP)]
+    sweep = spread(tmp_path, set={"${method}.test.max_samples": 5}, product={"config": files})
+    assert [(p.experiment.method, p.experiment.options.test.max_samples) for p in sweep.points] == [
+        ("classifier", 5), ("rnp", 5),
+    ]  # fmt: skip
+
+
+def scaled(folder: Path, scales: dict[str, Any], scale: str) -> Sweep:
+    config = experiment(folder, "classifier", CLASSIFIER)
+    long, wide = {"classifier.update.epochs": 9, "classifier.arch": "vgg16"}, {"classifier.arch": "wrn_16_1"}
+    stage = {"config": config, "set": {"precision": "fp64"}, "explicit": {"long": long, "wide": wide}, "seeds": [1, 2]}
+    spread(folder, stages={"a": stage}, scales=scales)
+    return load_sweep(folder / "sweep.yaml", scale)
+
+
+def test_a_scale_goes_over_the_stages(tmp_path: Path) -> None:
+    own = {"set": {"classifier.data.max_samples": 7}, "explicit": {"long": {"classifier.update.epochs": 3}}}
+    sweep = scaled(tmp_path, {"small": {"a": {**own, "seeds": [5]}}}, "small")
+    assert sweep.config.output == "runs/sweep_small" and sweep.scale == "small"
+    keys = ("classifier.update.epochs", "classifier.arch", "precision", "classifier.data.max_samples", "seed")
+    assert values(sweep, *keys) == [(3, "vgg16", "fp64", 7, 5), (2, "wrn_16_1", "fp64", 7, 5)]
+    assert len(load_sweep(tmp_path / "sweep.yaml").points) == 4
+
+
+@pytest.mark.parametrize(
+    ("scales", "told"),
+    [
+        ({}, "--scale small is not in the file; known: none: it has no 'scales'"),
+        ({"large": {}}, "--scale small is not in the file; known: large"),
+        ({"small": {"b": {}}}, "key 'scales.small.b' is no stage; those are: a"),
+        ({"small": {"a": {"sed": {}}}}, "unknown key 'scales.small.a.sed'"),
+        ({"small": 3}, "key 'scales"),
+        ({"small": {"a": {"explicit": {"long": 3}}}}, "key 'explicit': expected"),
+    ],
+)
+def test_a_scale_that_does_not_fit_is_named(tmp_path: Path, scales: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        scaled(tmp_path, scales, "small")
+    assert told in str(error.value) and "\n" not in str(error.value)

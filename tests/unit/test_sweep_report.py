@@ -109,12 +109,94 @@ def test_the_report_lists_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFi
     )
 
 
+def retuned(sweep: Sweep, *points: tuple[Point, int]) -> Sweep:
+    """With a point of method reactivate after each of these, which finds so many of 50 after re-tuning."""
+    more = []
+    for number, (parent, asr) in enumerate(points):
+        own = {"acc_retuned": (90, 100), "asr_retuned": (asr, 50), "asr_retuned_clean": (1, 50)}
+        content = result("rnp", 1, (80, 20))
+        content["rows"][0] |= {name: {"correct": correct, "n": n} for name, (correct, n) in own.items()}
+        key = f"again{number}"
+        labels = {**parent.labels, "again.reactivate.num_poisoned": number}
+        more.append(Point("again", key, Experiment("reactivate", str(sweep.folder / "points" / key), options={}),
+                          labels, parent, 0, ()))  # fmt: skip
+        (sweep.folder / "points" / key).mkdir()
+        (sweep.folder / "points" / key / "result.json").write_text(json.dumps(content))
+    stages = {**sweep.config.stages, "again": StageConfig(after="defence")}
+    return Sweep(sweep.path, SweepConfig(str(sweep.folder), stages), (*sweep.points, *more))
+
+
+def test_re_tuning_stands_in_the_line_of_its_defence(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    again = retuned(sweep, (sweep.points[1], 40))
+    rows = collect.table(again)
+    own = rows[rows["key"] == sweep.points[1].key]
+    assert own.loc[own["chosen_by"] == "defender", ["acc_retuned", "asr_retuned"]].values.tolist() == [[90.0, 80.0]]
+    assert own.loc[own["chosen_by"] == "oracle", "asr_retuned"].isna().all()
+    collect.write(again, rows)
+    report.write(again, rows)
+    board = pd.read_csv(again.folder / "leaderboard.csv")
+    assert list(board["stage"]) == ["defence", "defence", "attack"]
+    rnp = board[board["kind"] == "rnp"].iloc[0]
+    assert (rnp["asr_retuned_defender"], rnp["asr_retuned_clean_defender"], rnp["acc_defender"]) == (80.0, 2.0, 82.0)
+    text = (again.folder / "leaderboard.md").read_text()
+    assert "| ACC re-tuned | ASR re-tuned | q = 0 | oracle ACC |" in text and "| 90.0 | 80.0 | 2.0 |" in text
+
+
+def test_several_re_tunings_of_one_model_have_lines_of_their_own(sweep: Sweep) -> None:
+    again = retuned(sweep, (sweep.points[1], 40), (sweep.points[1], 45))
+    board = report.leaderboard(again, collect.table(again))
+    own = board[board["stage"] == "again"]
+    assert sorted(own["asr_retuned_defender"]) == [80.0, 90.0]
+    assert board.loc[board["stage"] == "defence", "asr_retuned_defender"].isna().all()
+
+
 def test_a_sweep_without_results_reports_too(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     for file in sweep.folder.glob("points/*/result.json"):
         file.unlink()
     report.write(sweep, collect.table(sweep))
     told = capsys.readouterr().out
     assert "No point has counted anything yet" in told and "Missing: 6 of 6 points" in told
+
+
+def detected(truth: str, score: float | None, detector: str = "decree", flags: str = "below") -> dict[str, Any]:
+    """A detector's row."""
+    own = {"kind": "detector", "task": "t", "seed": 1, "detector": detector, "quantity": "PL1", "flags": flags}
+    return {**own, "score": score, "low": score, "high": score, "bound": 0.1, "verdict": None, "truth": truth}
+
+
+def add_detections(sweep: Sweep, *rows: dict[str, Any]) -> None:
+    """A row for each of the first points, beside what they counted."""
+    for point, row in zip(sweep.points, rows, strict=False):
+        file = sweep.run_folder(point) / "result.json"
+        if file.exists():
+            content = json.loads(file.read_text())
+            file.write_text(json.dumps(content | {"rows": [*content["rows"], row]}))
+
+
+def test_detectors_are_rated_over_the_models_that_they_saw(sweep: Sweep) -> None:
+    before = report.leaderboard(sweep, collect.table(sweep))
+    scores = (("clean", 0.2), ("backdoored", 0.05), ("backdoored", 0.15), ("clean", 0.12), ("defended", 0.01))
+    add_detections(sweep, *(detected(*pair) for pair in scores))
+    rows = collect.table(sweep)
+    collect.write(sweep, rows)
+    report.write(sweep, rows)
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "| decree: PL1 | 0.750 | 1 of 2 | 2 of 2 | 0 |" in text  # 3 of 4 pairs in order
+    pd.testing.assert_frame_equal(before, report.leaderboard(sweep, rows))
+    parquet = pd.read_parquet(sweep.folder / "results.parquet").query("kind == 'detector'")
+    assert parquet["score"].tolist() == [0.2, 0.05, 0.15, 0.12, 0.01]
+    assert parquet["verdict"].tolist() == ["clean", "backdoored", "clean", "clean", "backdoored"]
+
+
+def test_each_detector_is_rated_by_itself_and_none_found_is_told(sweep: Sweep) -> None:
+    add_detections(
+        sweep, detected("clean", None), detected("backdoored", 0.05), detected("clean", 3, "nc", "above"),
+        detected("backdoored", 5.5, "nc", "above"),
+    )  # fmt: skip
+    report.write(sweep, collect.table(sweep))
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "| decree: PL1 | – | 1 of 1 | 0 of 0 | 1 |" in text
+    assert "| nc: PL1 | 1.000 | 1 of 1 | 0 of 1 | 0 |" in text
 
 
 WRONG = ["{", "[]", '{"rows": [{"kind": "x"}]}', '{"rows": 3}', '{"wall_seconds": -1}', '{"seed": 1, "seed": 2}']

@@ -118,6 +118,18 @@ def test_setup_lines_come_before_the_points(site: Path) -> None:
     assert points[3] == "export PYTHONSAFEPATH=1"
 
 
+def test_a_scale_has_its_own_folder_options_and_report(site: Path) -> None:
+    stage = f"{{config: {site}/c.yaml, seeds: [1, 2]}}"
+    scales = "{small: {one: {seeds: [3], slurm: {time: 0:30:00}}}}"
+    (site / "s.yaml").write_text(f"output: {site}/out\nstages: {{one: {stage}}}\nscales: {scales}\n")
+    assert main(["sweep", "submit", str(site / "s.yaml"), "--scale", "small"]) == 0
+    assert not (site / "out").exists()
+    folder = site / "out_small" / "submissions"
+    assert len(json.loads((folder / "0000.json").read_text())["points"]) == 1
+    assert (folder / "0001.sbatch").read_text().rstrip().endswith("s.yaml --scale=small")
+    assert "--time=0:30:00" in (site / "sbatch.log").read_text()
+
+
 def test_a_setup_of_one_text(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "s.yaml").write_text(f"output: {site}/out\nsetup: |\n  module load a\n  b\nconfig: {site}/c.yaml\n")
     assert load_sweep(site / "s.yaml").config.setup == ("module load a\nb\n",)

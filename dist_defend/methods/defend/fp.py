@@ -38,6 +38,7 @@ class Config(TuningConfig, PruningConfig):
         selection: whose accuracy chooses the stop; test_data as published, which no defender has
         include_failing_stop: deliver the first stop that costs too much, as published, not the one before
         off_by_one: prune one feature less at each stop than its number says, as published
+        max_accuracy_drop: relative loss of accuracy that a stop may cost, and an epoch where ``held_out`` chooses it
     """
 
     max_accuracy_drop: float = 0.1

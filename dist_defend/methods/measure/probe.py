@@ -74,32 +74,19 @@ class KnnConfig:
         positive(self, "k", "temperature")
 
 
-@dataclass(frozen=True)
-class Config:
-    """Defaults are BadEncoder's; MIMIC trains for 1000 epochs. The last epoch counts.
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """How heads are trained. Defaults are BadEncoder's; MIMIC trains for 1000 epochs. The last epoch counts.
 
     Keys:
-        encoders: kind (clean, backdoored, purified, ...) -> model folder
-        tasks: name -> a downstream task
-        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
-        kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
-            neither seeds nor any key from hidden on is read
-        knn: of kind knn; null: its defaults
-        seeds: each gives every task a head of its own
         hidden: widths of the hidden layers; []: a linear probe
         dropout: probability, after the first hidden layer
         standardise: each feature gets mean 0 and variance 1, by the training images' moments, as SSLBKD's probe has it
         shuffle: a new order in every epoch; false, as published: the file's order, here the prepared one (docs/data.md)
         cache: where each rank keeps its share of a task's training features
-        update: how the heads are trained
+        update: batch size, epochs, optimizer and the like of the heads
     """
 
-    encoders: dict[str, str]
-    tasks: dict[str, TaskConfig]
-    attack: AttackConfig | None = AttackConfig(BadNets(size=10, margin=1))
-    kind: Literal["head", "knn"] = "head"
-    knn: KnnConfig | None = None
-    seeds: tuple[int, ...] = (100,)
     hidden: tuple[int, ...] = HIDDEN
     dropout: float = 0.5
     standardise: bool = False
@@ -108,11 +95,6 @@ class Config:
     update: UpdateConfig = UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
 
     def __post_init__(self) -> None:
-        for key in ("encoders", "tasks", "seeds"):
-            if not getattr(self, key):
-                raise ValueError(f"key '{key}' is empty")
-        if min(self.seeds) < 0:
-            raise ValueError(f"key 'seeds' is {list(self.seeds)}; none may be negative")
         if self.update.accumulation != 1:
             raise ValueError(f"key 'update.accumulation' is {self.update.accumulation}; heads are small, it must be 1")
         if not 0 <= self.dropout < 1:
@@ -121,6 +103,36 @@ class Config:
             raise ValueError(
                 f"key 'hidden' is {list(self.hidden)}; a layer needs at least one unit, [] is a linear probe"
             )
+
+
+@dataclass(frozen=True)
+class Config(HeadConfig):
+    """Encoders, tasks, and what classifies the features.
+
+    Keys:
+        encoders: kind (clean, backdoored, purified, ...) -> model folder
+        tasks: name -> a downstream task
+        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
+        kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
+            neither seeds nor any key of heads is read
+        knn: of kind knn; null: its defaults
+        seeds: each gives every task a head of its own
+    """
+
+    encoders: dict[str, str]
+    tasks: dict[str, TaskConfig]
+    attack: AttackConfig | None = AttackConfig(BadNets(size=10, margin=1))
+    kind: Literal["head", "knn"] = "head"
+    knn: KnnConfig | None = None
+    seeds: tuple[int, ...] = (100,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("encoders", "tasks", "seeds"):
+            if not getattr(self, key):
+                raise ValueError(f"key '{key}' is empty")
+        if min(self.seeds) < 0:
+            raise ValueError(f"key 'seeds' is {list(self.seeds)}; none may be negative")
         if self.knn is not None and self.kind != "knn":
             raise ValueError("key 'knn' is of kind knn alone: set 'kind: knn', or leave it out")
 
@@ -256,15 +268,21 @@ class Task:
 
 
 class TrainedHeads:
-    """The heads of one task, for all encoders and seeds, and the stage that trains them."""
+    """The heads of one task, for all encoders and seeds, and the stage that trains them. section: of their keys."""
 
     def __init__(
-        self, task: str, config: Config, encoders: Sequence[Encoder], context: Context, data: LabelledRows
+        self,
+        task: str,
+        config: Config,
+        encoders: Sequence[Encoder],
+        context: Context,
+        data: LabelledRows,
+        section: str = "probe",
     ) -> None:
         train, rows = data
         if len(rows) < config.update.batch_size:
             raise UserError(
-                f"{train.path}: {len(rows)} images are fewer than key 'probe.update.batch_size' = "
+                f"{train.path}: {len(rows)} images are fewer than key '{section}.update.batch_size' = "
                 f"{config.update.batch_size}"
             )
         self.seeds, width = config.seeds, encoders[0].feature_dim

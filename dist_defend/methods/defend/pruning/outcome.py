@@ -78,14 +78,20 @@ class Outcome:
         order = pruning_order(neurons)
         candidates, fixed = config.stops(order)
         stops = [Candidate(None, 0), *candidates, *([] if fixed is None else [fixed])]
-        chosen, right = len(stops) - 1, []
+        chosen, right = len(stops) - 1, []  # of the defender's images
         if self.defence is not None:
             on_defence, labels = self._predict(order, stops, self.defence)
             right = [Count(int((classes == labels).sum()), len(labels)) for classes in on_defence.T]
+        counts: dict[int, dict[str, Count]] = {}
+        if config.selection == "test_data":  # which no defender has
+            counts = self._count(order, stops, range(len(stops)))
+            right_of = [counts[number]["acc"] for number in range(len(stops))]
+        else:
+            right_of = right
         if fixed is None:
-            chosen = config.pick([count.correct for count in self._judging(order, stops, right)])
-        tested = range(len(stops)) if config.full_table else sorted({0, chosen})
-        counts = self._count(order, stops, tested)
+            chosen = config.pick([count.correct for count in right_of])
+        if not counts:
+            counts = self._count(order, stops, range(len(stops)) if config.full_table else sorted({0, chosen}))
         oracle = (
             choose_by_oracle(counts, config.acc_ratio) if config.full_table and self.test.attack is not None else None
         )
@@ -107,13 +113,6 @@ class Outcome:
         if self._shift is not None:
             self._shift(self.model)
         return Choice(stops[chosen], counts[0], counts[chosen], None if oracle is None else counts[oracle])
-
-    def _judging(self, order: Sequence[Neuron], stops: Sequence[Candidate], right: list[Count]) -> list[Count]:
-        """What the choice looks at: the defender's images, or the test set's, which no defender has."""
-        if self.config.selection != "test_data":
-            return right
-        found = self._count(order, stops, range(len(stops)))
-        return [found[number]["acc"] for number in range(len(stops))]
 
     def _predict(self, order: Sequence[Neuron], stops: Sequence[Candidate], loader: Loader) -> tuple[Tensor, Tensor]:
         pruned = [stop.pruned for stop in stops]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from dist_defend.attacks.attack import AttackConfig
-from dist_defend.bounds import at_least_one
+from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.optim import OptimizerConfig
@@ -18,7 +18,7 @@ def sgd(lr: float = 0.01, **other: object) -> OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(DefenderConfig):
-    """All weights follow a loss of the defender's images. The last epoch is delivered; nothing is selected.
+    """All weights follow a loss of the defender's images. The last epoch is delivered, or one that clean images choose.
 
     Keys:
         model: model folder of the suspected classifier
@@ -28,6 +28,9 @@ class TuningConfig(DefenderConfig):
         optimizer: optimizer, rate and schedule
         evaluate_every: epochs between two measurements; there is one after the last epoch too
         graph: whether the updates are CUDA graphs
+        held_out: share of the defender's images that is not trained on and chooses the epoch; 0: the last one, as
+            published
+        max_accuracy_drop: relative loss of accuracy on these images that an epoch may cost; the last such one is taken
     """
 
     model: str
@@ -37,7 +40,12 @@ class TuningConfig(DefenderConfig):
     optimizer: OptimizerConfig = field(default_factory=sgd)
     evaluate_every: int = 10
     graph: GraphMode = "auto"
+    held_out: float = 0.0
+    max_accuracy_drop: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least_one(self, "epochs", "evaluate_every")
+        not_negative(self, "max_accuracy_drop")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"key 'held_out' is {self.held_out}; it must be at least 0 and below 1")

@@ -6,12 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from dist_defend.counts import Count, agreeing, predict
 from dist_defend.data.loader import Loader
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.methods.defend.defender import defence_data, defence_loader
 from dist_defend.methods.defend.tuning.options import TuningConfig
+from dist_defend.methods.defend.tuning.selection import EpochChoice, split_held_out
 from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.models.classifier import Classifier
 from dist_defend.trial import Trial
@@ -19,7 +21,10 @@ from dist_defend.trial import Trial
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a method's step is made from. model: the suspect, which is trained, on the ranks' device."""
+    """What a method's step is made from. model: the suspect, which is trained, on the ranks' device.
+
+    rows: those of the defender's images that are trained on.
+    """
 
     model: Classifier
     trial: Trial
@@ -45,16 +50,43 @@ def tuning_plan(
     data, rows = defence_data(config, trial)
     trial.test_on(config.test, config.attack, without=(data, rows))
     trial.look(data, rows)
-    model = trial.model
+    model, trained, held_out = trial.model, rows, rows[:0]
     context.synchronise(model)
-    loader = defence_loader(config, context, data, rows)
+    if config.held_out:
+        trained, held_out = split_held_out(rows, config.held_out, context.seed, context.method)
+    loader = defence_loader(config, context, data, trained)
     options = {"ranks": context.ranks, "steps_per_epoch": loader.num_batches, "graph": config.graph}
-    first, step = make(Tuned(model, trial, data, rows, loader, options))
+    first, step = make(Tuned(model, trial, data, trained, loader, options))
     stage = Stage(context.method, loader, step, config.epochs, lambda _: trial.evaluate(model), config.evaluate_every)
     stage.stop_when, stage.shown = step.is_over, shown
+    if config.held_out:
+        chosen_by = chosen_by or "defence_data"
+        judges = context.eval_loader(data, held_out)
+
+        def count(judged: Classifier) -> Count:
+            return agreeing(*predict(judged, judges, context.ranks)[:2])
+
+        step.choice = EpochChoice(model, trial.original, count, config.max_accuracy_drop)
+        _choose_epoch(stage, step.choice, trial, model)
 
     def result() -> dict[str, Any]:
-        metrics, provenance = {"defence_images": len(rows), **step.metrics()}, {"epochs": config.epochs}
+        chosen = {} if step.choice is None else {"held_out_images": len(held_out), **step.choice.metrics()}
+        metrics, provenance = {"defence_images": len(rows), **step.metrics(), **chosen}, {"epochs": config.epochs}
         return trial.result(model, chosen_by=chosen_by, metrics=metrics, provenance=provenance)
 
     return Plan([*first, stage], result)
+
+
+def _choose_epoch(stage: Stage, choice: EpochChoice, trial: Trial, model: Classifier) -> None:
+    """Have the stage look at each of its epochs and end with the chosen one, which is measured then."""
+    measure_every, stage.evaluate_every = stage.evaluate_every, 1
+
+    def evaluate(epoch: int) -> dict[str, float]:
+        told = choice.look(epoch)
+        return told | (trial.evaluate(model) if epoch % measure_every == 0 else {})
+
+    def finish() -> None:
+        choice.deliver()
+        trial.evaluate(model)
+
+    stage.evaluate, stage.finish = evaluate, finish

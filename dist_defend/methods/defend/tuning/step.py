@@ -14,6 +14,7 @@ from dist_defend.engine.objective import at_least_float32
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
+from dist_defend.methods.defend.tuning.selection import EpochChoice
 from dist_defend.ops.collectives import all_reduce_sum
 from dist_defend.ops.hypergrad import all_reduce_together
 
@@ -25,6 +26,7 @@ class TuningStep:
     """
 
     in_train_mode = True
+    choice: EpochChoice | None = None  # of the epoch, where it is not the last
 
     def __init__(
         self,
@@ -91,9 +93,12 @@ class TuningStep:
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimizer": self.update.state_dict()}
+        chosen = {} if self.choice is None else {"choice": self.choice.state_dict()}
+        return {"model": self.model.state_dict(), "optimizer": self.update.state_dict(), **chosen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """In place: a captured graph keeps its addresses."""
         self.model.load_state_dict(state["model"])
         self.update.load_state_dict(state["optimizer"])
+        if self.choice is not None:
+            self.choice.load_state_dict(state["choice"])

@@ -110,6 +110,18 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
         "simclr.attack.trigger.channels": ["u", "v"],
     }),
+    *(("UMBCvision/SSL-Backdoor, its generator", (f"dist_defend.attacks.random_patch:RandomPatch.{key}",), {"": value})
+      for key, value in (("size", 50), ("opacity", 1.0), ("train", [0.25, 0.75]), ("test", [0.1, 0.9]))),
+    ("jsrdcht/SSL-Backdoor, CIFAR-10 (third party)", ("attack/sslbkd_cifar10",), {
+        "simclr.attack.count": 2500, "simclr.attack.target_class": 0, "simclr.attack.trigger.size": 8,
+        "simclr.attack.trigger.train": [0.25, 0.75], "simclr.attack.trigger.test": [0.25, 0.75],
+    }),
+    ("UMBCvision/SSL-Backdoor, eval_linear.py", ("measure/linear_sslbkd_cifar10",), {
+        "probe.hidden": [], "probe.standardise": True, **below("probe.update", {
+            "batch_size": 256, "epochs": 40, "optimizer.lr": 0.01, "optimizer.momentum": 0.9,
+            "optimizer.weight_decay": 1e-4, "optimizer.milestones": [15, 30, 40],
+        }), "probe.tasks.cifar10.train.fraction": 0.1, "probe.tasks.cifar10.target_class": 0,
+    }),
     # DECREE
     ("GiantSeaweed/DECREE: 10 % of the test images", ("measure/decree_cifar10",), {"decree.data.fraction": 0.1}),
     ("GiantSeaweed/DECREE: 20 % of ImageNet's validation images", ("measure/decree_imagenet",),

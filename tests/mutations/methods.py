@@ -119,7 +119,7 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("OOD distils on plain images", "methods/defend/ood.py",
              "(View(config.augment),)", "(View(),)", f"{AUGMENTED}[ood]"),
     Mutation("a second stamping, as BadEncoder's objective had one", "methods/attack/badencoder.py",
-             "[stamp_images(x, trigger) for", "[trigger.to(x.device, x.dtype)(x) for",
+             "[stamp_images(x, trigger, batch.index) for", "[trigger.to(x.device, x.dtype)(x) for",
              "repo/test_stamping.py::test_images_are_stamped_in_one_place"),
     Mutation("a probe of another trigger than the card's", "methods/measure/probe.py",
              "measure(config.encoders, config.attack,", "measure(config.encoders, AttackConfig(BadNets()),",

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from dist_defend import screen
 from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS, RETUNED
+from dist_defend.sweep import detectors
 from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
 from dist_defend.sweep.expectation import Outcome, outcomes
@@ -61,6 +62,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         "",
         *(["## Defences side by side", "", side_by_side(table), "", _SIDE, paired, ""] if len(table) else []),
         *(["## Published and ours", "", beside_published(compared), "", _BESIDE, ""] if compared else []),
+        *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
     lines[-1] += "\n" if len(lacking) else ""
@@ -82,9 +84,9 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
     """
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
-    if "kind" not in rows:
+    if "chosen_by" not in rows:
         return pd.DataFrame()
-    counted = told_once(rows[rows["kind"].notna()])
+    counted = told_once(rows[rows["chosen_by"].notna()])  # a detector's rows have no rates
     comparison = Comparison(sweep, rows)
     place = comparison.places.set_index("key")
     rates = (*COUNTS, "der", *(name for name in RETUNED if name in counted))

@@ -97,6 +97,9 @@ SLOW = {"update": {  # at the usual rate an update multiplies rounding errors
 }}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of its options
     "simclr": ("simclr", SLOW),
+    "simclr_patched": ("simclr", SLOW | {
+        "attack": {"trigger": {"name": "random_patch", "size": 8}, "labels": "clean_label", "count": 3},
+    }),
     "simclr_accumulated": ("simclr", {"update": {"batch_size": 8, "epochs": 1, "accumulation": 2}}),
     "badencoder": ("badencoder", {}),
     "drupe": ("drupe", {  # an epoch that draws references apart, two of the whole, and costs that change
@@ -113,6 +116,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
     "nad_simclr": ("nad_simclr", SLOW),
     "probe": ("probe", {}),
     "probe_linear": ("probe", {"hidden": []}),
+    "probe_standardised": ("probe", {
+        "hidden": [], "standardise": True, "attack": {"trigger": {"name": "random_patch", "size": 4}},
+    }),
     "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
     "classifier": ("classifier", {}),
     "classifier_all_to_all": ("classifier", {"attack": {

@@ -160,6 +160,47 @@ def test_a_sweep_without_results_reports_too(sweep: Sweep, capsys: pytest.Captur
     assert "No point has counted anything yet" in told and "Missing: 6 of 6 points" in told
 
 
+def detected(truth: str, score: float | None, detector: str = "decree", flags: str = "below") -> dict[str, Any]:
+    """A detector's row."""
+    own = {"kind": "detector", "task": "t", "seed": 1, "detector": detector, "quantity": "PL1", "flags": flags}
+    return {**own, "score": score, "low": score, "high": score, "bound": 0.1, "verdict": None, "truth": truth}
+
+
+def add_detections(sweep: Sweep, *rows: dict[str, Any]) -> None:
+    """A row for each of the first points, beside what they counted."""
+    for point, row in zip(sweep.points, rows, strict=False):
+        file = sweep.run_folder(point) / "result.json"
+        if file.exists():
+            content = json.loads(file.read_text())
+            file.write_text(json.dumps(content | {"rows": [*content["rows"], row]}))
+
+
+def test_detectors_are_rated_over_the_models_that_they_saw(sweep: Sweep) -> None:
+    before = report.leaderboard(sweep, collect.table(sweep))
+    scores = (("clean", 0.2), ("backdoored", 0.05), ("backdoored", 0.15), ("clean", 0.12), ("defended", 0.01))
+    add_detections(sweep, *(detected(*pair) for pair in scores))
+    rows = collect.table(sweep)
+    collect.write(sweep, rows)
+    report.write(sweep, rows)
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "| decree: PL1 | 0.750 | 1 of 2 | 2 of 2 | 0 |" in text  # 3 of 4 pairs in order
+    pd.testing.assert_frame_equal(before, report.leaderboard(sweep, rows))
+    parquet = pd.read_parquet(sweep.folder / "results.parquet").query("kind == 'detector'")
+    assert parquet["score"].tolist() == [0.2, 0.05, 0.15, 0.12, 0.01]
+    assert parquet["verdict"].tolist() == ["clean", "backdoored", "clean", "clean", "backdoored"]
+
+
+def test_each_detector_is_rated_by_itself_and_none_found_is_told(sweep: Sweep) -> None:
+    add_detections(
+        sweep, detected("clean", None), detected("backdoored", 0.05), detected("clean", 3, "nc", "above"),
+        detected("backdoored", 5.5, "nc", "above"),
+    )  # fmt: skip
+    report.write(sweep, collect.table(sweep))
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "| decree: PL1 | – | 1 of 1 | 0 of 0 | 1 |" in text
+    assert "| nc: PL1 | 1.000 | 1 of 1 | 0 of 1 | 0 |" in text
+
+
 WRONG = ["{", "[]", '{"rows": [{"kind": "x"}]}', '{"rows": 3}', '{"wall_seconds": -1}', '{"seed": 1, "seed": 2}']
 
 

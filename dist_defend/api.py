@@ -89,7 +89,7 @@ class Result:
     @property
     def after(self) -> Counts | None:
         """Of the model that came out: a defence's by its card, else the one row's."""
-        rows = self.result.get("rows", [])
+        rows = [row for row in self.result.get("rows", []) if "acc" in row]
         return self._counts("after") or (Counts.of(rows[0]) if len(rows) == 1 else None)
 
     def _counts(self, when: str) -> Counts | None:
@@ -100,7 +100,7 @@ class Result:
     def rows(self) -> Any:
         """The rows of result.json: a DataFrame if pandas is installed, else a list of dicts.
 
-        A count ``acc`` gives the columns acc (percent), acc_correct and acc_n.
+        A count ``acc`` gives the columns acc (percent), acc_correct and acc_n. A detector's row has a score instead.
         """
         rows = [_flat(row) for row in self.result.get("rows", [])]
         if importlib.util.find_spec("pandas") is None:

@@ -140,7 +140,7 @@ def log_to_terminal(is_main: bool) -> None:
 
 def _outcome(entries: dict[str, Any]) -> str:
     """What the run has counted, in a line: of a defence before and after, of many rows where they are found."""
-    rows, metrics = entries.get("rows", []), entries.get("metrics", {})
+    rows, metrics = [row for row in entries.get("rows", []) if "acc" in row], entries.get("metrics", {})
     before = {name: metrics[f"{name}_before"] for name in ("acc", "asr") if f"{name}_before" in metrics}
     if len(rows) > 1 and not before:
         return f"{len(rows)} rows: dist-defend report shows them"

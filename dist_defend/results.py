@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_defend.counts import Count
+from dist_defend.detection import Detection
 from dist_defend.errors import UserError
 from dist_defend.files import read_regular
 from dist_defend.screen import printable
@@ -57,6 +58,20 @@ class _Row:
             raise ValueError(f"seed is {self.seed}")
         if not self.asr.n == self.ra.n <= self.asr_all.n:
             raise ValueError(f"asr, ra and asr_all count {self.asr.n}, {self.ra.n} and {self.asr_all.n} images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detected(Detection):
+    """A row of what a detector found. task: the data that it looked at; seed: the run's."""
+
+    kind: str
+    task: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.seed <= 2**64:
+            raise ValueError(f"seed is {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -121,10 +136,11 @@ def read_inside(path: Path, most_bytes: int) -> bytes | None:
 
 
 def read_result(file: Path, remedy: str) -> dict[str, Any]:
-    """What the tables need of a result.json: the fields of _Result that it has, "rows" and "metrics".
+    """What the tables need of a result.json: the fields of _Result that it has, "rows", "detections" and "metrics".
 
-    Each row has kind, task, seed, the COUNTS and maybe RETUNED as {"correct", "n"}; metrics has those of BEFORE that
-    are known, in percent. UserError, ending in ``remedy``, for anything that is no result of this program.
+    Each row has kind, task, seed, the COUNTS and maybe RETUNED as {"correct", "n"}; those of detectors are apart, as
+    Detected. metrics has those of BEFORE that are known, in percent. UserError, ending in ``remedy``, for anything that
+    is no result of this program.
     """
     where = f"{file}: not a result of dist-defend: it"
     data = read_inside(file, MOST_BYTES)
@@ -136,16 +152,22 @@ def read_result(file: Path, remedy: str) -> dict[str, Any]:
     rows, metrics = content.get("rows") or [], content.get("metrics") or {}
     if not isinstance(rows, list) or len(rows) > MOST_ROWS:
         raise UserError(f"{where} holds no list of at most {MOST_ROWS} rows: {remedy}")
+    counted: list[dict[str, Any]] = []
+    detections: list[Detected] = []
     for number, row in enumerate(rows):
-        rows[number] = _known(_Row, _mapping(row, f"{where} has a row that", remedy))
-        build(_Row, rows[number], f"{where} has a row {number + 1} that", remedy)
+        told = f"{where} has a row {number + 1} that"
+        if "detector" in _mapping(row, told, remedy):
+            detections.append(build(Detected, _printable(_known(Detected, row)), told, remedy))
+        else:
+            counted.append(_known(_Row, row))
+            build(_Row, counted[-1], told, remedy)
     metrics = _mapping(metrics, f"{where} has metrics that", remedy)
     before = {name: metrics[name] for name in BEFORE if metrics.get(name) is not None}
     for name, value in before.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not (value != value or 0 <= value <= 100):
             raise UserError(f"{where} says that {name} is {printable(value, 40)} %: {remedy}")
-    result = {**known, "rows": rows, "metrics": before}
-    return {key: _printable(item) for key, item in result.items()}
+    result = {**known, "rows": counted, "metrics": before}
+    return {**{key: _printable(item) for key, item in result.items()}, "detections": detections}
 
 
 def read_stops(content: bytes, where: str, remedy: str) -> list[dict[str, Any]]:

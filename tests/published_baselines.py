@@ -8,6 +8,8 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
+DECREE_DEFAULTS = "decree={encoder: x, data: {path: x}}"
+DECREE = {"lr": 0.5, "later_lrs": [0.1, 0.05], "threshold": 0.99, "cost": 1e-3, "epochs": 1000}
 REACTIVATE_PUBLISHED = (
     "measure/reactivate_cifar10 reactivate={preset: published, model: x, data: {path: x}, test: {path: x}}"
 )
@@ -108,6 +110,29 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
         "simclr.attack.trigger.positions": [15, 31], "simclr.attack.trigger.window": 32,
         "simclr.attack.trigger.channels": ["u", "v"],
     }),
+    *(("UMBCvision/SSL-Backdoor, its generator", (f"dist_defend.attacks.random_patch:RandomPatch.{key}",), {"": value})
+      for key, value in (("size", 50), ("opacity", 1.0), ("train", [0.25, 0.75]), ("test", [0.1, 0.9]))),
+    ("jsrdcht/SSL-Backdoor, CIFAR-10 (third party)", ("attack/sslbkd_cifar10",), {
+        "simclr.attack.count": 2500, "simclr.attack.target_class": 0, "simclr.attack.trigger.size": 8,
+        "simclr.attack.trigger.train": [0.25, 0.75], "simclr.attack.trigger.test": [0.25, 0.75],
+    }),
+    ("UMBCvision/SSL-Backdoor, eval_linear.py", ("measure/linear_sslbkd_cifar10",), {
+        "probe.hidden": [], "probe.standardise": True, **below("probe.update", {
+            "batch_size": 256, "epochs": 40, "optimizer.lr": 0.01, "optimizer.momentum": 0.9,
+            "optimizer.weight_decay": 1e-4, "optimizer.milestones": [15, 30, 40],
+        }), "probe.tasks.cifar10.train.fraction": 0.1, "probe.tasks.cifar10.target_class": 0,
+    }),
+    # DECREE
+    ("GiantSeaweed/DECREE: 10 % of the test images", ("measure/decree_cifar10",), {"decree.data.fraction": 0.1}),
+    ("GiantSeaweed/DECREE: 20 % of ImageNet's validation images", ("measure/decree_imagenet",),
+     {"decree.data.fraction": 0.2}),
+    ("GiantSeaweed/DECREE, its shipped script: images of CIFAR's size",
+     ("measure/decree_cifar10", f"measure/decree_cifar10 {DECREE_DEFAULTS}"), below("decree", {
+         **DECREE, "batch_size": 128, "milestones": [30, 50], "least_cost": 1e-5, "patience": 10,
+     })),
+    ("GiantSeaweed/DECREE, its shipped script: images of 224 px", ("measure/decree_imagenet",), below("decree", {
+        **DECREE, "batch_size": 32, "milestones": [200, 500], "least_cost": 1e-7, "patience": 35,
+    })),
     # FT and NAD of encoders
     *(("wssun/MIMIC, MIMIC.py: its images and views", (f"defend/{name}_cifar10",), {"seed": 100, **below(name, {
         "data.fraction": 0.04, "data.subset": "first", "augment.size": 32, "augment.flip": 0.5, "augment.jitter": 0.8,

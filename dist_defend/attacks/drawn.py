@@ -56,6 +56,12 @@ def low_frequency(seed: int) -> np.ndarray:
     return at_norm(_smooth(_generator(seed, 5), 3), 51, 1022 / 255)
 
 
+def coloured_cells(seed: int) -> np.ndarray:
+    """(80, 80, 3): 5 x 5 random colours, enlarged (Pillow, bicubic), as large as SSLBKD's pictures."""
+    cells = _generator(seed, 6).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(cells).resize((80, 80), Image.Resampling.BICUBIC))
+
+
 def oval(image_size: int) -> np.ndarray:
     """(H, W, 3), a grey oval on black in rows 120..203 and columns 128..194 of 224, scaled: where TrojanNN works."""
     centre, axes = (161.5, 161.0), (42.0, 33.5)

@@ -10,6 +10,7 @@ from torch import nn
 from dist_defend.attacks import patterns
 from dist_defend.attacks.drawn import oval
 from dist_defend.attacks.input_aware import Generators, InputAwareTrigger
+from dist_defend.attacks.random_patch import RandomPatch
 from dist_defend.attacks.stamping import stamp_pixels, to_bytes, to_images
 from dist_defend.attacks.trigger import Trigger, Wrapping
 from dist_defend.attacks.trojan_nn import optimise_pattern
@@ -38,6 +39,8 @@ def triggers(image_size: int) -> list[tuple[str, Trigger]]:
         ("wanet", patterns.WaNet()),
         ("bpp", patterns.Bpp()),
         ("bpp: dithered", patterns.Bpp(dithering=True)),
+        ("ctrl", patterns.Ctrl(window=image_size, positions=(image_size // 2 - 1, image_size - 1))),
+        ("random_patch", RandomPatch(size=image_size // 4)),
     ]
     built: list[tuple[str, Trigger]] = [(caption, config.build(image_size)) for caption, config in configs]
     with torch.random.fork_rng(devices=[]):

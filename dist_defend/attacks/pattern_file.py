@@ -49,8 +49,8 @@ class Pattern:
         """H, W in pixels."""
         return self.levels.shape[0], self.levels.shape[1]
 
-    def resized(self, height: int, width: int) -> "Pattern":
-        """A picture at another size (Pillow, bilinear; hidden colours have no weight). UserError for an array."""
+    def resized(self, height: int, width: int, how: Image.Resampling = Image.Resampling.BILINEAR) -> "Pattern":
+        """A picture at another size, by Pillow; hidden colours have no weight. UserError for an array."""
         if self.size == (height, width):
             return self
         if not self.is_picture:
@@ -61,7 +61,7 @@ class Pattern:
         layers = self.levels
         if self.opacity is not None:
             layers = np.concatenate([layers, self.opacity[..., None]], 2)
-        pixels = np.asarray(Image.fromarray(layers).resize((width, height), Image.Resampling.BILINEAR))
+        pixels = np.asarray(Image.fromarray(layers).resize((width, height), how))
         opacity = None if self.opacity is None else pixels[..., 3]
         return replace(self, levels=pixels[..., :3], opacity=opacity)
 

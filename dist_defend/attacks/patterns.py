@@ -13,6 +13,7 @@ from dist_defend.attacks.input_aware import InputAwareTrigger, load_generators
 from dist_defend.attacks.own_trigger import FromFile
 from dist_defend.attacks.pattern_file import open_images, open_pattern, read_pattern
 from dist_defend.attacks.quantize import Quantize
+from dist_defend.attacks.random_patch import RandomPatch
 from dist_defend.attacks.spectral import CHANNELS, Spectral, spectral
 from dist_defend.attacks.trigger import (
     Additive,
@@ -383,6 +384,7 @@ TriggerConfig = (
     | WaNet
     | Bpp
     | Ctrl
+    | RandomPatch
     | InputAware
     | TrojanNN
     | FromFile

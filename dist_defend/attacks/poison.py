@@ -68,7 +68,7 @@ class PoisonedDataset(MadeDataset):
                 base = images[stamped]
                 if self._base is not None:
                     base = np.asarray(self._base[self.source_rows[rows[stamped]]])
-                images[stamped] = stamp_pixels(base, self.trigger)
+                images[stamped] = stamp_pixels(base, self.trigger, rows[stamped])
             if len(crossed):
                 assert self._others is not None
                 others = self.clean.images(self._others[rows[crossed]])
@@ -80,7 +80,7 @@ def poisoned(dataset: PreparedDataset, rows: np.ndarray, config: AttackConfig, s
     """The training set: drawn_rows of ``rows`` stamped and relabelled; cross samples, where the trigger has them,
     are further rows that keep their labels. UserError as drawn_rows; for images of several sizes."""
     size, options = image_size_of(dataset), trigger_of(config)
-    trigger = not_idle(options.build(size))
+    trigger = not_idle(options.build_training(size))
     chosen, crossed = drawn_rows(dataset.labels, rows, config, dataset.num_classes, seed, options.cross_ratio)
     flags = np.zeros(len(dataset), np.uint8)
     flags[chosen], flags[crossed] = STAMPED, CROSS

@@ -60,8 +60,8 @@ def references_from(config: ReferenceConfig, image_size: int) -> tuple[np.ndarra
         check_class("reference.target_class", config.target_class, dataset.num_classes, config.dataset)
         rows = dataset.rows_of_class(config.target_class)[config.number : config.number + config.count]
         if len(rows) < config.count:
-            told = f"key 'reference.number' is {config.number}" + (f" and 'count' {config.count}" * (config.count > 1))
-            raise UserError(f"{told}; {config.dataset} has fewer images of that class")
+            keys = f"key 'reference.number' is {config.number}" + (f" and 'count' {config.count}" * (config.count > 1))
+            raise UserError(f"{keys}; {config.dataset} has fewer images of that class")
         images, classes = dataset.images(rows), dataset.labels[rows]
     if images.shape[1:3] != (image_size, image_size):
         raise UserError(

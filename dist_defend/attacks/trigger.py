@@ -50,6 +50,10 @@ class TriggerOptions(ABC):
     def build(self, image_size: int) -> Trigger:
         """The trigger for square images of this side (pixels). UserError if it does not fit them."""
 
+    def build_training(self, image_size: int) -> Trigger:
+        """The trigger of training images, where it is another than that of test images. UserError likewise."""
+        return self.build(image_size)
+
     def build_each(self, image_size: int) -> list[Trigger]:
         """All triggers, where a file holds several: one for each reference of BadEncoder."""
         return [self.build(image_size)]

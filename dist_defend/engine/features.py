@@ -17,6 +17,18 @@ from dist_defend.ops.collectives import all_gather_rows, all_reduce_sum
 _IMAGES_AT_ONCE = 512  # over all ranks
 
 
+@torch.no_grad()
+def moments(rows: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, each (E, 1, D), over the rows (n, E, D) of all ranks, ``total`` together."""
+    mean = all_reduce_sum(rows.sum(0)) / total
+    return mean[:, None], all_reduce_sum((rows - mean).square().sum(0))[:, None] / (total - 1)
+
+
+def standardise(features: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """(v - mean) / sqrt(variance + 1e-5) of each feature, as SSLBKD's linear probe has its inputs."""
+    return (features - mean) / (variance + 1e-5).sqrt()
+
+
 class FrozenFeatures:
     """f(x) / |f(x)| of N chosen images, not augmented, by E encoders with features of one length D.
 
@@ -73,6 +85,11 @@ class FrozenFeatures:
         for place, features in self._passes(encoder):
             total += (features * self.table[place, 0].to(features.device)).sum()
         return all_reduce_sum(total).item() / self.total
+
+    @cached_property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance of each feature over the N images, each (E, 1, D), on the rank's device."""
+        return moments(self.table[: self.own.stop - self.own.start].to(self.context.ranks.device), self.total)
 
     def forget(self) -> None:
         """Let go of the table; asked again, it is computed anew."""

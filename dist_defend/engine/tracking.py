@@ -22,10 +22,11 @@ def start(accelerator: Accelerator, folder: Path, configuration: Mapping[str, An
 def finish(accelerator: Accelerator, entries: Mapping[str, Any], step: int) -> None:
     """Log the numbers of a run's result as ``final/...``: rates in percent by kind and task, and its metrics."""
     final: dict[str, float] = {}
-    for row in entries.get("rows", []):
+    rows = [row for row in entries.get("rows", []) if "acc" in row]  # a detector's has no counts
+    for row in rows:
         for name in ("acc", "asr", "asr_all", "ra"):
             if row[name]["n"]:
-                seed = f"/seed {row['seed']}" if len(entries["rows"]) > 1 else ""
+                seed = f"/seed {row['seed']}" if len(rows) > 1 else ""
                 final[f"final/{row['kind']}/{row['task']}{seed}/{name}"] = 100 * row[name]["correct"] / row[name]["n"]
     for name, value in _flat(entries.get("metrics", {})):
         if isinstance(value, int | float) and not isinstance(value, bool):

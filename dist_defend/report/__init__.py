@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> int:
 
     UserError without a finished run that can be read, or without a folder to write to.
     """
-    from dist_defend.report import html, runs, tables
+    from dist_defend.report import detectors, html, runs, tables
 
     found, unfinished, damaged = runs.find_runs(args.runs)
     folder = Path(args.out or os.path.commonpath([Path(path).resolve() for path in args.runs]))
@@ -40,6 +40,8 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{told}; choose another folder with --out") from error
     if lines:
         print(tables.to_text(lines))
+    if detected := detectors.cells(found):
+        print(f"\n{detectors.to_text(detected)}")
     for text in [*alarms, *notices]:
         print(f"\nnote: {text}")
     print(f"\nreport: {folder / 'report.html'}")

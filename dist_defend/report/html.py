@@ -9,7 +9,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dist_defend.report import plots, shared, tables
+from dist_defend.report import detectors, plots, shared, tables
 from dist_defend.report.runs import Run
 from dist_defend.report.tables import Line
 
@@ -61,6 +61,9 @@ def render(
         "metrics": tables.columns(lines),
         "definitions": tables.definitions(lines),
         "spread": tables.spread(lines),
+        "detectors": [detectors.HEAD, *found] if (found := detectors.cells(runs)) else [],
+        "detectors_meaning": detectors.MEANING,
+        "found": [(run.label, plots.data_uri(run.found)) for run in runs[: shared.MOST_OWN] if run.found],
         "alarms": alarms,
         "notices": notices,
         "is_large": is_large,

@@ -15,14 +15,16 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from dist_defend.errors import UserError
-from dist_defend.results import read_inside, read_metrics, read_result, read_stops
+from dist_defend.results import Detected, read_inside, read_metrics, read_result, read_stops
 from dist_defend.screen import printable
 from dist_defend.strict_json import parse_json
 from dist_defend.strict_yaml import parse_yaml
 
 _AGAIN = "run it again"
 _WITHOUT = "delete it to report without it"
-_MEBIBYTES = {"features.safetensors": 512, "examples.safetensors": 64, "generated.png": 32, "metrics.jsonl": 64}
+_MEBIBYTES = {
+    "features.safetensors": 512, "examples.safetensors": 64, "generated.png": 32, "found.png": 32, "metrics.jsonl": 64
+}  # fmt: skip
 _MOST_TENSORS = 1000
 _MOST_POINTS, _MOST_DIMENSIONS = 5000, 1 << 16  # of features
 _MOST_SIDE = 4096  # pixels of a picture
@@ -40,6 +42,11 @@ class Run:
     def rows(self) -> list[dict[str, Any]]:
         """Counts by model, task and seed, see evaluate.backdoor_counts; empty for a run that counts nothing."""
         return list(self.result["rows"])
+
+    @property
+    def detections(self) -> list[Detected]:
+        """What detectors found."""
+        return list(self.result["detections"])
 
     def before(self, metric: str) -> float:
         """Percent that the model scored before this run, a defence, changed it; nan where it does not say."""
@@ -85,17 +92,12 @@ class Run:
     @cached_property
     def generated(self) -> bytes:
         """A grid of images that a generator made, PNG."""
-        content = self._read("generated.png")
-        if content is None:
-            return b""
-        try:
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-                size = image.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self._damaged('generated.png')} is no PNG: {_WITHOUT}") from error
-        if max(size) > _MOST_SIDE:
-            raise UserError(f"{self._damaged('generated.png')} has {size[0]}x{size[1]} pixels: {_WITHOUT}")
-        return content
+        return self._picture("generated.png")
+
+    @cached_property
+    def found(self) -> bytes:
+        """Mask, pattern and their product, a row for each search of a detector, PNG."""
+        return self._picture("found.png")
 
     @cached_property
     def config_text(self) -> str:
@@ -137,8 +139,22 @@ class Run:
 
     def read_all(self) -> None:
         """Read every file now. UserError for the first that is damaged."""
-        for name in ("sweep", "metrics", "features", "examples", "generated", "config_text", "targets", "started"):
+        for name in ("sweep", "metrics", "features", "examples", "generated", "found", "config_text", "targets"):
             getattr(self, name)
+        _ = self.started
+
+    def _picture(self, name: str) -> bytes:
+        content = self._read(name)
+        if content is None:
+            return b""
+        try:
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+                size = image.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self._damaged(name)} is no PNG: {_WITHOUT}") from error
+        if max(size) > _MOST_SIDE:
+            raise UserError(f"{self._damaged(name)} has {size[0]}x{size[1]} pixels: {_WITHOUT}")
+        return content
 
     def _read(self, name: str) -> bytes | None:
         return read_inside(self.path / name, _MEBIBYTES.get(name, 4) << 20)

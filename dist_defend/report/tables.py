@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_defend.counts import ORACLE, Count, rating
+from dist_defend.detection import KIND
+from dist_defend.report import detectors
 from dist_defend.report.runs import Run
 from dist_defend.screen import cell, markdown
 
@@ -41,6 +43,7 @@ DEFINITIONS = {
     "n": "clean test images / triggered test images whose label is not the target",
 }
 SPREAD = "Mean ± sample standard deviation over the seeds of the downstream classifier; the encoders stay the same."
+_DETECTED = ["detector", "score", "low", "high", "verdict", "truth"]
 _CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered"]
 _KINDS = ["clean", "backdoored", "purified"]
 _NEAR_CHANCE = 1.5
@@ -141,7 +144,7 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
     """What the report leaves out."""
     told = (
         []
-        if lines
+        if lines or any(run.detections for run in runs)
         else ["no probe, classifier or defence among these, so no table of rates; run one and report it too"]
     )
     told += [f"{folder} is unfinished and left out" for folder in unfinished]
@@ -153,12 +156,14 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
 def to_csv(runs: Iterable[Run]) -> str:
     """One row per kind, task and seed; rates in percent with four decimals, empty where there was nothing to count.
 
-    What re-tuning gave comes last, if any row has it.
+    What re-tuning gave comes last, if any row has it, and what detectors found, whose rows have no rates but a score.
+    A verdict is empty where nothing was found.
     """
     runs, out = list(runs), io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     more = [name for name in RETUNED if any(name in row for run in runs for row in run.rows)]
-    writer.writerow([*_CSV_COLUMNS, *more])
+    detected = _DETECTED if any(run.detections for run in runs) else []
+    writer.writerow([*_CSV_COLUMNS, *more, *detected])
 
     def told(percent: float) -> str:
         return "" if math.isnan(percent) else f"{percent:.4f}"
@@ -167,7 +172,13 @@ def to_csv(runs: Iterable[Run]) -> str:
         for row in run.rows:
             rates = [*(told(_percent(row, name)) for name in METRICS), told(_der(run, row))]
             sizes = [row["acc"]["n"], row["asr"]["n"], *(told(_percent(row, name)) for name in more)]
-            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes])
+            nothing = [""] * len(detected)
+            writer.writerow([*map(cell, (run.label, row["kind"], row["task"])), row["seed"], *rates, *sizes, *nothing])
+        for one in run.detections:
+            head = [*map(cell, (run.label, KIND, one.task)), one.seed]
+            rates = [""] * (len(_CSV_COLUMNS) + len(more) - len(head))
+            scores = ["" if score is None else f"{score:.6g}" for score in (one.score, one.low, one.high)]
+            writer.writerow([*head, *rates, cell(one.detector), *scores, one.verdict or "", one.truth])
     return out.getvalue()
 
 
@@ -227,6 +238,8 @@ def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Ru
     if lines:
         out += [*_markdown_table(cells(lines)), "", *([spread(lines), ""] if spread(lines) else [])]
         out += [*(f"- **{name}**: {text}." for name, text in definitions(lines).items()), ""]
+    if found := detectors.cells(runs):
+        out += ["## Detectors", "", *_markdown_table([detectors.HEAD, *found]), "", detectors.MEANING, ""]
     return "\n".join([*out, "## Runs", "", *_markdown_table(provenance(runs)), ""])
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pandas as pd
 
 from dist_defend.counts import ORACLE, Count, rating
+from dist_defend.detection import KIND
 from dist_defend.errors import UserError
 from dist_defend.removal import removal_seconds
 from dist_defend.results import COUNTS as RATES
-from dist_defend.results import RETUNED, read_result
+from dist_defend.results import RETUNED, Detected, read_result
 from dist_defend.screen import cell
 from dist_defend.sweep.grid import Point, Sweep
 
@@ -37,6 +38,7 @@ def table(sweep: Sweep) -> pd.DataFrame:
     task, seed, chosen_by (defender or oracle), acc, asr, asr_all, ra, der, acc_before, asr_before, n_clean,
     n_triggered, and what the run cost, among it removal_seconds; ``reason`` where something is damaged. What a point of
     method reactivate has counted (results.RETUNED) stands in its own row and in that of the defence before it.
+    A row of kind detector has detector, quantity, score, low, high, bound, flags, verdict and truth instead of rates.
     """
     rows = pd.DataFrame(_with_retuned([row for point in sweep.points for row in _rows(sweep, point)]))
     damaged = rows[rows["state"] == "damaged"]
@@ -93,13 +95,22 @@ def _rows(sweep: Sweep, point: Point) -> Iterator[dict[str, Any]]:
         return
     costs = {**{key: result.get(key) for key in _COSTS}, "removal_seconds": removed}
     before = {f"{name}_before": result["metrics"].get(f"{name}_before") for name in ("acc", "asr")}
-    for row in result["rows"] or [{}]:
-        yield {**head, "state": "done", **_rated(row, before), **before, **costs}
+    detected = [{"kind": KIND, "task": one.task, **_detected(one)} for one in result["detections"]]
+    for row in [_rated(row, before) for row in result["rows"]] + detected or [{}]:
+        yield {**head, "state": "done", **row, **before, **costs}
+
+
+def _detected(one: Detected) -> dict[str, Any]:
+    numbers = {name: _number(getattr(one, name)) for name in ("score", "low", "high", "bound")}
+    texts = {name: getattr(one, name) for name in ("detector", "quantity", "flags", "verdict", "truth")}
+    return {**texts, **numbers}
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _rated(row: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    if not row:
-        return {}
     counts = {name: Count(**row[name]) for name in RATES}
     counts |= {name: Count(**row[name]) for name in RETUNED if name in row}
     kind = row["kind"]

@@ -21,13 +21,14 @@ from dist_defend.bounds import at_least_one, not_negative
 from dist_defend.config import Experiment, build_experiment, build_section, change, check_folder
 from dist_defend.errors import UserError
 from dist_defend.strict_yaml import read_yaml
+from dist_defend.sweep.expectation import Expectation
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.([\w.]+)\}")
 MOST_POINTS = 10_000  # of a stage: reading them takes a minute
 _KEY_LENGTH = 12  # hex digits
 # What a resume may change is no part of a point's identity, unless the sweep varies it.
 _FREE_KEYS = ("world_size", "trainer", "loader")
-_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages", "scales")
+_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages", "scales", "expect")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class SweepConfig:
         setup: lines of shell that Slurm's jobs run first: module load, conda activate
         scales: name -> stage -> keys that replace the stage's own, or go over its ``set`` and, label by label, over its
             ``explicit``; --scale NAME chooses them, in a folder of its own, <output>_<NAME>
+        expect: published figures that the report compares with
     """
 
     output: str
@@ -84,6 +86,7 @@ class SweepConfig:
     slurm: dict[str, Any] = field(default_factory=dict)
     setup: tuple[str, ...] = ()
     scales: dict[str, dict[str, StageConfig]] = field(default_factory=dict)
+    expect: tuple[Expectation, ...] = ()
 
     def __post_init__(self) -> None:
         at_least_one(self, "throttle")
@@ -91,6 +94,9 @@ class SweepConfig:
         not_negative(self, "restarts")
         if not self.stages:
             raise ValueError("key 'stages' is empty; name at least one")
+        for number, expectation in enumerate(self.expect):
+            if expectation.scale is not None and expectation.scale not in self.scales:
+                raise ValueError(f"key 'expect[{number}].scale' is '{expectation.scale}', which 'scales' does not have")
 
 
 @dataclass(frozen=True)
@@ -153,8 +159,8 @@ def load_sweep(path: str | Path, scale: str | None = None) -> Sweep:
         stage = {key: raw.pop(key) for key in list(raw) if key not in _TOP_KEYS}
         raw["stages"] = {"points": stage}
     config: SweepConfig = build_section(SweepConfig, raw, path)
-    if scale is not None:
-        config = _at_scale(path, config, scale)
+    numbers = {number: own for number, own in enumerate(config.expect) if own.scale == scale}
+    config = replace(config if scale is None else _at_scale(path, config, scale), expect=tuple(numbers.values()))
     points: dict[str, Point] = {}
     read = functools.cache(read_yaml)  # each experiment file once, not once a point
     for name, stage_config in config.stages.items():
@@ -166,6 +172,9 @@ def load_sweep(path: str | Path, scale: str | None = None) -> Sweep:
                 )
             points[point.key] = point
     _check_points_per_job(path, config, list(points.values()))
+    for number, own in numbers.items():
+        if not any(own.selects(point.labels) for point in points.values()):
+            raise UserError(f"{path}: key 'expect[{number}].at': no point has {own.name or 'anything'}; see sweep plan")
     return Sweep(path, config, tuple(points.values()), scale)
 
 

@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 from dist_defend import screen
 from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS, RETUNED
+from dist_defend.sweep import detectors
 from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
+from dist_defend.sweep.expectation import Outcome, outcomes
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
@@ -34,6 +36,12 @@ _SIDE = (
 )
 
 
+_BESIDE = (
+    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less published, in points. PASS: "
+    "it is within the tolerance that the sweep file gives; NOT RUN: nothing was counted yet."
+)
+
+
 def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     """leaderboard.md, leaderboard.csv, defences.csv and tradeoff.svg in the sweep's folder; prints the leaderboard.
 
@@ -43,6 +51,8 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     board, table = leaderboard(sweep, rows), comparison.table()
     paired = _PAIRED.format(reference=screen.markdown(" ".join(comparison.reference or ("nothing",))))
     lacking = rows[rows["state"] != "done"]
+    labels = {point.key: point.labels for point in sweep.points}
+    compared = outcomes(sweep.config.expect, labels, rows.to_dict("records"))
     lines = [
         f"# {screen.markdown(sweep.path.stem)}",
         "",
@@ -51,6 +61,8 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         _NOTE,
         "",
         *(["## Defences side by side", "", side_by_side(table), "", _SIDE, paired, ""] if len(table) else []),
+        *(["## Published and ours", "", beside_published(compared), "", _BESIDE, ""] if compared else []),
+        *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
     lines[-1] += "\n" if len(lacking) else ""
@@ -72,9 +84,9 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
     """
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
-    if "kind" not in rows:
+    if "chosen_by" not in rows:
         return pd.DataFrame()
-    counted = told_once(rows[rows["kind"].notna()])
+    counted = told_once(rows[rows["chosen_by"].notna()])  # a detector's rows have no rates
     comparison = Comparison(sweep, rows)
     place = comparison.places.set_index("key")
     rates = (*COUNTS, "der", *(name for name in RETUNED if name in counted))
@@ -130,6 +142,19 @@ def side_by_side(table: pd.DataFrame) -> str:
         own += [difference(line, rate) for rate in RATES]
         own += [mean_std(line["device_seconds"], line["device_seconds_std"]), mean_std(line["times"])]
         cells.append([*own, *(mean_std(line[f"{rate}_mad"]) for rate in RATES)])
+    return _lines(cells)
+
+
+def beside_published(compared: Sequence[Outcome]) -> str:
+    """Published figures and what came of them, as Markdown."""
+    cells = [["what", "metric", "published", "tolerance", "ours", "n", "difference", "", "source"]]
+    cells.append(["---"] * len(cells[0]))
+    for outcome in compared:
+        own = outcome.expectation
+        ours = [mean_std(outcome.mean, outcome.std), f"{len(outcome.values)} of {outcome.points}"]
+        gap = f"{outcome.difference:+.1f}" if outcome.values else "–"
+        told = [own.name, own.metric, f"{own.published:g}", f"{own.tolerance:g}"]
+        cells.append([*told, *ours, gap, outcome.verdict, own.source])
     return _lines(cells)
 
 

@@ -35,6 +35,8 @@ from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import Config as TransferConfig
 from dist_defend.methods.defend.zskt.step import TransferStep
+from dist_defend.methods.measure.decree import Config as InversionConfig
+from dist_defend.methods.measure.decree import InversionStep
 from dist_defend.methods.measure.reactivate.networks import ReactivationStep
 from dist_defend.methods.measure.reactivate.options import Config as ReactivationConfig
 from dist_defend.models.classifier import Classifier, build_classifier
@@ -232,6 +234,16 @@ def nc(graph: GraphMode) -> Case:
     return Case(step, given, (step.graphed,), (step.update,))
 
 
+def decree(graph: GraphMode) -> Case:
+    """Masks are found by the first steps, and the cost rises within twenty."""
+    ranks = dist.start(PRECISION, None)
+    given, epoch = labelled(ranks)
+    encoder = classifier("small_resnet", ranks).net
+    config = InversionConfig("e", DatasetConfig("d"), seeds=(0, 3), threshold=0.5)
+    step = InversionStep(encoder, config, IMAGE, ranks, epoch, graph)
+    return Case(step, given, (step.graphed,), (step.update,))
+
+
 _DEFENCE: dict[str, Any] = {"model": "m", "data": DatasetConfig("d"), "test": DatasetConfig("t")}
 _ADAM = OptimizerConfig("adam", lr=1e-3)
 _SGD = OptimizerConfig("sgd", lr=1e-3, momentum=0.9)
@@ -258,6 +270,7 @@ CASES: dict[str, Callable[[GraphMode], Case]] = {
     "sau": partial(tuned, make=sau_),
     "reactivate": partial(tuned, make=reactivate_),
     "nc": nc,
+    "decree": decree,
     "zskt": zskt,
     "zskt, multistep": lambda graph: zskt(graph, student_optimizer=_MULTISTEP),
     "zskt, vaccine": lambda graph: zskt(graph, vaccine=VaccineConfig()),

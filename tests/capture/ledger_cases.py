@@ -22,7 +22,7 @@ from dist_defend.methods.attack import badencoder, drupe, input_aware
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.mimic.information import InformationConfig, LayerInformation
 from dist_defend.methods.defend.nad_simclr import AttentionObjective
-from dist_defend.methods.measure import probe, zeroshot
+from dist_defend.methods.measure import decree, probe, zeroshot
 from dist_defend.methods.pretrain.classifier import ClassificationObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from tests.capture.ledger import DEVICE
@@ -39,6 +39,7 @@ from tests.capture.ledger_parts import (
     classifier,
     encoder,
     gradient,
+    images,
     staged,
     stepped,
     surroundings,
@@ -83,6 +84,13 @@ def heads() -> Call:
     context = surroundings()
     made = probe.TrainedHeads("task", config, [encoder().f.to(DEVICE)], context, context.dataset("", DATA))
     return staged(made.stages[0])
+
+
+def inversion(is_update: bool) -> Call:
+    """As DECREE is built: three seeds, norms folded; a whole call, or what its graph replays."""
+    (stage,) = decree.build(decree.Config("encoder", DATA, graph="on"), surroundings()).stages
+    assert isinstance(stage.step, decree.InversionStep)
+    return partial(stage.step.learn, images(128)) if is_update else staged(stage)
 
 
 def neighbours() -> Call:
@@ -136,6 +144,8 @@ CASES: dict[str, Callable[[], Call]] = {
     "classifier, clipped: step": lambda: classification(max_grad_norm=1.0),
     "input_aware, mask: step": mask_stage,
     "input_aware, joint: step": joint_stage,
+    "decree: step": lambda: inversion(is_update=False),
+    "decree: update": lambda: inversion(is_update=True),
     "probe, head: step": heads,
     "probe, knn: block of queries": neighbours,
     "zeroshot: batch": zero_shot,

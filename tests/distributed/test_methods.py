@@ -97,6 +97,9 @@ SLOW = {"update": {  # at the usual rate an update multiplies rounding errors
 }}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of its options
     "simclr": ("simclr", SLOW),
+    "simclr_patched": ("simclr", SLOW | {
+        "attack": {"trigger": {"name": "random_patch", "size": 8}, "labels": "clean_label", "count": 3},
+    }),
     "simclr_accumulated": ("simclr", {"update": {"batch_size": 8, "epochs": 1, "accumulation": 2}}),
     "badencoder": ("badencoder", {}),
     "drupe": ("drupe", {  # an epoch that draws references apart, two of the whole, and costs that change
@@ -113,6 +116,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> method, changes of i
     "nad_simclr": ("nad_simclr", SLOW),
     "probe": ("probe", {}),
     "probe_linear": ("probe", {"hidden": []}),
+    "probe_standardised": ("probe", {
+        "hidden": [], "standardise": True, "attack": {"trigger": {"name": "random_patch", "size": 4}},
+    }),
     "probe_knn": ("probe", {"kind": "knn", "knn": {"k": 3}}),
     "classifier": ("classifier", {}),
     "classifier_all_to_all": ("classifier", {"attack": {
@@ -171,6 +177,16 @@ def test_the_comparison_catches(name: str, mutate: Mutation, cases: Any, two_ran
     first, _ = two_ranks.run(train, config, tmp_path / "two ranks" / "run", mutate)
     with pytest.raises(AssertionError, match="off by"):
         assert_same(first, alone)
+
+
+def test_a_fresh_projector_is_that_of_one_rank(two_ranks: Pool, tmp_path: Path) -> None:
+    bare = {"model": make_model(tmp_path / "bare", projector=False), "projector": SLOW["update"]}
+    config = make_experiment(tmp_path, "ft_simclr", options_of("ft_simclr", tmp_path) | SLOW | bare)
+    alone = train(config, tmp_path / "one rank" / "run")
+    assert alone["states"].keys() == {"projector", "ft_simclr"}
+    first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run")
+    assert_same(first, alone)
+    assert_same({**second, "rows": alone["rows"]}, alone)
 
 
 def test_accumulation_splits_each_ranks_share(cases: Any, two_ranks: Pool, tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ IMPORTED = (sklearn.decomposition, sklearn.manifold, html)  # now, not while an 
 RATES = ("acc", "asr", "asr_all", "ra")
 
 
+DETECTED = {
+    "kind": "detector", "task": "digits", "seed": 1, "detector": "decree", "quantity": "PL1", "score": 0.07,
+    "low": 0.06, "high": 0.08, "bound": 0.1, "flags": "below", "verdict": "backdoored", "truth": "clean", "note": "x",
+}  # fmt: skip
+
+
 def row(kind: str, seed: int) -> dict[str, Any]:
     counts = zip(RATES, ((9, 10), (3, 8), (4, 10), (5, 8)), strict=True)
     return {"kind": kind, "task": "digits", "seed": seed, **{k: {"correct": c, "n": n} for k, (c, n) in counts}}
@@ -49,7 +55,7 @@ def trees() -> dict[str, Any]:
             "code_version": "1+abc", "config_sha256": "0" * 64, "wall_seconds": 61.5, "peak_memory_bytes": 1 << 30,
             "data": {"train": "ab" * 32}, "targets": {"digits": "one"}, "notes": ["a note"],
             "metrics": {"acc_before": 90.0, "asr_before": 100.0, "der": float("nan")},
-            "rows": [row("clean", 1), row("backdoored", 1), row("backdoored", 2)],
+            "rows": [row("clean", 1), row("backdoored", 1), row("backdoored", 2), DETECTED],
         },
         "metrics.jsonl": [
             *({"step": s, "stage": "a", "epoch": 0, "images_per_second": 9.0, "loss": 5.0 / s} for s in (1, 2, 3)),
@@ -77,6 +83,7 @@ def files() -> dict[str, bytes]:
         "features.safetensors": save(features),
         "examples.safetensors": save({"digits/clean": pictures, "digits/triggered": 255 - pictures}),
         "generated.png": png.getvalue(),
+        "found.png": png.getvalue(),
     }
 
 
@@ -179,7 +186,15 @@ def test_what_is_broken_here_was_whole(tmp_path: Path, capsys: pytest.CaptureFix
         (tmp_path / "run" / name).write_bytes(content)
     assert main(["report", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    for heading in ("Before and after", "The trigger", "Generated images", "Features", "Pruning", "Training"):
+    for heading in (
+        "Before and after",
+        "Detectors",
+        "The trigger",
+        "Generated images",
+        "Features",
+        "Pruning",
+        "Training",
+    ):
         assert f"<h2>{heading}</h2>" in page
 
 

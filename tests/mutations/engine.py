@@ -13,6 +13,9 @@ LANE = "unit/test_data_lane.py"
 LEDGER = "capture/test_ledger.py::test_a_call_waits_for_nothing_and_costs_what_the_ledger_says"
 REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
 CTRL = "numerics/test_ctrl.py"
+PATCH = "numerics/test_random_patch.py"
+PLACES = f"{PATCH}::test_places_are_functions_of_seed_and_row"
+BYTES = f"{PATCH}::test_the_published_pictures_byte_for_byte"
 IN_ENGINE: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
              "copy.deepcopy(net).cpu()", "net.cpu()",
@@ -182,4 +185,32 @@ IN_ENGINE: tuple[Mutation, ...] = (
              "        dataset = poisoned(clean, rows, config.attack, context.seed)\n        poisons = dataset.flags",
              "        poisons = poisoned(clean, rows, config.attack, context.seed).flags",
              f"{CTRL}::test_simclr_on_poisoned_images"),
+    Mutation("SSLBKD's patch is resized bilinearly", "attacks/random_patch.py",
+             "*size, Image.Resampling.BICUBIC)", "*size)", f"{BYTES}[cifar]"),
+    Mutation("SSLBKD's half transparent patch weighs 127 of 255", "attacks/random_patch.py",
+             "255 - math.floor(255 * (1 - self.opacity))", "math.floor(255 * self.opacity)", f"{BYTES}[train_half]"),
+    Mutation("SSLBKD's stored pixels are truncated", "attacks/random_patch.py",
+             "is_rounded = True", "is_rounded = False", f"{BYTES}[train_half]"),
+    Mutation("SSLBKD's patch may stick out where it need not", "attacks/random_patch.py",
+             "math.floor(span[1] * side - patch)", "math.floor(span[1] * side)", f"{BYTES}[train_224]"),
+    Mutation("SSLBKD's patch lies in all images where it lies in the first", "attacks/poison.py",
+             "stamp_pixels(base, self.trigger, rows[stamped])", "stamp_pixels(base, self.trigger)",
+             f"{PATCH}::test_training_and_test_sets_are_stamped_by_row"),
+    Mutation("SSLBKD's training images have the test images' range", "attacks/poison.py",
+             "options.build_training(size)", "options.build(size)",
+             f"{PATCH}::test_training_and_test_sets_are_stamped_by_row"),
+    Mutation("SSLBKD's rows are drawn before its columns", "attacks/random_patch.py",
+             "in (self.columns, self.rows):", "in (self.rows, self.columns):", f"{PLACES}[0]"),
+    Mutation("SSLBKD's places do not depend on the seed", "attacks/random_patch.py",
+             "torch.full_like(rows, self.seed)", "torch.full_like(rows, 0)", f"{PLACES}[7]"),
+    Mutation("a place's number is not shifted as an unsigned one", "ops/hashing.py",
+             "x ^ (x >> 31 & 2**33 - 1)", "x ^ (x >> 31)", f"{PLACES}[0]"),
+    Mutation("BadEncoder's patch lies alike in every batch", "methods/attack/badencoder.py",
+             "stamp_images(x, trigger, batch.index)", "stamp_images(x, trigger)",
+             f"{PATCH}::test_badencoder_stamps_by_row"),
+    Mutation("standardised features have the biased variance", "engine/features.py",
+             "/ (total - 1)", "/ total", f"{PATCH}::test_the_probes_inputs_are_standardised_as_published"),
+    Mutation("test features are not standardised", "methods/measure/probe.py",
+             "features = tuple(standardise(x, mean, variance) for x in features)", "pass",
+             "unit/test_probe.py::test_a_linear_probe_descends_the_gradient_of_the_cross_entropy[True]"),
 )  # fmt: skip

@@ -100,4 +100,13 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("an installed package takes what lies beside it for its own files", "templates/__init__.py",
              "(_HERE / part, _HERE.parents[1] / part)", "(_HERE.parents[1] / part, _HERE / part)",
              "unit/test_templates.py::test_the_package_prefers_its_own_copy"),
+    Mutation("a mean far above what was published passes", "sweep/expectation.py",
+             "abs(self.difference) <=", "self.difference <=",
+             "unit/test_sweep_report.py::test_which_rows_are_compared"),
+    Mutation("published figures are compared with what the oracle chose too", "sweep/expectation.py",
+             'and row.get("chosen_by") == expectation.chosen_by', "and row.get(\"chosen_by\")",
+             "unit/test_sweep_report.py::test_which_rows_are_compared"),
+    Mutation("a figure of another scale stands beside this one's runs", "sweep/grid.py",
+             "if own.scale == scale}", "if True}",
+             "unit/test_sweep_grid.py::test_expectations_belong_to_a_scale"),
 )  # fmt: skip

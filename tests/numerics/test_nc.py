@@ -70,6 +70,16 @@ def test_flagged_classes() -> None:
         assert flagged == case["flagged"]
 
 
+@pytest.mark.parametrize("name", ["anomaly_a", "anomaly_b"])
+def test_ssl_cleanses_index_is_this_one_corrected_twice(name: str) -> None:
+    """It divides the deviation by 0.6745 once more, and takes the smallest value's."""
+    case = golden("encoder_attacks")["rest"][name]
+    values = torch.tensor(case["values"], dtype=torch.float64)
+    assert values.median().item() == pytest.approx(case["median"], rel=1e-12)
+    index = anomaly_indices(values)[values.argmin()].item()
+    assert 0.6745 * index == pytest.approx(case["anomaly"], rel=1e-9)
+
+
 def test_classes_side_by_side_are_classes_alone() -> None:
     case = golden("baselines")["nc"]
     together, batches = make_search(case, [3, 9, 0], classes_at_once=2)

@@ -28,7 +28,7 @@ LAYERS = [
         "ops",
     },
     {"attacks", "models", "data"},
-    {"engine", "counts"},
+    {"engine", "counts", "detection"},
     {"trial"},
     {"methods"},
     {"config", "experiment", "results", "given", "session"},

@@ -31,6 +31,7 @@ from dist_defend.attacks.patterns import (
     WaNet,
 )
 from dist_defend.attacks.poison import triggered
+from dist_defend.attacks.random_patch import RandomPatch
 from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
@@ -42,7 +43,8 @@ KEY = np.random.default_rng(8).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 TRIGGERS: list[TriggerConfig] = [
     BadNets(pattern="grid"), Blended(), Sig(), SigWrapped(), Trojan(pattern="patch", wrap=True), L0Inv(), L2Inv(),
     LabelConsistent(), LowFrequency(), WaNet(), Bpp(),
-    Ctrl(window=SIZE, positions=(7, 15)), InputAware("generators.safetensors", normalization="none"),
+    Ctrl(window=SIZE, positions=(7, 15)), RandomPatch(size=4),
+    InputAware("generators.safetensors", normalization="none"),
 ]  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def test_the_gallery_shows_every_trigger(tmp_path: Path, size: int | None, capsy
     data: list[Any] = [] if size is None else ["--data", make_data(tmp_path / "data", 6, size=size)]
     assert main(["attacks", "gallery", "--out", str(out), *data]) == 0
     number = int(capsys.readouterr().out.split(":")[1].split()[0])
-    assert number == 22 - (size == 30)
+    assert number == 24 - (size == 30)
     with Image.open(out) as picture:
         pixels = np.asarray(picture).astype(int)
     for line in range(number):

@@ -105,7 +105,8 @@ DEFENCES = sorted({found.name for found in pkgutil.iter_modules(defend.__path__)
 
 def check_named(result: dict[str, Any], folder: Path, method: str) -> None:
     """Rows, card, data and example pictures of the folder's run are the method's, under the names that all have."""
-    assert [row["kind"].removesuffix(" (oracle)") for row in result["rows"]] == [method] * len(result["rows"])
+    kinds = [row["kind"].removesuffix(" (oracle)") for row in result["rows"]]
+    assert kinds == ([method, "detector"] if method == "nc" else [method] * len(kinds))
     card = load_classifier(str(folder / "model"))[1]
     assert (card.defended_by, card.provenance["method"], result["method"]) == (method, method, method)
     assert {"test"} <= result["data"].keys() <= {"defence", "test"}
@@ -168,6 +169,10 @@ def test_before_is_the_suspect_and_after_is_what_was_saved(method: str, tmp_path
     gain, loss = (max(0.0, before[key] - after[key]) / 100 for key in ("asr", "acc"))
     assert found["der"] == pytest.approx((gain - loss + 1) / 2)
     check_named(result, tmp_path / "run", method)
+    if method == "nc":
+        detected, (index, flagged) = result["rows"][1], (found["anomaly_index"], found["flagged_classes"])
+        assert detected["score"] == index and detected["flags"] == "above" and detected["bound"] == 1e-3
+        assert (detected["verdict"], detected["truth"]) == ("backdoored" if flagged else "clean", "backdoored")
 
 
 @pytest.mark.parametrize("method", OF_ENCODERS)

@@ -48,10 +48,11 @@ def by_row(result: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
     }
 
 
-def test_a_linear_probe_descends_the_gradient_of_the_cross_entropy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_standardised", [False, True])
+def test_a_linear_probe_descends_the_gradient_of_the_cross_entropy(is_standardised: bool, tmp_path: Path) -> None:
     rate, steps = 2.0, 4
     update = {"batch_size": 13, "epochs": steps, "optimizer": {"name": "sgd", "lr": rate, "momentum": 0.0}}
-    options = options_of("probe", tmp_path) | {"hidden": [], "update": update}
+    options = options_of("probe", tmp_path) | {"hidden": [], "update": update, "standardise": is_standardised}
     config = make_experiment(tmp_path, "probe", options)
     done = train(config, tmp_path / "run")
     trained, rows = done["states"]["probe/noise"], by_row(done["result"])
@@ -59,6 +60,8 @@ def test_a_linear_probe_descends_the_gradient_of_the_cross_entropy(tmp_path: Pat
     assert set(numbers) == {"weight", "bias"} and len(rows) == 4
     for place, (encoder, seed) in enumerate((e, s) for e in ("clean", "other") for s in SEEDS):
         x, labels = features(options, encoder, "train")
+        mean, scale = (x.mean(0), np.sqrt(x.var(0, ddof=1) + 1e-5)) if is_standardised else (0, 1)
+        x = (x - mean) / scale
         torch.manual_seed(seed)
         weight, bias = (p.detach().double().numpy() for p in MLPHead(x.shape[1], CLASSES, ()).parameters())
         for _ in range(steps):
@@ -69,7 +72,8 @@ def test_a_linear_probe_descends_the_gradient_of_the_cross_entropy(tmp_path: Pat
         np.testing.assert_allclose(numbers["bias"][place], bias, rtol=1e-9, atol=1e-12)
         clean, truth = features(options, encoder, "test")
         on_clean, on_stamped = (
-            (f @ weight.T + bias).argmax(1) for f in (clean, features(options, encoder, "test", stamped=True)[0])
+            ((f - mean) / scale @ weight.T + bias).argmax(1)
+            for f in (clean, features(options, encoder, "test", stamped=True)[0])
         )
         assert rows[encoder, seed] == counts(on_clean, on_stamped, truth)
 

@@ -160,6 +160,46 @@ def test_page_without_features_pictures_or_rows(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "lone/report.html").exists()
 
 
+def detected(score: float | None, verdict: str | None, **changes: Any) -> dict[str, Any]:
+    """A detector's row."""
+    own = {"run": "x", "kind": "detector", "task": "digits", "seed": 100, "detector": "decree", "quantity": "PL1"}
+    told = {"score": score, "low": score, "high": score, "bound": 0.1, "flags": "below", "verdict": verdict}
+    return {**own, **told, "truth": "backdoored", "note": "3 of 3 seeds found a mask", **changes}
+
+
+def test_detectors_stand_in_page_markdown_terminal_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "decree", [detected(0.07, "backdoored", low=0.06666667, high=0.08)], method="decree")
+    Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(run / "found.png")
+    write_run(tmp_path / "none", [detected(None, None)], method="decree")
+    write_run(tmp_path / "nc", [row("nc", 100, 45, 1, 11, 35), detected(3, "backdoored", flags="above")], method="nc")
+    assert main(["report", str(tmp_path)]) == 0
+    printed, markdown = capsys.readouterr().out, (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.html").read_text()
+    cells = ["decree", "decree: PL1", "0.07", "0.06667 to 0.08", "below 0.1", "backdoored", "backdoored"]
+    assert "| " + " | ".join([*cells, "3 of 3 seeds found a mask"]) + " |" in markdown
+    assert [*cells, "3 of 3 seeds found a mask"] in [re.split(r" {2,}", line) for line in printed.splitlines()]
+    assert "<td>0.06667 to 0.08</td>" in page and page.count('alt="masks and patterns') == 1
+    assert "<h2>Detectors</h2>" in page and "no probe" not in page
+    lines = (tmp_path / "report.csv").read_text().splitlines()
+    assert lines[0].endswith(",n_clean,n_triggered,detector,score,low,high,verdict,truth")
+    assert lines[1] == "decree,detector,digits,100,,,,,,,,decree,0.07,0.0666667,0.08,backdoored,backdoored"
+    assert "nc,detector,digits,100,,,,,,,,decree,3,3,3,backdoored,backdoored" in lines
+    assert "none,detector,digits,100,,,,,,,,decree,,,,,backdoored" in lines
+    assert [line.kind for line in tables.summarise(runs.find_runs([tmp_path])[0])] == ["nc"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"low": 0.09}, {"truth": "unknown"}, {"low": None}, {"bound": None}, {"flags": "beside"}, {"seed": -1}],
+)
+def test_a_detectors_row_that_cannot_be_is_refused(
+    changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "decree", [detected(0.07, "backdoored", **changes)], method="decree")
+    assert main(["report", str(run)]) == 2
+    assert "result.json: not a result of dist-defend: it has a row 1 that" in capsys.readouterr().err
+
+
 def test_names_from_files_are_escaped(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script>"
     run = write_run(tmp_path / "probe", [row(hostile, 1, 45, 1, 11, 35, task=hostile)], name=hostile)

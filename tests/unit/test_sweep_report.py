@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.sweep import collect, report
+from dist_defend.sweep.expectation import Expectation, outcomes
 from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
 
 
@@ -158,6 +160,47 @@ def test_a_sweep_without_results_reports_too(sweep: Sweep, capsys: pytest.Captur
     assert "No point has counted anything yet" in told and "Missing: 6 of 6 points" in told
 
 
+def detected(truth: str, score: float | None, detector: str = "decree", flags: str = "below") -> dict[str, Any]:
+    """A detector's row."""
+    own = {"kind": "detector", "task": "t", "seed": 1, "detector": detector, "quantity": "PL1", "flags": flags}
+    return {**own, "score": score, "low": score, "high": score, "bound": 0.1, "verdict": None, "truth": truth}
+
+
+def add_detections(sweep: Sweep, *rows: dict[str, Any]) -> None:
+    """A row for each of the first points, beside what they counted."""
+    for point, row in zip(sweep.points, rows, strict=False):
+        file = sweep.run_folder(point) / "result.json"
+        if file.exists():
+            content = json.loads(file.read_text())
+            file.write_text(json.dumps(content | {"rows": [*content["rows"], row]}))
+
+
+def test_detectors_are_rated_over_the_models_that_they_saw(sweep: Sweep) -> None:
+    before = report.leaderboard(sweep, collect.table(sweep))
+    scores = (("clean", 0.2), ("backdoored", 0.05), ("backdoored", 0.15), ("clean", 0.12), ("defended", 0.01))
+    add_detections(sweep, *(detected(*pair) for pair in scores))
+    rows = collect.table(sweep)
+    collect.write(sweep, rows)
+    report.write(sweep, rows)
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "| decree: PL1 | 0.750 | 1 of 2 | 2 of 2 | 0 |" in text  # 3 of 4 pairs in order
+    pd.testing.assert_frame_equal(before, report.leaderboard(sweep, rows))
+    parquet = pd.read_parquet(sweep.folder / "results.parquet").query("kind == 'detector'")
+    assert parquet["score"].tolist() == [0.2, 0.05, 0.15, 0.12, 0.01]
+    assert parquet["verdict"].tolist() == ["clean", "backdoored", "clean", "clean", "backdoored"]
+
+
+def test_each_detector_is_rated_by_itself_and_none_found_is_told(sweep: Sweep) -> None:
+    add_detections(
+        sweep, detected("clean", None), detected("backdoored", 0.05), detected("clean", 3, "nc", "above"),
+        detected("backdoored", 5.5, "nc", "above"),
+    )  # fmt: skip
+    report.write(sweep, collect.table(sweep))
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert "| decree: PL1 | – | 1 of 1 | 0 of 0 | 1 |" in text
+    assert "| nc: PL1 | 1.000 | 1 of 1 | 0 of 1 | 0 |" in text
+
+
 WRONG = ["{", "[]", '{"rows": [{"kind": "x"}]}', '{"rows": 3}', '{"wall_seconds": -1}', '{"seed": 1, "seed": 2}']
 
 
@@ -199,3 +242,41 @@ def test_names_from_results_do_nothing_in_markdown_csv_and_plot(sweep: Sweep) ->
         found = pd.read_csv(sweep.folder / table, dtype=str)
         assert "'" + name in found["kind"].tolist() and "'-1+2" in found["task"].tolist()
     assert pd.read_parquet(sweep.folder / "results.parquet")["kind"].tolist()[0] == name
+
+
+def expecting(sweep: Sweep, *expectations: Expectation) -> Sweep:
+    return replace(sweep, config=replace(sweep.config, expect=expectations))
+
+
+@pytest.mark.parametrize(
+    ("published", "tolerance", "verdict"),
+    [(82.0, 0.0, "PASS"), (80.0, 2.0, "PASS"), (80.0, 1.9, "FAIL"), (85, 3, "PASS")],
+)
+def test_published_figures_stand_beside_the_sweeps_own(
+    sweep: Sweep, published: float, tolerance: float, verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RNP's ACC is 80 and 84 by the defender: 82 in the mean."""
+    own = Expectation(at={"defence": "rnp"}, metric="acc", published=published, tolerance=tolerance, source="a | log")
+    report.write(expecting(sweep, own), collect.table(sweep))
+    told = capsys.readouterr().out
+    line = f"| defence=rnp | acc | {published:g} | {tolerance:g} | 82.0 ± 2.8 | 2 of 2 |"
+    line += f" {82 - published:+.1f} | {verdict} |"
+    assert line in told and line in (sweep.folder / "leaderboard.md").read_text(encoding="utf-8")
+
+
+def test_which_rows_are_compared(sweep: Sweep) -> None:
+    records = collect.table(sweep).to_dict("records")
+    labels = {point.key: point.labels for point in sweep.points}
+    usual: dict[str, Any] = {"metric": "asr", "published": 0.0, "tolerance": 1.0, "source": "s"}
+
+    def found(**given: Any) -> tuple[tuple[float, ...], int, str]:
+        (outcome,) = outcomes([Expectation(**{**usual, **given})], labels, records)
+        return outcome.values, outcome.points, outcome.verdict
+
+    assert found(at={"defence": "rnp"}) == ((40.0, 40.0), 2, "FAIL")
+    assert found(at={"defence": "rnp"}, chosen_by="oracle") == ((4.0, 4.0), 2, "FAIL")
+    assert found(at={"defence": "ibau"}) == ((2.0,), 2, "FAIL")
+    assert found(at={"defence": "ibau", "seed": 1}, tolerance=2.0) == ((2.0,), 1, "PASS")
+    assert found(at={"defence": "ibau", "attack.seed": 2}) == ((), 1, "NOT RUN")
+    assert found(kind="backdoored") == ((100.0, 100.0), 6, "FAIL")
+    assert found(at={"defence": "rnp"}, metric="acc_before", published=90.0) == ((90.0, 90.0), 2, "PASS")

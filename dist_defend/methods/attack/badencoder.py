@@ -134,7 +134,7 @@ class BadEncoderObjective(Objective):
     def encoded(self, batch: Batch) -> Tensor:
         """f' of x, of each trigger's images, of each augmented reference and of the references, of one pass."""
         x, *augmented = batch.views
-        stamped = [stamp_images(x, trigger) for trigger in self.triggers]
+        stamped = [stamp_images(x, trigger, batch.index) for trigger in self.triggers]
         return at_least_float32(self.encoder(torch.cat([x, *stamped, *augmented, self.references])))
 
     def parts(self, features: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:

@@ -27,7 +27,7 @@ from dist_defend.data.order import epoch_order, rank_slice
 from dist_defend.data.store import PreparedDataset
 from dist_defend.engine.context import Context, Place, Plan
 from dist_defend.engine.dist import Ranks
-from dist_defend.engine.features import FrozenFeatures
+from dist_defend.engine.features import FrozenFeatures, standardise
 from dist_defend.engine.objective import Objective
 from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 from dist_defend.engine.trainer import Stage
@@ -81,6 +81,7 @@ class HeadConfig:
     Keys:
         hidden: widths of the hidden layers; []: a linear probe
         dropout: probability, after the first hidden layer
+        standardise: each feature gets mean 0 and variance 1, by the training images' moments, as SSLBKD's probe has it
         shuffle: a new order in every epoch; false, as published: the file's order, here the prepared one (docs/data.md)
         cache: where each rank keeps its share of a task's training features
         update: batch size, epochs, optimizer and the like of the heads
@@ -88,6 +89,7 @@ class HeadConfig:
 
     hidden: tuple[int, ...] = HIDDEN
     dropout: float = 0.5
+    standardise: bool = False
     shuffle: bool = False
     cache: Place = "memory"
     update: UpdateConfig = UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
@@ -140,7 +142,8 @@ class Config(HeadConfig):
         if self.kind == "knn":
             knn = self.knn or KnnConfig()
             return f"knn (k {knn.k}, temperature {knn.temperature:g})"
-        return f"mlp ({', '.join(map(str, self.hidden))})" if self.hidden else "linear"
+        head = f"mlp ({', '.join(map(str, self.hidden))})" if self.hidden else "linear"
+        return f"{head}, standardised" if self.standardise else head
 
 
 class ProbeObjective(Objective):
@@ -287,9 +290,10 @@ class TrainedHeads:
         self.stack = HeadStack(width, train.num_classes, seeds, config.hidden, config.dropout)
         if not config.shuffle:
             context.check_order(train, rows, config.update.batch_size)
-        features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
+        self.features = features = FrozenFeatures(encoders, width, context, train, rows, config.cache)
+        self.is_standardised = config.standardise
         labels = torch.from_numpy(train.labels[rows]).to(context.ranks.device)
-        batches = FeatureBatches(config, labels, context, features.take)
+        batches = FeatureBatches(config, labels, context, self._take)
         step = context.gradient_step(ProbeObjective(self.stack, context.ranks), config.update, batches.num_batches)
         name = f"probe/{task}"
         self.stages = [
@@ -299,8 +303,15 @@ class TrainedHeads:
     def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
         """By seed: the classes (N,) that this head of the encoder-th encoder gives to each of the features (N, D)."""
         self.stack.eval()
+        if self.is_standardised:
+            mean, variance = (moment[encoder] for moment in self.features.moments)
+            features = tuple(standardise(x, mean, variance) for x in features)
         first = encoder * len(self.seeds)
         return {seed: [self.stack.predict(first + n, x) for x in features] for n, seed in enumerate(self.seeds)}
+
+    def _take(self, positions: Tensor, counts: Sequence[int]) -> Tensor:
+        features = self.features.take(positions, counts)
+        return standardise(features, *self.features.moments) if self.is_standardised else features
 
 
 class Neighbours:

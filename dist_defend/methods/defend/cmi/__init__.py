@@ -13,12 +13,12 @@ from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.epochs import Later, check_selection
 from dist_defend.methods.defend.abd.pair import Pair
-from dist_defend.methods.defend.abd.pictures import save_generated
 from dist_defend.methods.defend.abd.retrospective_step import RetrospectiveStep
 from dist_defend.methods.defend.abd.vaccine import Vaccine
 from dist_defend.methods.defend.cmi.options import PRESETS, Config
 from dist_defend.methods.defend.cmi.steps import CmiBatches, CmiStep, PoolObjective
 from dist_defend.methods.defend.cmi.synthesis import Synthesis
+from dist_defend.methods.pictures import save_grid
 from dist_defend.ops.losses import distillation
 
 _PICTURED = 64  # images in the run folder
@@ -65,7 +65,7 @@ def build(config: Config, context: Context) -> Plan:
     def result() -> dict[str, Any]:
         if context.ranks.is_main:
             latest = synthesis.pool.images[: synthesis.pool.count][-_PICTURED:]
-            save_generated(context.folder, latest.permute(0, 3, 1, 2) / 255)
+            save_grid(context.folder / "generated.png", latest.permute(0, 3, 1, 2) / 255)
         metrics = {"synthesised_images": synthesis.pool.count}
         return pair.result(metrics, vaccine, config.retrospection is not None)
 

@@ -5,6 +5,7 @@ of which a fifth carries a flagged class's trigger and keeps its label. Where no
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from dist_defend.attacks.trigger import blend
 from dist_defend.batch import Batch
 from dist_defend.bounds import positive
+from dist_defend.detection import Detection, truth_of
 from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.step import Position
 from dist_defend.engine.trainer import Stage
@@ -24,6 +26,7 @@ from dist_defend.methods.defend.nc.search import SearchConfig, SearchStep, anoma
 from dist_defend.methods.defend.tuning.options import TuningConfig
 from dist_defend.methods.defend.tuning.plan import Tuned, tuning_plan
 from dist_defend.methods.defend.tuning.step import TuningStep
+from dist_defend.models.artifact import ModelCard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,15 @@ class RepairStep(TuningStep):
     def is_over(self) -> bool:
         return not self.flagged
 
+    def detection(self, card: ModelCard) -> Detection:
+        """By the largest index; without a spread of the masks' sums there is none, and no verdict."""
+        index = float(self.index.max())
+        score = index if math.isfinite(index) else None
+        return Detection(
+            detector="nc", quantity="anomaly index", score=score, low=score, high=score,
+            bound=self.config.anomaly_threshold, flags="above", truth=truth_of(card),
+        )  # fmt: skip
+
     def metrics(self) -> dict[str, Any]:
         return {"anomaly_index": float(self.index.max()), "flagged_classes": self.flagged}
 
@@ -100,13 +112,15 @@ class RepairStep(TuningStep):
 
 
 def build(config: Config, context: Context) -> Plan:
-    """Two stages, search and repair."""
+    """Two stages, search and repair. The result has a row of the defence and one of the detector."""
+    made: list[tuple[Tuned, RepairStep]] = []
 
     def make(tuned: Tuned) -> tuple[Sequence[Stage], TuningStep]:
         own = {name: tuned.options[name] for name in ("ranks", "graph")}
         classes = range(tuned.model.num_classes)
         search = SearchStep(tuned.model, config.search, classes, num_batches=tuned.loader.num_batches, **own)
         repair = RepairStep(config, tuned, search)
+        made.append((tuned, repair))
 
         def finish() -> None:
             if search.batches[0] > 0:  # the last epoch that there is ends without a question
@@ -135,4 +149,12 @@ def build(config: Config, context: Context) -> Plan:
         )
         return (stage,), repair
 
-    return tuning_plan(config, context, make)
+    plan = tuning_plan(config, context, make)
+    ((tuned, repair),) = made
+
+    def result() -> dict[str, Any]:
+        entries = plan.result()
+        detected = repair.detection(tuned.trial.card).row(context, tuned.data.manifest.name)
+        return {**entries, "rows": [*entries["rows"], detected]}
+
+    return Plan(plan.stages, result)

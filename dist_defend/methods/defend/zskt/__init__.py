@@ -12,10 +12,10 @@ from dist_defend.engine.context import Context, Plan
 from dist_defend.engine.trainer import Stage
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.pair import Pair
-from dist_defend.methods.defend.abd.pictures import save_generated
 from dist_defend.methods.defend.zskt.batches import LatentBatches
 from dist_defend.methods.defend.zskt.options import PRESETS, Config
 from dist_defend.methods.defend.zskt.step import TransferStep
+from dist_defend.methods.pictures import save_grid
 from dist_defend.models.generator import ZSKTGenerator
 from dist_defend.models.wide_resnet import WideResNet
 from dist_defend.ops.hypergrad import check_twice_differentiable
@@ -52,7 +52,10 @@ def build(config: Config, context: Context) -> Plan:
     def result() -> dict[str, Any]:
         z = LatentBatches(_PICTURED, config.z_dim, context.seed, context.ranks).draw(0)
         if context.ranks.is_main:
-            save_generated(context.folder, _pixels(pair, generator, z.to(context.ranks.device, context.ranks.dtype)))
+            save_grid(
+                context.folder / "generated.png",
+                _pixels(pair, generator, z.to(context.ranks.device, context.ranks.dtype)),
+            )
         metrics = {"pseudo_batches": config.pseudo_batches}
         return pair.result(metrics, step.vaccine, is_second_order)
 

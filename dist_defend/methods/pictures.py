@@ -1,4 +1,4 @@
-"""What a generator makes, for people to look at."""
+"""What a method makes, for people to look at."""
 
 import io
 from pathlib import Path
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from dist_defend.files import write_atomic
 
-_COLUMNS, _GAP, _ENLARGED = 8, 1, 2
+_GAP, _ENLARGED = 1, 2
 
 
 @torch.no_grad()
-def save_generated(folder: Path, images: Tensor) -> None:
-    """folder/generated.png: a grid of images (N, 3, H, W) in [0, 1], what lies outside clipped."""
+def save_grid(file: Path, images: Tensor, columns: int = 8) -> None:
+    """A PNG file: a grid of images (N, 3, H, W) in [0, 1], so many side by side, what lies outside clipped."""
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     count, height, width, _ = pixels.shape
-    columns = min(_COLUMNS, count)
+    columns = min(columns, count)
     lines = -(-count // columns)
     sheet = np.full((lines * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3), 255, np.uint8)
     for number, image in enumerate(pixels):
@@ -28,4 +28,4 @@ def save_generated(folder: Path, images: Tensor) -> None:
     buffer = io.BytesIO()
     enlarged = (picture.width * _ENLARGED, picture.height * _ENLARGED)
     picture.resize(enlarged, Image.Resampling.NEAREST).save(buffer, "png", optimize=True)
-    write_atomic(folder / "generated.png", buffer.getvalue())
+    write_atomic(file, buffer.getvalue())

@@ -12,6 +12,7 @@ from dist_defend.results import COUNTS, RETUNED
 from dist_defend.sweep import detectors
 from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
+from dist_defend.sweep.expectation import Outcome, outcomes
 from dist_defend.sweep.grid import Sweep, shorten
 
 CHOOSERS = ("defender", "oracle")
@@ -35,6 +36,12 @@ _SIDE = (
 )
 
 
+_BESIDE = (
+    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less published, in points. PASS: "
+    "it is within the tolerance that the sweep file gives; NOT RUN: nothing was counted yet."
+)
+
+
 def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     """leaderboard.md, leaderboard.csv, defences.csv and tradeoff.svg in the sweep's folder; prints the leaderboard.
 
@@ -44,6 +51,8 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     board, table = leaderboard(sweep, rows), comparison.table()
     paired = _PAIRED.format(reference=screen.markdown(" ".join(comparison.reference or ("nothing",))))
     lacking = rows[rows["state"] != "done"]
+    labels = {point.key: point.labels for point in sweep.points}
+    compared = outcomes(sweep.config.expect, labels, rows.to_dict("records"))
     lines = [
         f"# {screen.markdown(sweep.path.stem)}",
         "",
@@ -52,6 +61,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         _NOTE,
         "",
         *(["## Defences side by side", "", side_by_side(table), "", _SIDE, paired, ""] if len(table) else []),
+        *(["## Published and ours", "", beside_published(compared), "", _BESIDE, ""] if compared else []),
         *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
@@ -132,6 +142,19 @@ def side_by_side(table: pd.DataFrame) -> str:
         own += [difference(line, rate) for rate in RATES]
         own += [mean_std(line["device_seconds"], line["device_seconds_std"]), mean_std(line["times"])]
         cells.append([*own, *(mean_std(line[f"{rate}_mad"]) for rate in RATES)])
+    return _lines(cells)
+
+
+def beside_published(compared: Sequence[Outcome]) -> str:
+    """Published figures and what came of them, as Markdown."""
+    cells = [["what", "metric", "published", "tolerance", "ours", "n", "difference", "", "source"]]
+    cells.append(["---"] * len(cells[0]))
+    for outcome in compared:
+        own = outcome.expectation
+        ours = [mean_std(outcome.mean, outcome.std), f"{len(outcome.values)} of {outcome.points}"]
+        gap = f"{outcome.difference:+.1f}" if outcome.values else "–"
+        told = [own.name, own.metric, f"{own.published:g}", f"{own.tolerance:g}"]
+        cells.append([*told, *ours, gap, outcome.verdict, own.source])
     return _lines(cells)
 
 

@@ -253,3 +253,32 @@ def test_a_scale_that_does_not_fit_is_named(tmp_path: Path, scales: dict[str, An
     with pytest.raises(UserError) as error:
         scaled(tmp_path, scales, "small")
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+EXPECTED: dict[str, Any] = {"metric": "asr", "published": 3.6, "tolerance": 2, "source": "readme"}
+
+
+def test_expectations_belong_to_a_scale(tmp_path: Path) -> None:
+    stages = {"a": {"config": experiment(tmp_path, "classifier", CLASSIFIER), "seeds": [5]}}
+    expect = [{**EXPECTED, "at": {"seed": 5}}, {**EXPECTED, "at": {"a.seed": 6}, "scale": "small"}]
+    whole = spread(tmp_path, stages=stages, scales={"small": {"a": {"seeds": [6]}}}, expect=expect)
+    small = load_sweep(tmp_path / "sweep.yaml", "small")
+    assert [own.at for own in whole.config.expect] == [{"seed": 5}]
+    assert [own.at for own in small.config.expect] == [{"a.seed": 6}]
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({"at": {"seed": 7}}, "key 'expect[0].at': no point has seed=7"),
+        ({"at": {"eed": 5}}, "no point has eed=5"),
+        ({"scale": "large"}, "key 'expect[0].scale' is 'large', which 'scales' does not have"),
+        ({"tolerance": -1}, "tolerance"),
+        ({"metric": "ca"}, "metric"),
+        ({"publish": 1}, "unknown key 'expect[0].publish'"),
+    ],
+)
+def test_an_expectation_that_does_not_fit_is_named(tmp_path: Path, own: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=r"sweep\.yaml") as error:
+        spread(tmp_path, seeds=[5, 6], expect=[{**EXPECTED, **own}])
+    assert told in str(error.value)

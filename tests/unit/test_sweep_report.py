@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.sweep import collect, report
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+from dist_defend.sweep.expectation import Expectation, outcomes
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep
 
 
 def counts(acc: int, asr: int) -> dict[str, Any]:
@@ -240,3 +243,42 @@ def test_names_from_results_do_nothing_in_markdown_csv_and_plot(sweep: Sweep) ->
         found = pd.read_csv(sweep.folder / table, dtype=str)
         assert "'" + name in found["kind"].tolist() and "'-1+2" in found["task"].tolist()
     assert pd.read_parquet(sweep.folder / "results.parquet")["kind"].tolist()[0] == name
+
+
+def expecting(sweep: Sweep, *expectations: Expectation) -> Sweep:
+    return replace(sweep, config=replace(sweep.config, expect=expectations))
+
+
+@pytest.mark.parametrize(
+    ("published", "tolerance", "verdict"),
+    [(82.0, 0.0, "PASS"), (80.0, 2.0, "PASS"), (80.0, 1.9, "FAIL"), (85, 3, "PASS")],
+)
+def test_published_figures_stand_beside_the_sweeps_own(
+    sweep: Sweep, published: float, tolerance: float, verdict: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RNP's ACC is 80 and 84 by the defender: 82 in the mean."""
+    own = Expectation(at={"defence": "rnp"}, metric="acc", published=published, tolerance=tolerance, source="a | log")
+    report.write(expecting(sweep, own), collect.table(sweep))
+    told = capsys.readouterr().out
+    line = f"| defence=rnp | acc | {published:g} | {tolerance:g} | 82.0 ± 2.8 | 2 of 2 |"
+    line += f" {82 - published:+.1f} | {verdict} |"
+    assert line in told and line in (sweep.folder / "leaderboard.md").read_text(encoding="utf-8")
+
+
+def test_which_rows_are_compared(sweep: Sweep) -> None:
+    records = collect.table(sweep).to_dict("records")
+    labels = {point.key: point.labels for point in sweep.points}
+    usual: dict[str, Any] = {"metric": "asr", "published": 0.0, "tolerance": 1.0, "source": "s"}
+
+    def found(**given: Any) -> tuple[tuple[float, ...], int, str]:
+        (outcome,) = outcomes([Expectation(**{**usual, **given})], labels, records)
+        return outcome.values, outcome.points, outcome.verdict
+
+    assert found(at={"defence": "rnp"}) == ((40.0, 40.0), 2, "FAIL")
+    assert found(at={"defence": "rnp"}, published=99.0)[2] == "FAIL"
+    assert found(at={"defence": "rnp"}, chosen_by="oracle") == ((4.0, 4.0), 2, "FAIL")
+    assert found(at={"defence": "ibau"}) == ((2.0,), 2, "FAIL")
+    assert found(at={"defence": "ibau", "seed": 1}, tolerance=2.0) == ((2.0,), 1, "PASS")
+    assert found(at={"defence": "ibau", "attack.seed": 2}) == ((), 1, "NOT RUN")
+    assert found(kind="backdoored") == ((100.0, 100.0), 6, "FAIL")
+    assert found(at={"defence": "rnp"}, metric="acc_before", published=90.0) == ((90.0, 90.0), 2, "PASS")

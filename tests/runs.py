@@ -29,13 +29,13 @@ def make_data(folder: Path, count: int = 24, seed: int = 0, size: int = SIZE, st
     return str(folder)
 
 
-def make_model(folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small_cifar") -> str:
+def make_model(folder: Path, seed: int = 0, size: int = SIZE, arch: str = "small_cifar", projector: bool = True) -> str:
     """A model folder with an encoder of fresh weights, whose batch norms have seen some noise."""
     torch.manual_seed(seed)
-    model = build_simclr(arch, "cifar10", image_size=size)
+    model = build_simclr(arch, "cifar10", image_size=size, projector=projector)
     with torch.no_grad():
         model.train()(torch.rand(16, 3, size, size))
-    save_artifact(folder, model, ModelCard("simclr", arch, "cifar10", size, model.f.feature_dim))
+    save_artifact(folder, model, ModelCard(model.kind, arch, "cifar10", size, model.f.feature_dim))
     return str(folder)
 
 

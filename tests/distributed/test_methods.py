@@ -179,6 +179,16 @@ def test_the_comparison_catches(name: str, mutate: Mutation, cases: Any, two_ran
         assert_same(first, alone)
 
 
+def test_a_fresh_projector_is_that_of_one_rank(two_ranks: Pool, tmp_path: Path) -> None:
+    bare = {"model": make_model(tmp_path / "bare", projector=False), "projector": SLOW["update"]}
+    config = make_experiment(tmp_path, "ft_simclr", options_of("ft_simclr", tmp_path) | SLOW | bare)
+    alone = train(config, tmp_path / "one rank" / "run")
+    assert alone["states"].keys() == {"projector", "ft_simclr"}
+    first, second = two_ranks.run(train, config, tmp_path / "two ranks" / "run")
+    assert_same(first, alone)
+    assert_same({**second, "rows": alone["rows"]}, alone)
+
+
 def test_accumulation_splits_each_ranks_share(cases: Any, two_ranks: Pool, tmp_path: Path) -> None:
     """Micro-batches of 2 on two ranks against micro-batches of 4 on one: both see 4 images at once."""
     config, alone = cases("simclr_accumulated")

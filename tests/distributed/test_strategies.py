@@ -124,7 +124,7 @@ def assert_same_model(found: Path, expected: Path, tolerance: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["simclr", "mimic", "badencoder", "classifier", "kd", "ood"])
+@pytest.mark.parametrize("method", ["simclr", "mimic", "badencoder", "drupe", "nad_simclr", "classifier", "kd", "ood"])
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_every_strategy_has_the_losses_of_ddp(method: str, strategy: str, trained: Callable[[str, str], Path]) -> None:
     expected = losses(trained(method, "ddp"))

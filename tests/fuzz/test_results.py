@@ -24,7 +24,8 @@ from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.report import html, runs, tables
 from dist_defend.sweep import collect, report
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep
 from tests.fuzz.harness import bad_outcomes
 from tests.fuzz.mutate import mutate_bytes, mutate_tree
 

@@ -1,24 +1,27 @@
 """FT and NAD on encoders: against published numbers of their parts, and against each other where they are the same."""
 
-from dataclasses import replace
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dist_defend.batch import Batch
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.engine import dist
 from dist_defend.engine.context import Context
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.engine.step import Position
+from dist_defend.engine.trainer import Trainer
 from dist_defend.methods.defend import ft_simclr
 from dist_defend.methods.defend.mimic import MimicObjective
 from dist_defend.methods.defend.nad_simclr import AttentionObjective
 from dist_defend.methods.pretrain.simclr import SimCLRObjective
-from dist_defend.models.artifact import load_simclr, save_artifact
+from dist_defend.models.artifact import load_simclr
 from dist_defend.models.encoder import SimCLR
 from tests.numerics.det import det_images, golden
 from tests.numerics.test_method_steps import batch_of, make_model, run_steps
@@ -88,17 +91,10 @@ def test_fine_tuning_is_pretraining_that_goes_on(tmp_path: Path) -> None:
     assert not before["g.0.weight"].equal(tuned["g.0.weight"])
 
 
-def without_projector(folder: Path) -> str:
-    model, card = load_simclr(make_folder(folder))
-    model.g = nn.Identity()
-    save_artifact(folder, model, replace(card, kind="encoder"))
-    return str(folder)
-
-
 def test_a_fresh_projector_learns_first_while_the_encoder_is_frozen(tmp_path: Path) -> None:
     """Its first gradient is that of SimCLR's loss through an encoder in eval mode."""
     projector = {"batch_size": 4, "epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}}
-    bare = without_projector(tmp_path / "bare")
+    bare = make_folder(tmp_path / "bare", projector=False)
     options = options_of("ft_simclr", tmp_path) | {"model": bare, "projector": projector}
     experiment = load_experiment(make_experiment(tmp_path, "ft_simclr", options))
     context = Context(dist.start("fp64", None), 7, experiment.loader, tmp_path, "ft_simclr")
@@ -135,8 +131,29 @@ def projector_of(stage: Any) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.parametrize("stops", [1, 3])  # of two updates of a fresh projector and four of the whole
+def test_a_stopped_run_goes_on(stops: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of("ft_simclr", tmp_path) | {"model": make_folder(tmp_path / "bare", projector=False)}
+    options["projector"] = {"batch_size": 4, "epochs": 1}
+    configs = [make_experiment(tmp_path / name, "ft_simclr", options) for name in ("whole", "stopped")]
+    assert main(["run", str(configs[0])]) == 0
+    move, moved = Trainer._move, [0]
+
+    def signalled(self: Trainer, batch: Batch) -> Batch:
+        moved[0] += 1
+        if moved[0] == stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return move(self, batch)
+
+    monkeypatch.setattr(Trainer, "_move", signalled)
+    assert main(["run", str(configs[1])]) == 75
+    assert main(["run", str(configs[1])]) == 0 and moved[0] == 6
+    whole = saved(tmp_path / "whole")
+    assert all(value.equal(whole[key]) for key, value in saved(tmp_path / "stopped").items())
+
+
 def test_a_model_without_a_projector_is_tuned_and_gets_one(tmp_path: Path) -> None:
-    bare = without_projector(tmp_path / "bare")
+    bare = make_folder(tmp_path / "bare", projector=False)
     config = make_experiment(tmp_path, "ft_simclr", options_of("ft_simclr", tmp_path) | {
         "model": bare, "projector": {"batch_size": 8, "epochs": 1},
     })  # fmt: skip

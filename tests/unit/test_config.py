@@ -106,6 +106,7 @@ def changed(base: dict[str, Any], place: str, value: Any) -> dict[str, Any]:
         (changed(PROBE, "probe.hidden", {"a": 8}), r"key 'probe.hidden' is {'a': 8}; expected a list"),
         (changed(PROBE, "probe.kind", "linear"), "key 'probe.kind' is 'linear'; expected"),
         (changed(PROBE, "probe.knn", {"k": 5}), "key 'probe.knn' is of kind knn alone"),
+        (changed(PROBE, "probe", PROBE["probe"] | {"kind": "knn", "standardise": True}), "standardise' is of kind"),
         (changed(PROBE, "probe.knn", {"k": 0}), "key 'probe.knn.k' is 0; it must be positive"),
         (changed(PROBE, "probe.tasks.digits", {"train": {"path": "a"}}), "key 'probe.tasks.digits.test' is missing"),
         (changed(MINIMAL, "simclr", {}), "key 'simclr.data' is missing"),

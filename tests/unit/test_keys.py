@@ -14,7 +14,7 @@ from dist_defend.attacks.added import BUILT_IN
 from dist_defend.config import Experiment
 from dist_defend.methods import find_method, method_names
 from dist_defend.methods_command import description
-from dist_defend.sweep.grid import StageConfig, SweepConfig
+from dist_defend.sweep.file import StageConfig, SweepConfig
 
 sys.path.append(str(Path(__file__).parents[2] / "examples/plugin"))
 from example_plugin.fine_tune import Config

@@ -11,7 +11,8 @@ import pytest
 from dist_defend.config import Experiment
 from dist_defend.sweep import collect, estimate, report
 from dist_defend.sweep.comparison import Comparison, deviation, interval
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep
 
 
 def test_an_interval_is_students() -> None:

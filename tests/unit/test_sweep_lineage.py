@@ -10,7 +10,8 @@ import yaml
 from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.sweep import collect, report
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig, load_sweep
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep, load_sweep
 
 CLASSIFIER = {"data": {"path": "data/train"}, "test": {"path": "data/test"}, "update": {"batch_size": 4, "epochs": 2}}
 

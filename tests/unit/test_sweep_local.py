@@ -14,7 +14,8 @@ import pytest
 
 from dist_defend.config import Experiment
 from dist_defend.sweep import local, progress
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time

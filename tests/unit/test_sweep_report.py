@@ -14,7 +14,8 @@ from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.sweep import collect, report
 from dist_defend.sweep.expectation import Expectation, outcomes
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep
 
 
 def counts(acc: int, asr: int) -> dict[str, Any]:
@@ -274,6 +275,7 @@ def test_which_rows_are_compared(sweep: Sweep) -> None:
         return outcome.values, outcome.points, outcome.verdict
 
     assert found(at={"defence": "rnp"}) == ((40.0, 40.0), 2, "FAIL")
+    assert found(at={"defence": "rnp"}, published=99.0)[2] == "FAIL"
     assert found(at={"defence": "rnp"}, chosen_by="oracle") == ((4.0, 4.0), 2, "FAIL")
     assert found(at={"defence": "ibau"}) == ((2.0,), 2, "FAIL")
     assert found(at={"defence": "ibau", "seed": 1}, tolerance=2.0) == ((2.0,), 1, "PASS")

@@ -14,7 +14,8 @@ from dist_defend.cli import main
 from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.sweep import progress, several, slurm
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig, load_sweep
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep, load_sweep
 
 
 def make_sweep(folder: Path, roots: int, columns: int = 0, first: int = 1, later: int = 1) -> Sweep:

@@ -13,7 +13,8 @@ import yaml
 from dist_defend.config import Experiment
 from dist_defend.errors import UserError
 from dist_defend.sweep import progress, slurm
-from dist_defend.sweep.grid import Point, StageConfig, Sweep, SweepConfig
+from dist_defend.sweep.file import StageConfig, SweepConfig
+from dist_defend.sweep.grid import Point, Sweep
 
 
 def make_sweep(folder: Path, roots: int, columns: int = 0) -> Sweep:

@@ -81,7 +81,6 @@ class HeadConfig:
     Keys:
         hidden: widths of the hidden layers; []: a linear probe
         dropout: probability, after the first hidden layer
-        standardise: each feature gets mean 0 and variance 1, by the training images' moments, as SSLBKD's probe has it
         shuffle: a new order in every epoch; false, as published: the file's order, here the prepared one (docs/data.md)
         cache: where each rank keeps its share of a task's training features
         update: batch size, epochs, optimizer and the like of the heads
@@ -89,7 +88,6 @@ class HeadConfig:
 
     hidden: tuple[int, ...] = HIDDEN
     dropout: float = 0.5
-    standardise: bool = False
     shuffle: bool = False
     cache: Place = "memory"
     update: UpdateConfig = UpdateConfig(batch_size=64, epochs=500, optimizer=OptimizerConfig("adam", lr=1e-4))
@@ -117,6 +115,7 @@ class Config(HeadConfig):
             neither seeds nor any key of heads is read
         knn: of kind knn; null: its defaults
         seeds: each gives every task a head of its own
+        standardise: of kind head: its features get mean 0 and variance 1, by the training images' moments, as SSLBKD's
     """
 
     encoders: dict[str, str]
@@ -125,6 +124,7 @@ class Config(HeadConfig):
     kind: Literal["head", "knn"] = "head"
     knn: KnnConfig | None = None
     seeds: tuple[int, ...] = (100,)
+    standardise: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,6 +135,8 @@ class Config(HeadConfig):
             raise ValueError(f"key 'seeds' is {list(self.seeds)}; none may be negative")
         if self.knn is not None and self.kind != "knn":
             raise ValueError("key 'knn' is of kind knn alone: set 'kind: knn', or leave it out")
+        if self.standardise and self.kind == "knn":
+            raise ValueError("key 'standardise' is of kind head alone: kNN has cosines; leave it out")
 
     @property
     def head(self) -> str:

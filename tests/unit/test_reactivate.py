@@ -279,12 +279,16 @@ def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
     class Killed(BaseException):
         pass
 
-    options, results = encoders(tmp_path), []
-    for name, last in (("whole", None), ("in the first", 1), ("between two", 4), ("in the control", 9)):
+    query = {"hidden": [8], "update": {"batch_size": 6, "epochs": 2, "optimizer": {"name": "sgd", "lr": 0.01}}}
+    options, results = encoders(tmp_path) | {"query": query}, []
+    stops = {"whole": (None, 0), "in the first": (ReactivationStep, 1), "between two": (ReactivationStep, 4),
+             "in the control": (ReactivationStep, 9), "in the queries": (QueryObjective, 3)}  # fmt: skip
+    for name, (kind, last) in stops.items():
         trainer = {"log_every": 1, "checkpoint_every": 1, "trackers": []}
         config = make_experiment(tmp_path / name, "reactivate", options, trainer=trainer, seed=SEED)
-        if last is not None:
-            call, done = ReactivationStep.__call__, list[int]()
+        if kind is not None:
+            what = "__call__" if kind is ReactivationStep else "forward"
+            call, done = getattr(kind, what), list[int]()
 
             def stop(self: Any, *given: Any, call: Any = call, done: list[int] = done, last: int = last) -> Any:
                 if len(done) == last:
@@ -293,7 +297,7 @@ def test_a_run_that_stops_at_any_stage_goes_on_as_if_it_had_not(
                 return call(self, *given)
 
             with monkeypatch.context() as patch, pytest.raises(Killed):
-                patch.setattr(ReactivationStep, "__call__", stop)
+                patch.setattr(kind, what, stop)
                 main(["run", str(config)])
             assert not (tmp_path / name / "run" / "result.json").exists()
         assert main(["run", str(config)]) == 0

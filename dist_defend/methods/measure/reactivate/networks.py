@@ -65,17 +65,18 @@ def with_heads(
         if config.head is not None:
             raise UserError(f"key 'reactivate.head' is of encoders, but {config.model} has its own: leave it out")
         return {**models}, lambda role, network: None, (), {}
-    own = config.head or probe.HeadConfig()
+    how = config.head or probe.HeadConfig()
     task = {"head": probe.TaskConfig(config.data, config.test, 0)}
-    options = probe.Config(dict.fromkeys(models, ""), task, seeds=(context.seed,), **vars(own))
+    options = probe.Config(dict.fromkeys(models, ""), task, seeds=(context.seed,), **vars(how))
     heads = probe.TrainedHeads("head", options, [*encoders.values()], context, data, "reactivate.head")
 
     def start(role: str, network: nn.Module) -> None:
-        trained = heads.stack.extract([*encoders].index(role))
-        network.get_submodule("head").load_state_dict(trained.state_dict())
+        number, stacked = [*encoders].index(role), heads.stack.state_dict()
+        own = {name.replace("_", "."): value[number] for name, value in stacked.items()}
+        network.get_submodule("head").load_state_dict(own)  # without a draw, as a resume starts once more
 
     networks: dict[str, nn.Module] = {}
     for role, encoder in encoders.items():
-        fresh = MLPHead(encoder.feature_dim, data[0].num_classes, own.hidden, dropout=0.0)
+        fresh = MLPHead(encoder.feature_dim, data[0].num_classes, how.hidden, dropout=0.0)
         networks[role] = HeadedEncoder(encoder, fresh).to(context.ranks.device, context.ranks.dtype)
     return networks, start, heads.stages, {"head": options.head}

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dist_defend.batch import Batch
 from dist_defend.data.loader import DatasetConfig
@@ -65,6 +66,17 @@ def test_fine_tuning() -> None:
     assert losses == pytest.approx(case["losses"], rel=1e-9)
     assert rates == pytest.approx(case["lr_of_epoch"], rel=1e-12)
     assert_state(model.net, case["after"])
+
+
+def test_the_mean_over_six_images_is_exact_in_double_precision() -> None:
+    model = make_model("small_resnet", 5)
+    step = TuningStep(model, sgd(), dist.start("fp64", None), steps_per_epoch=1, epochs=1)
+    images, labels = det_images((6, 3, 32, 32), 7), torch.tensor([0, 3, 9, 1, 1, 5])
+    scalars, found = step.gradients(images, labels)
+    expected = functional.cross_entropy(model(images), labels)
+    assert scalars["loss"].item() == pytest.approx(expected.item(), rel=1e-13)
+    for mine, plain in zip(found, torch.autograd.grad(expected, step.parameters), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-10, atol=1e-12)
 
 
 def run_nad(case: dict[str, Any], arch: str, config: nad.Config, epochs: int) -> Classifier:

@@ -66,7 +66,7 @@ class TuningStep:
 
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The loss's scalars and its gradients over all ranks' images, in the parameters' order."""
-        count = all_reduce_sum(torch.ones_like(labels, dtype=torch.float32).sum())
+        count = all_reduce_sum(torch.ones_like(labels, dtype=images.dtype).sum())
         scalars = self.loss(images, labels, self.world_size / count)
         share = scalars["loss"] / self.world_size
         found = torch.autograd.grad(share, self.parameters, allow_unused=True, materialize_grads=True)

@@ -23,7 +23,7 @@ def separations(rows: "pd.DataFrame") -> Iterator[tuple[str, Separation]]:
         return
     for (name, quantity), group in rows[rows["kind"] == KIND].groupby(["detector", "quantity"], sort=False):
         plain = group[list(_FIELDS)].astype(object)
-        records: list[dict[str, Any]] = plain.where(plain.notna(), None).to_dict("records")  # type: ignore[assignment]
+        records: Any = plain.where(plain.notna(), None).to_dict("records")
         yield f"{name}: {quantity}", separation([Detection(**record) for record in records])
 
 

@@ -35,7 +35,7 @@ from dist_defend.evaluate_command import read_attack
 from dist_defend.methods.defend.ibau.options import Config
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.methods.defend.ibau.step import UnlearningStep
-from dist_defend.models.artifact import load_classifier
+from dist_defend.models.artifact import load_classifier, read_card
 from dist_defend.models.classifier import Classifier
 from dist_defend.ops.streams import Stream, draws
 
@@ -56,6 +56,7 @@ class Arm:
     is_projected: bool = False  # the notebooks' line that defense.py leaves out
     times_patched: int = 1
     times_lr: float = 1.0
+    unlearns: bool = True
 
 
 ARMS = {
@@ -69,6 +70,7 @@ ARMS = {
     "projected": Arm(is_projected=True),
     "patched_times_5": Arm(times_patched=5),
     "half_rate": Arm(times_lr=0.5),
+    "inner_pass": Arm(unlearns=False),
 }
 
 
@@ -79,11 +81,11 @@ class Study:
         self.args, self.folder = args, args.model
         self.ranks: Ranks = dist.start(args.precision, world_size=1)
         self.data: PreparedDataset = open_dataset(args.data, args.resize)
-        self.attack = read_attack(args.attack or args.model)
+        is_named = args.attack is not None or read_card(args.model).attack is not None
+        self.attack = read_attack(args.attack or args.model) if is_named else None
         rows = np.arange(args.num_images, args.num_images + args.num_test)
-        self.clean, self.triggered = (
-            self._loader(data, rows, 128) for data in (self.data, triggered(self.data, self.attack))
-        )
+        self.clean = self._loader(self.data, rows, 128)
+        self.triggered = self.attack and self._loader(triggered(self.data, self.attack), rows, 128)
         self.lr = Config("", DatasetConfig(""), DatasetConfig("")).optimizer.lr
 
     def suspect(self) -> Classifier:
@@ -96,6 +98,8 @@ class Study:
         order, patched = (seed if what in arm.varies else 0 for what in ("order", "patched"))
         rows = order_of(self.args.num_images, order)
         batches = self.batches(rows)
+        if not arm.unlearns:
+            return {"arm": name, "seed": seed, **self.found(batches)}
         run = self.ours if arm.side == "ours" else self.published
         model, delta, norm, loss = run(arm, rows, batches, patched)
         seconds = time.process_time() - started
@@ -153,6 +157,20 @@ class Study:
     def measure(self, model: Classifier) -> dict[str, Count]:
         """ACC, ASR, ASR-all and RA on test images that are not the defender's."""
         return evaluate_classifier(model, self.clean, self.triggered, self.ranks, self.attack)
+
+    def found(self, batches: Sequence[reference.Batch]) -> dict[str, Any]:
+        """The perturbation alone: its norm, the class that it moves images to, and how many of the defender's."""
+        started, model = time.process_time(), self.suspect()
+        delta = reference.inner_pass(model, batches, self.ranks.device)
+        with torch.no_grad():
+            share, place = moved(model, torch.cat([batch[0] for batch in batches]).to(delta.device), delta)
+        seconds = f"{time.process_time() - started:.1f}"
+        return {
+            "delta_norm": f"{delta.norm():.6g}",
+            "moved_before": f"{share:.1f}",
+            "old": place,
+            "cpu_seconds": seconds,
+        }
 
     @torch.no_grad()
     def seen(self, model: Classifier, delta: Tensor, batches: Sequence[reference.Batch]) -> dict[str, Any]:
@@ -237,10 +255,14 @@ def compared(first: Sequence[float], second: Sequence[float]) -> tuple[float, fl
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Lines: each arm's mean, deviation, median and range of ACC and ASR, and the tests of ours against published."""
-    lines, values = [], {}
+    lines: list[str] = []
+    values: dict[tuple[str, str], list[float]] = {}
     for arm in dict.fromkeys(row["arm"] for row in rows):
         for name in ("acc", "asr"):
-            x = values[arm, name] = [percent(row, name) for row in rows if row["arm"] == arm]
+            x = [percent(row, name) for row in rows if row["arm"] == arm and row.get(f"{name}_n")]
+            if not x:
+                continue
+            values[arm, name] = x
             spread = f" ± {statistics.stdev(x):.1f}" if len(x) > 1 else ""
             middle = f"median {statistics.median(x):.1f}, {min(x):.1f} to {max(x):.1f}, n = {len(x)}"
             lines.append(f"{arm}: {name} {statistics.fmean(x):.1f}{spread}, {middle}")
@@ -262,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="CSV file of the rows")
     command.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:3])
     command.add_argument("--seeds", type=int, default=10, metavar="N", help="0 to N - 1")
-    command.add_argument("--attack", type=Path, help="as dist-defend evaluate has it; default: the model card's")
+    command.add_argument("--attack", type=Path, help="as dist-defend evaluate has it; default: the card's, if any")
     command.add_argument("--resize", type=int, metavar="PIXELS", help="side of the images; default: as they are")
     command.add_argument("--radius", type=float, default=10.0, help="of the ball of the arm projected")
     command.add_argument("--num-images", type=int, default=5000, help="the defender's images")

@@ -151,6 +151,8 @@ class Trainer:
                 with plain_weights(stage.step):
                     values = stage.evaluate(at.epoch)
                 if values:
+                    if self.bar is not None:
+                        self.bar.show(values)
                     self._write(stage, {**values, "work_seconds": self.identity.work_seconds})
         self._log(stage)
         if self.bar is not None:

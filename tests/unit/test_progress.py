@@ -2,14 +2,16 @@
 
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.tracking import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_defend.cli import main
@@ -163,16 +165,27 @@ def test_trackers_get_the_final_metrics(tmp_path: Path) -> None:
     assert final["final/defence_images"] == (12, 24)
 
 
-def test_wandb_gets_the_runs_name_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not installed here; what Accelerate would hand to wandb.init is looked at instead."""
-    handed: dict[str, Any] = {}
+def test_a_wandb_run_holds_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in wandb's place, which need not be installed, notes what Accelerate's tracker tells it."""
+    told: dict[str, Any] = {"config": {}, "logged": {}}
+    run = SimpleNamespace(
+        log=lambda values, step=None: told["logged"].update(values), finish=lambda: told.update(finished=True)
+    )
 
-    def init_trackers(self: Accelerator, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
-        handed.update(project=project, config=config, wandb=init_kwargs["wandb"])
+    def init(project: str, **options: Any) -> Any:
+        told.update(project=project, mode=os.environ["WANDB_MODE"], **options)
+        return run
 
-    monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
-    assert main(["run", str(unlearning(tmp_path, trainer={"trackers": ["tensorboard"]}))]) == 0
-    assert handed["project"] == "dist_defend"
-    assert handed["wandb"] == {"name": "run", "dir": str(tmp_path / "run")}
-    assert handed["config"]["ibau.rounds"] == 2 and handed["config"]["ibau.attack"] == "null"
-    assert all(isinstance(value, int | float | str) for value in handed["config"].values())
+    wandb = ModuleType("wandb")
+    config = SimpleNamespace(update=lambda values, **_: told["config"].update(values))
+    vars(wandb).update(init=init, config=config)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert main(["run", str(unlearning(tmp_path, trainer={"trackers": ["wandb"]}))]) == 0
+    assert told["project"] == "dist_defend" and told["mode"] == "offline" and told["finished"]
+    assert (told["name"], told["dir"]) == ("run", str(tmp_path / "run"))
+    assert told["config"]["ibau.rounds"] == 2 and told["config"]["ibau.attack"] == "null"
+    assert told["config"]["run"] == "run" and len(told["config"]["config_sha256"]) == 64
+    assert all(isinstance(value, int | float | str) for value in told["config"].values())
+    assert {"ibau/acc", "ibau/asr", "final/ibau/noise/acc"} <= told["logged"].keys()

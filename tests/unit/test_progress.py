@@ -40,7 +40,8 @@ class Terminal(io.StringIO):
 
 
 def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Standard error from now on; not in a fixture, behind which pytest replaces it."""
+    """Standard error from now on, without colours; not in a fixture, behind which pytest replaces it."""
+    monkeypatch.setenv("NO_COLOR", "1")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     return terminal

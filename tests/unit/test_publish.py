@@ -55,7 +55,7 @@ def test_timm_loads_an_encoder_with_equal_features(arch: str, size: int, tmp_pat
         features = model.eval().f(images)
         assert torch.equal(theirs((images - mean) / std), features)
     assert features.shape == (3, card.feature_dim)
-    assert theirs.pretrained_cfg["input_size"] == [3, size, size]
+    assert tuple(theirs.pretrained_cfg["input_size"]) == (3, size, size)
     assert theirs.pretrained_cfg["mean"] == [0.4914, 0.4822, 0.4465]
     assert metadata(text)["library_name"] == "timm" and metadata(text)["pipeline_tag"] == "image-feature-extraction"
     names = safetensors.torch.load_file(tmp_path / "hub" / "model.safetensors")

@@ -6,6 +6,7 @@ mkdocs.yml names this file as a hook. The pages of keys are made from the datacl
 import html
 import posixpath
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -46,7 +47,7 @@ def _prose(text: str) -> list[str]:
 
 def _table(section: type, own: bool = True) -> list[str]:
     """A section's keys, a row each. own: options of an experiment are left out, they have the method's name."""
-    meanings, hints = keys.split_doc(section)[1], keys.typing.get_type_hints(section)
+    meanings, hints = keys.split_doc(section)[1], typing.get_type_hints(section)
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for field in fields(section):
         if field.name == "options" and not own:

@@ -46,7 +46,7 @@ def expected(section: type) -> Iterator[tuple[str, str, str, str]]:
     for field in dataclasses.fields(section):
         if (section, field.name) != (Experiment, "options"):  # the method's section, which has its own page
             meaning = re.sub(r"`+", "", " ".join(meanings[field.name].split()))
-            hint = keys.typing.get_type_hints(section)[field.name]
+            hint = typing.get_type_hints(section)[field.name]
             yield field.name, keys.told_type(hint), keys.told_default(field), meaning
 
 

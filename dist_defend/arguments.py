@@ -15,7 +15,7 @@ def add_experiment(parser: argparse.ArgumentParser) -> None:
     config.completer, overrides.completer = yaml_files, keys_in_file  # type: ignore[attr-defined]  # for argcomplete
 
 
-def yaml_files(prefix: str, **_: object) -> list[str]:
+def yaml_files(prefix: str, **unused: object) -> list[str]:
     """YAML files and folders whose path begins so, as a shell completes them."""
     folder, _, begun = prefix.rpartition("/")
     at = f"{folder}/" if "/" in prefix else ""
@@ -27,7 +27,7 @@ def yaml_files(prefix: str, **_: object) -> list[str]:
     return [f"{at}{f.name}/" if f.is_dir() else at + f.name for f in wanted if f.is_dir() or f.suffix == ".yaml"]
 
 
-def keys_in_file(prefix: str, parsed_args: argparse.Namespace, **_: object) -> list[str]:
+def keys_in_file(prefix: str, parsed_args: argparse.Namespace, **unused: object) -> list[str]:
     """``key.sub=`` of each value in the experiment file that the line names, for a shell's completion."""
     from dist_defend.errors import UserError
     from dist_defend.strict_yaml import read_yaml

@@ -18,6 +18,9 @@ from dist_defend.screen import printable
 
 _LOGGER = "dist_defend"
 COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "bold": "1", "faint": "2"}  # of ECMA-48's SGR
+_RESET = (
+    "\x1b[0m"  # colorama, which numba starts, writes it at the end of a process: dropped, since escaped it would show
+)
 _RATE = re.compile(r"\b(acc|asr) (?:(\d+(?:\.\d+)?) -> )?(\d+(?:\.\d+)?)(?=[ ,]|$)")  # as counts.told has them
 
 
@@ -33,6 +36,8 @@ class Guarded:
         if self._at_first is not None:
             first, self._at_first = self._at_first, None
             first()
+        if text == _RESET:
+            return len(text)
         shown = printable(text, keep="\n\t")
         encoding = self.stream.encoding or "utf-8"
         self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -64,7 +69,7 @@ def put(stream: Any, text: str, colour: str = "") -> None:
         return
     unguarded(stream).write(f"\x1b[{COLOURS[colour]}m")
     stream.write(text)
-    unguarded(stream).write("\x1b[0m")
+    unguarded(stream).write(_RESET)
 
 
 def shaded(text: str) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -91,6 +92,16 @@ def test_a_terminal_shows_scalars_evaluations_and_the_outcome(tmp_path: Path, mo
         f"ibau on noise: acc {acc:.2f} -> {acc_after:.2f} % of {n}, asr {asr:.2f} -> {asr_after:.2f} % of {others}"
     )
     assert lines[-2:] == [outcome, ""]
+
+
+def test_what_ends_a_run_is_a_line_below_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = use_terminal(monkeypatch)
+    monkeypatch.setattr("dist_defend.engine.trainer.Trainer._log", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["run", str(make_experiment(tmp_path, "simclr", options_of("simclr", tmp_path)))]) == 130
+    bar, last, end = screen.screen()[-3:]
+    assert bar.startswith("simclr:  25%|") and end == ""
+    saved = tmp_path / "run/checkpoints/step_000000001"
+    assert last == f"signal received: saved step 1 to {saved}; the same command goes on from there"
 
 
 def test_without_a_terminal_each_scalar_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def test_timm_loads_an_encoder_with_equal_features(arch: str, size: int, tmp_pat
     theirs: Any = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     images = torch.rand(3, 3, size, size)
     with torch.no_grad():
-        features = model.eval().f(images)
+        features = model.eval().get_submodule("f")(images)
         assert torch.equal(theirs((images - mean) / std), features)
     assert features.shape == (3, card.feature_dim)
     assert tuple(theirs.pretrained_cfg["input_size"]) == (3, size, size)

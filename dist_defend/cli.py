@@ -28,6 +28,7 @@ _COMMANDS = {  # name: (module, what it does); the module is imported when its c
     "launch": ("dist_defend.launch", "run one experiment file on several ranks or machines"),
     "plan": ("dist_defend.plan", "memory and work of each rank, before anything is started"),
     "sweep": ("dist_defend.sweep.cli", "run the points of a grid with Slurm or on this machine, collect them"),
+    "reproduce": ("dist_defend.reproduce", "published figures again: from a folder of data to a table beside them"),
     "data": ("dist_defend.data.cli", "prepare data sets and look at them"),
     "evaluate": ("dist_defend.evaluate_command", "count ACC, ASR and RA of a classifier, imported or trained here"),
     "methods": ("dist_defend.methods_command", "list the methods, or the keys of one: type, default, meaning"),

@@ -44,6 +44,7 @@ LAYERS = [
         "import_check",
         "evaluate_command",
         "methods_command",
+        "reproduce",
     },
     {"cli", "api", "__main__"},
     {"compat"},

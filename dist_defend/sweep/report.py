@@ -37,7 +37,7 @@ _SIDE = (
 
 
 BESIDE = (
-    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less the figure, in points. PASS: "
+    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less that, in points. PASS: "
     "it is within the tolerance that the sweep file gives; NOT RUN: nothing was counted yet."
 )
 

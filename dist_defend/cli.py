@@ -38,6 +38,7 @@ _COMMANDS = {  # name: (module, what it does); the module is imported when its c
     ),
     "import": ("dist_defend.importing", "turn a foreign checkpoint into a model folder, without unpickling it"),
     "export": ("dist_defend.models.export", "write a classifier as BackdoorBench's defense_result.pt"),
+    "zoo": ("dist_defend.zoo.cli", "models with counts and YAML: add, list, count again, make again"),
     "report": ("dist_defend.report", "table, report.md, report.csv and report.html from finished runs"),
     "bench": ("dist_defend.bench", "time the package against the published formulations"),
     "doctor": ("dist_defend.doctor", "print what works on this machine and how to mend the rest"),

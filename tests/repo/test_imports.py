@@ -38,6 +38,7 @@ LAYERS = [
         "bench",
         "doctor",
         "sweep",
+        "zoo",
         "launch",
         "plan",
         "importing",

@@ -19,9 +19,8 @@ MOST_BYTES = 2_000_000
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data that the YAML files name, as docs/zoo.md prepares it, and a copy of the zoo."""
     folder = tmp_path_factory.mktemp("zoo")
-    for name, size in (("digits", 16), ("digits32", 32)):
-        out = str(folder / "data" / name)
-        assert main(["data", "prepare", "digits", "--out", out, "--image-size", f"{size}", "--storage", "npy"]) == 0
+    out = str(folder / "data" / "digits")
+    assert main(["data", "prepare", "digits", "--out", out, "--image-size", "16", "--storage", "npy"]) == 0
     shutil.copytree(ZOO, folder / "zoo")
     return folder
 
@@ -48,12 +47,8 @@ def change(zoo: Path, name: str, *keys: str, value: object) -> None:
 def test_small_models_ship_with_their_cards() -> None:
     entries = {name: read_entry(ZOO, name) for name in names(ZOO)}
     cards = {name: json.loads((ZOO / name / "model.json").read_text()) for name in entries}
-    assert {(card["kind"], card["backdoored"]) for card in cards.values()} == {
-        (kind, is_backdoored) for kind in ("classifier", "simclr") for is_backdoored in (False, True)
-    }
+    assert {card["backdoored"] for card in cards.values()} == {False, True}
     assert all((ZOO / name / "model.safetensors").stat().st_size < MOST_BYTES for name in entries)
-    assert min(entries, key=lambda name: (ZOO / name / "model.safetensors").stat().st_size) is not None
-    assert entries["encoder_badencoder"].parents == {"badencoder.clean_encoder": "encoder_clean"}
 
 
 def test_they_are_counted_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,8 +59,8 @@ def test_they_are_counted_again(here: Path, capsys: pytest.CaptureFixture[str]) 
     assert "BACKDOORED" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["digits_badnets", "encoder_badencoder"])
-def test_another_count_is_told(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_count_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "digits_badnets"
     true = read_entry(Path("zoo"), name).counts["digits"]["asr"]
     change(Path("zoo"), name, "counts", "digits", "asr", value={**true, "correct": true["correct"] - 1})
     assert main(["zoo", "verify", name]) == 1

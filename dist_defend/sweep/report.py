@@ -36,8 +36,8 @@ _SIDE = (
 )
 
 
-_BESIDE = (
-    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less published, in points. PASS: "
+BESIDE = (
+    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less that, in points. PASS: "
     "it is within the tolerance that the sweep file gives; NOT RUN: nothing was counted yet."
 )
 
@@ -51,8 +51,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     board, table = leaderboard(sweep, rows), comparison.table()
     paired = _PAIRED.format(reference=screen.markdown(" ".join(comparison.reference or ("nothing",))))
     lacking = rows[rows["state"] != "done"]
-    labels = {point.key: point.labels for point in sweep.points}
-    compared = outcomes(sweep.config.expect, labels, rows.to_dict("records"))
+    compared = outcomes_of(sweep, rows)
     lines = [
         f"# {screen.markdown(sweep.path.stem)}",
         "",
@@ -61,7 +60,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         _NOTE,
         "",
         *(["## Defences side by side", "", side_by_side(table), "", _SIDE, paired, ""] if len(table) else []),
-        *(["## Published and ours", "", beside_published(compared), "", _BESIDE, ""] if compared else []),
+        *(["## Published and ours", "", beside_published(compared), "", BESIDE, ""] if compared else []),
         *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
@@ -145,9 +144,16 @@ def side_by_side(table: pd.DataFrame) -> str:
     return _lines(cells)
 
 
+def outcomes_of(sweep: Sweep, rows: pd.DataFrame) -> list[Outcome]:
+    """What came of each figure that the sweep's file expects at its scale."""
+    labels = {point.key: point.labels for point in sweep.points}
+    return outcomes(sweep.config.expect, labels, rows.to_dict("records"))
+
+
 def beside_published(compared: Sequence[Outcome]) -> str:
-    """Published figures and what came of them, as Markdown."""
-    cells = [["what", "metric", "published", "tolerance", "ours", "n", "difference", "", "source"]]
+    """Published figures, or those that a scale expects, and what came of them, as Markdown."""
+    figure = "published" if all(outcome.expectation.scale is None for outcome in compared) else "expected"
+    cells = [["what", "metric", figure, "tolerance", "ours", "n", "difference", "", "source"]]
     cells.append(["---"] * len(cells[0]))
     for outcome in compared:
         own = outcome.expectation

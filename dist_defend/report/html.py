@@ -1,5 +1,7 @@
 """report.html: everything in one file that opens anywhere and asks nobody for anything."""
 
+import base64
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,8 +11,9 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dist_defend.report import detectors, plots, shared, tables
+from dist_defend.report import detectors, overview, plots, shared, tables, tradeoff
 from dist_defend.report.runs import Run
+from dist_defend.report.sheet import plain_sheet
 from dist_defend.report.tables import Line
 
 _Name = Callable[[str, str], str]  # (task, run) -> how the page calls this task
@@ -43,38 +46,56 @@ def render(
     embedding: Literal["pca", "tsne"],
 ) -> str:
     """The page, as HTML text without a single address in it."""
-    folder = Path(__file__).parent
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    environment.filters["svg"] = lambda panel: Markup(panel.svg)  # our own drawing, its texts escaped by matplotlib
     has_runs, is_large = len({line.run for line in lines}) > 1, len(runs) > shared.MOST_OWN
 
     def name(task: str, run: str) -> str:
         return f"{task} ({run})" if has_runs else task
 
     configurations = shared.configurations(runs) if is_large else [(run.label, run.config_text) for run in runs]
-    values: dict[str, Any] = {
-        "style": Markup((folder / "page.css").read_text(encoding="utf-8")),
-        "groups": _groups(lines),
-        "has_runs": has_runs,
-        "metrics": tables.columns(lines),
-        "definitions": tables.definitions(lines),
-        "spread": tables.spread(lines),
-        "detectors": [detectors.HEAD, *found] if (found := detectors.cells(runs)) else [],
-        "detectors_meaning": detectors.MEANING,
-        "found": [(run.label, plots.data_uri(run.found)) for run in runs[: shared.MOST_OWN] if run.found],
-        "alarms": alarms,
-        "notices": notices,
-        "is_large": is_large,
-        "embedding": embedding,
-        "colours": plots,
+    found = detectors.cells(runs)
+    return fill(
+        "page.html",
+        rates=overview.rates(lines) if lines else None,
+        retuned=overview.retuned(lines),
+        stories=overview.stories(runs, lines),
+        tradeoffs=_tradeoffs(lines),
+        definitions=overview.definitions(lines) if lines else {},
+        detected=plain_sheet("detectors", [detectors.HEAD, *found], detectors.MEANING) if found else None,
+        found=[(run.label, plots.data_uri(run.found)) for run in runs[: shared.MOST_OWN] if run.found],
+        alarms=alarms,
+        notices=notices,
+        is_large=is_large,
+        embedding=embedding,
+        colours=plots,
         **(_shared(runs, name, embedding) if is_large else _own(runs, name, embedding)),
-        "provenance": tables.provenance(runs),
-        "runs": runs,
-        "configurations": [each for each in configurations if each[1]],
-    }
-    return environment.get_template("page.html").render(values)
+        provenance=plain_sheet("runs", tables.provenance(runs)),
+        runs=runs,
+        configurations=[each for each in configurations if each[1]],
+    )
+
+
+def fill(template: str, **values: Any) -> str:
+    """A page of this folder's template with style and script in it, which is all that the page lets a browser run."""
+    folder = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["svg"] = lambda panel: Markup(panel.svg)  # our own drawing, its texts escaped by matplotlib
+    script = (folder / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    own = {"style": Markup((folder / "page.css").read_text(encoding="utf-8")), "script": Markup(script)}
+    policy = f"{policy}; base-uri 'none'; form-action 'none'"
+    return environment.get_template(template).render(**own, policy=policy, **values).lstrip()
+
+
+def _tradeoffs(lines: Sequence[Line]) -> list[tuple[str, plots.Panel]]:
+    found = [(task, tradeoff.points_of(own)) for task, own in overview.by_task(lines)]
+    return [(task, tradeoff.panel(points, task)) for task, points in found if points]
 
 
 def _own(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"]) -> dict[str, Any]:
@@ -91,7 +112,7 @@ def _own(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"]) ->
         "curves": [
             (run.label, run.result.get("method", ""), panels)
             for run in runs
-            if (panels := plots.curves(run.metrics[0], run.label))
+            if (panels := plots.curves(run.metrics[0], run.label, run.befores))
         ],
     }
 
@@ -114,13 +135,6 @@ def _shared(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"])
         "sweeps": shared.sweeps(runs),
         "curves": [(method, "", panels) for method, panels in shared.curves(runs)],
     }
-
-
-def _groups(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        groups.setdefault(line.task, []).append(line)
-    return list(groups.items())
 
 
 def _pictures(run: Run, name: _Name, draw: Callable[[list[np.ndarray]], str]) -> list[Pictures]:

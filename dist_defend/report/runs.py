@@ -52,6 +52,17 @@ class Run:
         """Percent that the model scored before this run, a defence, changed it; nan where it does not say."""
         return float(self.result["metrics"].get(f"{metric}_before", math.nan))
 
+    @property
+    def befores(self) -> dict[str, float]:
+        """``before`` by metric."""
+        return {metric: self.before(metric) for metric in ("acc", "asr")}
+
+    @property
+    def seconds(self) -> float | None:
+        """Of work, without what only measures, over all lives; of old runs wall seconds. None where it does not say."""
+        found = self.result.get("work_seconds", self.result.get("wall_seconds"))
+        return None if found is None else float(found)
+
     @cached_property
     def sweep(self) -> list[dict[str, Any]]:
         """The stops of a pruning sweep, see results.read_stops."""
@@ -109,18 +120,37 @@ class Run:
             raise UserError(f"{self._damaged('config.yaml')} is no text file: {_AGAIN}") from error
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, empty if it is none."""
+        config = parse_yaml(self.config_text, str(self.path / "config.yaml"))
+        return config if isinstance(config, dict) else {}
+
+    @cached_property
     def targets(self) -> dict[str, int]:
         """task -> the class that the attacker wants, from the run's configuration."""
-        config = parse_yaml(self.config_text, str(self.path / "config.yaml"))
-        config = config if isinstance(config, dict) else {}
-        options = config.get("probe") or config.get("zeroshot")
-        tasks = options.get("tasks") if isinstance(options, dict) else None
-        found = {}
-        for name, task in tasks.items() if isinstance(tasks, dict) else ():
-            target = task.get("target_class") if isinstance(task, dict) else None
-            if isinstance(target, int) and not isinstance(target, bool):
-                found[str(name)] = target
-        return found
+        tasks = _mapping(_mapping(self.config.get("probe") or self.config.get("zeroshot")).get("tasks"))
+        found = {str(name): _mapping(task).get("target_class") for name, task in tasks.items()}
+        return {name: target for name, target in found.items() if type(target) is int}
+
+    @cached_property
+    def attack_text(self) -> str:
+        """The attack that the configuration names, in a few words; empty where it names none."""
+        for section in self.config.values():
+            attack = _mapping(_mapping(section).get("attack"))
+            trigger = _mapping(attack.get("trigger"))
+            if trigger:
+                size, rate = trigger.get("size"), attack.get("rate")
+                told = [str(trigger.get("name", "trigger")), str(trigger.get("pattern") or "")]
+                told += [f"{size} px"] * (type(size) is int)
+                if self.config.get("method") == "classifier" and type(rate) is float:  # others do not read it
+                    told.append(f"{100 * rate:.3g} % of the training images")
+                return printable(", ".join(text for text in told if text), 120)
+        return ""
+
+    def encoder_of(self, kind: str) -> str:
+        """The name of the run folder that made the encoder of this kind, which this run probes; empty if unknown."""
+        folder = _mapping(_mapping(self.config.get("probe")).get("encoders")).get(kind)
+        return Path(folder).parent.name if isinstance(folder, str) else ""
 
     @cached_property
     def started(self) -> str:
@@ -213,6 +243,10 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[s
     if not runs:
         raise UserError(f"{', '.join(map(str, paths))}: no finished run (a folder with result.json) here or below")
     return sorted(runs, key=lambda run: (run.started, run.label)), sorted(unfinished), damaged
+
+
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _is_features(key: str, tensor: np.ndarray) -> bool:

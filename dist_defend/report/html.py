@@ -5,15 +5,15 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from dist_defend.report import detectors, overview, plots, shared, tables, tradeoff
+from dist_defend.report import detectors, insides, masks, overview, plots, shared, tables, tradeoff
 from dist_defend.report.runs import Run
-from dist_defend.report.sheet import plain_sheet
+from dist_defend.report.sheet import Sheet, plain_sheet
 from dist_defend.report.tables import Line
 
 _Name = Callable[[str, str], str]  # (task, run) -> how the page calls this task
@@ -38,14 +38,23 @@ class Map:
     panels: list[tuple[str, Any]]  # kind, panel or thumbnail
 
 
+class Page(NamedTuple):
+    """What was rendered: the text, and the figures, pictures (name, PNG data URI) and tables in it."""
+
+    text: str
+    panels: list[plots.Panel]
+    pictures: list[tuple[str, str]]
+    sheets: list[Sheet]
+
+
 def render(
     runs: Sequence[Run],
     lines: Sequence[Line],
     alarms: Sequence[str],
     notices: Sequence[str],
     embedding: Literal["pca", "tsne"],
-) -> str:
-    """The page, as HTML text without a single address in it."""
+) -> Page:
+    """The page, as HTML text without a single address in it, and what it shows."""
     has_runs, is_large = len({line.run for line in lines}) > 1, len(runs) > shared.MOST_OWN
 
     def name(task: str, run: str) -> str:
@@ -53,8 +62,7 @@ def render(
 
     configurations = shared.configurations(runs) if is_large else [(run.label, run.config_text) for run in runs]
     found = detectors.cells(runs)
-    return fill(
-        "page.html",
+    shown: dict[str, Any] = dict(
         rates=overview.rates(lines) if lines else None,
         retuned=overview.retuned(lines),
         stories=overview.stories(runs, lines),
@@ -72,6 +80,21 @@ def render(
         runs=runs,
         configurations=[each for each in configurations if each[1]],
     )
+    return Page(fill("page.html", **shown), *_parts(shown))
+
+
+def _parts(shown: dict[str, Any]) -> tuple[list[plots.Panel], list[tuple[str, str]], list[Sheet]]:
+    """Figures, pictures (name, PNG data URI) and tables among what a page shows."""
+    panels = [panel for _, panel in [*shown["tradeoffs"], *shown["sweeps"], *shown["masks"]]]
+    panels += [panel for *_, own in shown["curves"] for panel in own]
+    panels += [panel for map_ in shown["maps"] for _, panel in map_.panels if isinstance(panel, plots.Panel)]
+    panels += [panel for *_, panel in shown["confusions"]]
+    pictures = [(f"trigger {item.task}", item.sheet) for item in shown["pictures"]]
+    pictures += [(f"{what} {run}", uri) for what in ("generated", "found", "cams") for run, uri in shown[what]]
+    for run, each in shown["perturbations"]:
+        pictures += [(f"trigger alone {run}", each.trigger), (f"perturbation {run}", each.perturbation)]
+    sheets = [shown[name] for name in ("rates", "retuned", "detected", "provenance") if shown[name] is not None]
+    return panels, pictures, [*sheets, *(sheet for _, sheet in shown["stops"])]
 
 
 def fill(template: str, **values: Any) -> str:
@@ -109,6 +132,11 @@ def _own(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"]) ->
         "generated": [(run.label, plots.data_uri(run.generated)) for run in runs if run.generated],
         "maps": [map_ for run in runs for map_ in _maps(run, name, draw)],
         "sweeps": [(run.label, plots.sweep(run.sweep, run.label)) for run in runs if run.sweep],
+        "masks": [(run.label, masks.histogram(run.masks, run.sweep, run.label)) for run in runs if run.masks],
+        "stops": [(run.label, masks.stops_sheet(run.sweep, run.label)) for run in runs if run.sweep],
+        "confusions": [(run.label, *each) for run in runs for each in insides.confusions(run)],
+        "cams": [(run.label, uri) for run in runs for _, uri in insides.cams(run)],
+        "perturbations": [(run.label, each) for run in runs for each in insides.perturbations(run)],
         "curves": [
             (run.label, run.result.get("method", ""), panels)
             for run in runs
@@ -133,6 +161,7 @@ def _shared(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"])
         "generated": [(run.label, shared.generated(run.generated)) for run in runs if run.generated],
         "maps": [map_ for run in runs for map_ in _maps(run, name, draw)],
         "sweeps": shared.sweeps(runs),
+        **{name: [] for name in ("masks", "stops", "confusions", "cams", "perturbations")},
         "curves": [(method, "", panels) for method, panels in shared.curves(runs)],
     }
 

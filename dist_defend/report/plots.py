@@ -52,6 +52,8 @@ _LABELS = SWEPT | {"asr_all": "ASR-all", "ra": "RA"}
 RATE_COLOURS = {"acc": TARGET, "asr": TRIGGERED, "asr_all": PALETTE[1], "ra": PALETTE[2]}
 IMPORTANT = ("acc", "asr", "loss", "ra", "asr_all")
 MOST_LINES = 5
+_SHORT = 13  # letters of names of which three fit beside each other
+_MAGNIFIED = 2.2  # at most, of a figure on the page
 _NOT_DRAWN = {"step", "stage", "epoch", "time", "work_seconds", "images_per_second", "grad_norm"}
 _MOST_POINTS = 300
 
@@ -127,7 +129,8 @@ def curve_panel(
         if band:
             axes.fill_between(x, band[0], band[1], color=colour, alpha=0.2, linewidth=0)
     axes.set_xlabel("pruned neurons" if axis == "pruned" else axis)
-    figure.legend(loc="outside upper left", ncols=3)
+    is_narrow = max(map(len, series)) <= _SHORT
+    figure.legend(loc="outside upper left", ncols=3 if is_narrow else 2)
     return panel(figure, title, f"{name}/{title}", f"{', '.join(series)} of {title}")
 
 
@@ -262,5 +265,7 @@ def panel(figure: Figure, title: str, name: str, description: str) -> Panel:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r' id="[A-Za-z][\w.]*_\d+"', "", body)
     body = re.sub(r" font-family: [^;\"]*;", "", body)  # page.css has the page's own for all of them
-    head = f'<svg {box.group() if box else ""} role="img" aria-label="{html.escape(description)}">'
+    widest = round(_MAGNIFIED * 72 * figure.get_figwidth())  # of px on the page
+    head = f'<svg {box.group() if box else ""} style="max-width:{widest}px" role="img" '
+    head += f'aria-label="{html.escape(description)}">'
     return Panel(title, head + body.replace(INK, "currentColor"), name, figure)

@@ -27,6 +27,7 @@ _MEBIBYTES = {
 }  # fmt: skip
 _MOST_TENSORS = 1000
 _MOST_POINTS, _MOST_DIMENSIONS = 5000, 1 << 16  # of features
+_PER_IMAGE = ("labels", "clean_classes", "triggered_classes", "triggered_labels")
 _MOST_SIDE = 4096  # pixels of a picture
 
 
@@ -70,6 +71,19 @@ class Run:
         return [] if content is None else read_stops(content, self._damaged("sweep.json"), _WITHOUT)
 
     @cached_property
+    def masks(self) -> list[float]:
+        """The masks in [0, 1] of a pruning method's neurons, from mask_values.txt; empty without."""
+        content = self._read("mask_values.txt")
+        try:
+            lines = [] if content is None else content.decode("utf-8").splitlines()[1:]
+            found = [float(line.split()[-1]) for line in lines if line.strip()]
+        except ValueError as error:
+            raise UserError(f"{self._damaged('mask_values.txt')} holds a line without a mask: {_WITHOUT}") from error
+        if not all(0 <= mask <= 1 for mask in found):
+            raise UserError(f"{self._damaged('mask_values.txt')} holds a mask outside of [0, 1]: {_WITHOUT}")
+        return found
+
+    @cached_property
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
         """Lines of metrics.jsonl, and how many could not be read, see results.read_metrics."""
         content = self._read("metrics.jsonl")
@@ -77,14 +91,19 @@ class Run:
 
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
-        """kind/task/clean and kind/task/triggered (M, D) float32, kind/task/labels (M,)."""
+        """kind/task/clean and kind/task/triggered (M, D) float32, kind/task/labels (M,).
+
+        Of classifiers also the classes that were predicted, clean_classes and triggered_classes, and triggered_labels,
+        each (M,).
+        """
         found = self._tensors("features.safetensors", _is_features)
         for key in [key for key in found if key.endswith("/clean")]:
             start = key.removesuffix("clean")
-            others = found.get(f"{start}triggered"), found.get(f"{start}labels")
+            others = {name: found.get(f"{start}{name}") for name in ("triggered", *_PER_IMAGE)}
             fit = [
                 other is None or other.shape[:ndim] == found[key].shape[:ndim]
-                for other, ndim in zip(others, (2, 1), strict=True)
+                for name, other in others.items()
+                if (ndim := 2 if name == "triggered" else 1)
             ]
             if not all(fit):
                 raise UserError(f"{self._damaged('features.safetensors')} has tensors of several lengths: {_WITHOUT}")
@@ -92,7 +111,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
-        """task/clean and task/triggered (8, H, W, 3) uint8."""
+        """task/clean and task/triggered (8, H, W, 3) uint8; maybe task/cam_clean, cam_triggered and perturbation."""
         found = self._tensors("examples.safetensors", _is_pictures)
         for key in [key for key in found if key.endswith("/clean")]:
             triggered = found.get(f"{key.removesuffix('clean')}triggered")
@@ -169,7 +188,17 @@ class Run:
 
     def read_all(self) -> None:
         """Read every file now. UserError for the first that is damaged."""
-        for name in ("sweep", "metrics", "features", "examples", "generated", "found", "config_text", "targets"):
+        for name in (
+            "sweep",
+            "masks",
+            "metrics",
+            "features",
+            "examples",
+            "generated",
+            "found",
+            "config_text",
+            "targets",
+        ):
             getattr(self, name)
         _ = self.started
 
@@ -252,7 +281,7 @@ def _mapping(value: Any) -> dict[Any, Any]:
 def _is_features(key: str, tensor: np.ndarray) -> bool:
     if len(tensor) > _MOST_POINTS if tensor.ndim else True:
         return False
-    if key.endswith("/labels"):
+    if key.endswith(("/labels", "_labels", "_classes")):
         return tensor.ndim == 1 and tensor.dtype.kind in "iu"
     is_flat = tensor.ndim == 2 and 2 <= tensor.shape[1] <= _MOST_DIMENSIONS and tensor.dtype.kind == "f"
     return is_flat and bool((np.abs(tensor) <= 1e30).all())

@@ -14,7 +14,10 @@ import pytest
 from PIL import Image
 
 from dist_defend.cli import main
+from dist_defend.sweep import collect, report
+from dist_defend.sweep.grid import Sweep
 from tests.unit.test_report import ROWS, detected, write_defence, write_run, write_story
+from tests.unit.test_sweep_report import sweep as sweep
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 WIDTHS = (390, 768, 1024, 1440, 2560)
@@ -102,3 +105,8 @@ def test_no_column_is_cut_at_any_width(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(run / "found.png")
     assert main(["report", str(tmp_path / "runs")]) == 0
     check(measured((tmp_path / "runs/report.html").read_text(), tmp_path))
+
+
+def test_no_column_of_a_sweeps_report_is_cut(sweep: Sweep, tmp_path: Path) -> None:
+    report.write(sweep, collect.table(sweep))
+    check(measured((sweep.folder / "report.html").read_text(), tmp_path))

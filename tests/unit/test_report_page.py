@@ -3,17 +3,21 @@
 import base64
 import hashlib
 import html
+import io
 import itertools
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.text import Text
+from PIL import Image
+from safetensors.numpy import save_file
 
 from dist_defend.cli import main
-from dist_defend.report import plots, tradeoff
+from dist_defend.report import insides, plots, runs, tradeoff
 from tests.unit.test_report import ROWS, row, write_defence, write_run, write_story
 
 
@@ -99,3 +103,33 @@ def test_names_beside_points_do_not_meet() -> None:
     assert axes.get_xlim() == axes.get_ylim() == (-3, 103)
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(99.0, 92.0)]
+
+
+def test_what_a_classifier_does_inside_is_shown(tmp_path: Path) -> None:
+    """Triggered images of classes 1 and 2 are all taken for class 0."""
+    run = write_run(tmp_path / "ibau", [row("ibau", 100, 45, 1, 1, 36)], method="ibau")
+    labels, zeros = np.array([0, 1, 1, 2]), np.zeros(4, np.int64)
+    features = {f"ibau/digits/{name}": np.eye(4, 5, dtype=np.float32) for name in ("clean", "triggered")}
+    features |= {"ibau/digits/labels": labels, "ibau/digits/clean_classes": labels}
+    features |= {"ibau/digits/triggered_labels": labels, "ibau/digits/triggered_classes": zeros}
+    save_file(features, run / "features.safetensors")
+    images = np.full((2, 4, 4, 3), 100, np.uint8)
+    shown = {f"digits/{name}": images for name in ("clean", "triggered", "cam_clean", "cam_triggered")}
+    changed = images.copy()
+    changed[:, 0, 0] = 200
+    save_file(shown | {"digits/triggered": changed, "digits/perturbation": images[:1]}, run / "examples.safetensors")
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    for heading in ("Confusion", "Features", "Where the network looks", "What the defence took for the trigger"):
+        assert f"<h2>{heading}</h2>" in page
+    found, *_ = runs.find_runs([run])
+    ((model, panel),) = insides.confusions(found[0])
+    texts = [[int(t.get_text()) for t in axes.texts if t.get_text()] for axes in panel.figure.axes]
+    assert model == "ibau/digits" and texts == [[1, 2, 1], [1, 2, 1]]
+    assert [axes.get_title(loc="left") for axes in panel.figure.axes] == ["clean, 4 images", "triggered, 4 images"]
+    places = [t.get_position() for t in panel.figure.axes[1].texts if t.get_text()]
+    assert places == [(0, 0), (0, 1), (0, 2)]  # column, row
+    (each,) = insides.perturbations(found[0])
+    png = base64.b64decode(each.trigger.removeprefix("data:image/png;base64,"))
+    pixels = np.asarray(Image.open(io.BytesIO(png)))
+    assert pixels[0, 0, :3].tolist() == [255] * 3 and pixels[1, 1, :3].tolist() == [128] * 3

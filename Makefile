@@ -2,7 +2,7 @@
 BIN := .venv/bin
 TREE := dist_defend examples tests setup.py launch
 
-.PHONY: setup test test-gpu demo lint format release clean
+.PHONY: setup test test-gpu demo docs lint format release clean
 
 setup:
 	@launch/bootstrap
@@ -20,6 +20,10 @@ test-gpu:
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo
+
+# The documentation's site. A warning, such as a link that leads nowhere, is an error. Then open build/docs/index.html.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build
 
 lint: setup
 	$(BIN)/ruff check $(TREE)

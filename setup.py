@@ -49,6 +49,7 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.16", "transformers>=5.3"],  # accelerate's DeepSpeedPlugin imports transformers
     "peers": ["lightly>=1.5"],  # what `bench peers` compares with
     "sweep": ["pandas", "pyarrow>=23.0.1"],  # tables of many runs
+    "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.28"],  # make docs
     "test": [
         "pytest>=9.0.3",
         "pytest-timeout",
@@ -116,7 +117,7 @@ setup(
     install_requires=CORE,
     extras_require={
         **EXTRAS,
-        "all": sorted(n for extra, names in EXTRAS.items() if extra not in ("peers", "test") for n in names),
+        "all": sorted(n for extra, names in EXTRAS.items() if extra not in ("docs", "peers", "test") for n in names),
     },
     entry_points={"console_scripts": ["dist-defend = dist_defend.cli:main"]},
 )

@@ -78,9 +78,10 @@ class Experiment:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists."""
+    """Dataclasses as dicts, tuples as lists; without keys that are UNWRITTEN and null."""
     if dataclasses.is_dataclass(value):
-        return {field_.name: _plain(getattr(value, field_.name)) for field_ in dataclasses.fields(value)}
+        own = [(field_, getattr(value, field_.name)) for field_ in dataclasses.fields(value)]
+        return {f.name: _plain(inner) for f, inner in own if inner is not None or "unwritten" not in f.metadata}
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

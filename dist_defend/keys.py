@@ -19,6 +19,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+UNWRITTEN = {"unwritten": True}  # metadata of a key that came late: null is left out, so digests stay what they were
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.+)")
 _HEAD = "Keys:"
 

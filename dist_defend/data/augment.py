@@ -1,13 +1,14 @@
 """Image augmentation as batched torch operations on any device.
 
 The list is SimCLR's as BadEncoder uses it (jinyuan-jia/BadEncoder, datasets/__init__.py): random resized crop, flip,
-colour jitter, grey scale, no blur. Random numbers come from draws.py. Geometry works on uint8 with the fixed-point
-arithmetic of Pillow's bilinear resize and is equal to it to the last bit; colour works on float32 in [0, 1] with the
-formulas of torchvision's transforms on float tensors, each step clamped.
+colour jitter, grey scale. Blur (Chen et al. 2020, appendix A) and solarisation (Grill et al. 2020, BYOL, appendix B)
+come after these where a configuration has them. Random numbers come from draws.py. Geometry works on uint8 with the
+fixed-point arithmetic of Pillow's bilinear resize and is equal to it to the last bit; colour works on float32 in [0, 1]
+with the formulas of torchvision's transforms on float tensors, each step clamped.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -15,12 +16,63 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_defend.keys import UNWRITTEN
+
 # Columns of a parameter row. The four from ORDER on say which step of the jitter comes when:
 # 0 brightness, 1 contrast, 2 saturation, 3 hue.
-TOP, LEFT, HEIGHT, WIDTH, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE, ORDER = range(12)
+TOP, LEFT, HEIGHT, WIDTH, FLIP, JITTER, BRIGHTNESS, CONTRAST, SATURATION, HUE, GRAYSCALE = range(11)
+BLUR, SIGMA, SOLARIZE, ORDER = range(11, 15)
 NUM_PARAMETERS = ORDER + 4
 PRECISION = 22  # bits of a resampling weight
 LUMA = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class BlurConfig:
+    """Gaussian blur; defaults are Chen et al.'s for 224 px. Raises ValueError for values that mean nothing.
+
+    Keys:
+        probability: of an image to be blurred
+        kernel: width of the kernel as a share of the view's height, rounded to an odd number of pixels as published
+        sigma: lowest and highest standard deviation in pixels, drawn uniformly
+    """
+
+    probability: float = 0.5
+    kernel: float = 0.1
+    sigma: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        _check_probability(self, "probability")
+        if not 0 < self.kernel <= 1:
+            raise ValueError(f"key 'kernel' is {self.kernel}; it must be a share of the height, in (0, 1]")
+        if len(self.sigma) != 2 or not 0 < self.sigma[0] <= self.sigma[1] < math.inf:
+            raise ValueError(f"key 'sigma' is {self.sigma}; it must be two numbers of pixels, 0 < low <= high")
+
+    def radius(self, height: int) -> int:
+        """Pixels on each side of the kernel's middle, for views of this height; 0 blurs nothing."""
+        return int(self.kernel * height) // 2
+
+
+@dataclass(frozen=True)
+class SolarizeConfig:
+    """Solarisation: what is bright is inverted; defaults are BYOL's. Raises ValueError for values that mean nothing.
+
+    Keys:
+        probability: of an image to be solarised
+        threshold: value in [0, 1] from which on x becomes 1 - x
+    """
+
+    probability: float = 0.2
+    threshold: float = 128 / 255
+
+    def __post_init__(self) -> None:
+        _check_probability(self, "probability")
+        _check_probability(self, "threshold", "a value of a pixel")
+
+
+def _check_probability(config: object, key: str, what: str = "a probability") -> None:
+    if not 0 <= getattr(config, key) <= 1:
+        raise ValueError(f"key '{key}' is {getattr(config, key)}; {what} is in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -37,6 +89,8 @@ class AugmentConfig:
         flip, jitter, grayscale: probability
         brightness, contrast, saturation: of the jitter: factors are uniform in 1 +- value
         hue: of the jitter: shift uniform in +- value, in turns of the colour circle
+        blur: Gaussian blur after the colours; null: none
+        solarize: inversion of bright pixels, last of all; null: none
     """
 
     crop: Literal["none", "random_resized", "pad"] = "none"
@@ -51,11 +105,12 @@ class AugmentConfig:
     saturation: float = 0.4
     hue: float = 0.1
     grayscale: float = 0.0
+    blur: BlurConfig | None = field(default=None, metadata=UNWRITTEN)
+    solarize: SolarizeConfig | None = field(default=None, metadata=UNWRITTEN)
 
     def __post_init__(self) -> None:
         for name in ("flip", "jitter", "grayscale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"key '{name}' is {getattr(self, name)}; a probability is in [0, 1]")
+            _check_probability(self, name)
         for name in ("brightness", "contrast", "saturation"):
             if getattr(self, name) < 0:
                 raise ValueError(f"key '{name}' is {getattr(self, name)}; it cannot be negative")
@@ -84,7 +139,7 @@ class AugmentConfig:
     @property
     def recolours(self) -> bool:
         """Whether colours may change."""
-        return self.jitter > 0 or self.grayscale > 0
+        return self.jitter > 0 or self.grayscale > 0 or self.blur is not None or self.solarize is not None
 
 
 IDENTITY = AugmentConfig()
@@ -129,6 +184,10 @@ def apply_colours(images: Tensor, params: Tensor, config: AugmentConfig) -> Tens
         x = _jitter(x, params, config)
     if config.grayscale > 0:
         x = torch.where(_column(params, GRAYSCALE) > 0, _luma(x), x)
+    if config.blur is not None:
+        x = blurred(x, params, config.blur.radius(x.shape[2]))
+    if config.solarize is not None:
+        x = solarized(x, params, config.solarize.threshold)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -154,6 +213,29 @@ def crop_and_flip(images: Tensor, params: Tensor, config: AugmentConfig) -> Tens
         x = torch.where(params[:, FLIP, None] > 0, x.flip(1), x)
     grid = torch.stack([x[:, None, :].expand(-1, out[0], -1), y[:, :, None].expand(-1, -1, out[1])], dim=3)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def blurred(x: Tensor, params: Tensor, radius: int) -> Tensor:
+    """Those of the images x (B, 3, H, W) that params choose, through a Gaussian of 2 radius + 1 pixels.
+
+    Columns, then rows; at the border the picture is mirrored without its last pixel, as torchvision does. Any
+    precision, that of params (B, NUM_PARAMETERS).
+    """
+    steps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    weights = torch.exp(-0.5 * (steps / params[:, SIGMA, None]) ** 2)
+    weights = (weights / weights.sum(1, keepdim=True)).view(-1, 2 * radius + 1, 1, 1, 1)
+    smooth = x
+    for dim, pad in ((3, [radius, radius, 0, 0]), (2, [0, 0, radius, radius])):
+        padded = F.pad(smooth, pad, mode="reflect")
+        smooth = torch.zeros_like(x)
+        for tap in range(2 * radius + 1):
+            smooth = torch.addcmul(smooth, padded.narrow(dim, tap, x.shape[dim]), weights[:, tap])
+    return torch.where(_column(params, BLUR) > 0, smooth.clamp(max=1), x)  # weights may add up to a bit more
+
+
+def solarized(x: Tensor, params: Tensor, threshold: float) -> Tensor:
+    """Those of the images x (B, 3, H, W) in [0, 1] that params choose, with 1 - x for x >= threshold."""
+    return torch.where((_column(params, SOLARIZE) > 0) & (x >= threshold), 1 - x, x)
 
 
 def _column(params: Tensor, column: int) -> Tensor:

@@ -3,7 +3,7 @@
 Counter based: a draw is a hash of (seed, epoch, data set row, view number, slot). It does not depend on the thread, the
 rank, the batch or on which other draws were made, so two ranks see what one rank sees and a resumed epoch goes on as it
 would have. The sampling rules are those of torchvision's RandomResizedCrop, RandomCrop(padding), RandomHorizontalFlip,
-ColorJitter and RandomGrayscale.
+ColorJitter, RandomGrayscale, RandomApply(GaussianBlur) and RandomSolarize.
 """
 
 import itertools
@@ -13,6 +13,7 @@ from dataclasses import astuple
 import numpy as np
 
 from dist_defend.data.augment import (
+    BLUR,
     BRIGHTNESS,
     CONTRAST,
     FLIP,
@@ -24,6 +25,8 @@ from dist_defend.data.augment import (
     NUM_PARAMETERS,
     ORDER,
     SATURATION,
+    SIGMA,
+    SOLARIZE,
     TOP,
     WIDTH,
     AugmentConfig,
@@ -35,12 +38,16 @@ CROPS = ("none", "random_resized", "pad")
 _TRIES = 10  # of a random resized crop, before it falls back to a central one
 # One slot per number drawn: four per try of the crop first, so that no option shifts another one's draws.
 _FLIP, _JITTER, _ORDER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAYSCALE = range(4 * _TRIES, 4 * _TRIES + 8)
+_BLUR, _SIGMA, _SOLARIZE = range(4 * _TRIES + 8, 4 * _TRIES + 11)
+BLUR_KERNEL, THRESHOLD = 15, 19  # places in a packed configuration
+_NO_BLUR, _NO_SOLARIZE = (0.0, 0.0, (1.0, 1.0)), (0.0, 1.0)
 
 
 def pack(config: AugmentConfig) -> np.ndarray:
     """The configuration as the float64 vector that compiled code reads: its keys' values in their order."""
-    crop, size, scale, ratio, *others = astuple(config)
-    return np.array([CROPS.index(crop), size or 0, *scale, *ratio, *others], np.float64)
+    crop, size, scale, ratio, *others, blur, solarize = astuple(config)
+    values = CROPS.index(crop), size or 0, scale, ratio, others, *(blur or _NO_BLUR), solarize or _NO_SOLARIZE
+    return np.hstack(values).astype(np.float64)
 
 
 @kernel()
@@ -112,6 +119,9 @@ def draw_one(
     out[SATURATION] = _uniform(key, _SATURATION, max(0.0, 1.0 - packed[11]), 1.0 + packed[11])
     out[HUE] = _uniform(key, _HUE, -packed[12], packed[12])
     out[GRAYSCALE] = _uniform(key, _GRAYSCALE, 0.0, 1.0) < packed[13]
+    out[BLUR] = _uniform(key, _BLUR, 0.0, 1.0) < packed[14]
+    out[SIGMA] = _uniform(key, _SIGMA, packed[16], packed[17])
+    out[SOLARIZE] = _uniform(key, _SOLARIZE, 0.0, 1.0) < packed[18]
 
 
 @kernel()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dist_defend.data.augment import (
+    BLUR,
     BRIGHTNESS,
     FLIP,
     GRAYSCALE,
@@ -21,11 +22,13 @@ from dist_defend.data.augment import (
     NUM_PARAMETERS,
     ORDER,
     PRECISION,
+    SIGMA,
+    SOLARIZE,
     TOP,
     WIDTH,
     View,
 )
-from dist_defend.data.draws import draw_one, pack
+from dist_defend.data.draws import BLUR_KERNEL, THRESHOLD, draw_one, pack
 from dist_defend.data.kernels import kernel
 from dist_defend.data.pixels import Pixels
 
@@ -212,6 +215,49 @@ def _jitter(planes: np.ndarray, params: np.ndarray) -> None:
                 _scale(planes[channel], factor, offset)
 
 
+@kernel(error_model="numpy")
+def _gaussian(radius: int, sigma: float) -> np.ndarray:
+    """Weights (2 radius + 1,) that add up to 1."""
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    shares: np.ndarray = (weights / weights.sum()).astype(np.float32)
+    return shares
+
+
+@kernel(fastmath=True, inline="always")
+def _add(total: np.ndarray, weight: np.float32, part: np.ndarray) -> None:
+    for i in range(total.size):
+        total[i] += weight * part[i]
+
+
+@kernel()
+def _blur(plane: np.ndarray, weights: np.ndarray, height: int, width: int) -> None:
+    """Columns, then rows; mirrored at the border without the last pixel."""
+    radius = weights.size // 2
+    line, rows = np.empty(width + 2 * radius, np.float32), np.zeros((height, width), np.float32)
+    for y in range(height):
+        source = plane[y * width : (y + 1) * width]
+        line[radius : radius + width] = source
+        for x in range(radius):
+            line[radius - 1 - x] = source[1 + x]
+            line[radius + width + x] = source[width - 2 - x]
+        for tap in range(weights.size):
+            _add(rows[y], weights[tap], line[tap : tap + width])
+    for y in range(height):
+        target = plane[y * width : (y + 1) * width]
+        target[:] = _0
+        for tap in range(weights.size):
+            place = abs(y + tap - radius)
+            _add(target, weights[tap], rows[min(place, 2 * (height - 1) - place)])
+        for x in range(width):
+            target[x] = min(target[x], _1)
+
+
+@kernel()
+def _solarize(plane: np.ndarray, threshold: np.float32) -> None:
+    for i in range(plane.size):
+        plane[i] = _1 - plane[i] if plane[i] >= threshold else plane[i]
+
+
 @kernel()
 def _interleave(planes: np.ndarray, out: np.ndarray) -> None:
     red, green, blue = planes[0], planes[1], planes[2]
@@ -269,6 +315,13 @@ def _render(
             _jitter(planes, params)
         if params[GRAYSCALE] > 0:
             _saturate(planes[0], planes[1], planes[2], _0)
+        if params[BLUR] > 0:
+            weights = _gaussian(int(packed[BLUR_KERNEL] * out_height) // 2, params[SIGMA])
+            for channel in range(3):
+                _blur(planes[channel], weights, out_height, out_width)
+        if params[SOLARIZE] > 0:
+            for channel in range(3):
+                _solarize(planes[channel], np.float32(packed[THRESHOLD]))
         _interleave(planes, out[i].reshape(-1))
 
 

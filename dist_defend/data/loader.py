@@ -177,6 +177,13 @@ def _check_views(dataset: PreparedDataset, views: Sequence[View], raw: bool) -> 
                 f"{dataset.path}: a crop of {view.augment.size} pixels does not fit into images of {shape[0]}x"
                 f"{shape[1]} with {view.augment.pad} around; lower size or raise pad"
             )
+        size = view.augment.size or 0
+        height, width = view.augment.output_shape(*(shape or (size, size))[:2])
+        if view.augment.blur is not None and not 0 < view.augment.blur.radius(height) < min(height, width):
+            raise UserError(
+                f"{dataset.path}: key 'blur.kernel' is {view.augment.blur.kernel}, which for views of {height}x{width} "
+                f"pixels is {2 * view.augment.blur.radius(height) + 1} wide: raise it, or leave blur out"
+            )
 
 
 def _why_not_ffcv(dataset: PreparedDataset) -> str:

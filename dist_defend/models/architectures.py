@@ -77,6 +77,14 @@ def _wide_resnet(depth: int, widen: int) -> ClassifierArchitecture:
     )
 
 
+def _narrow_resnet18(width: int) -> ClassifierArchitecture:
+    """ResNet-18 with so many channels in its first stage, instead of 64."""
+    widths = tuple(width * 2**stage for stage in range(4))
+    return ClassifierArchitecture(
+        lambda classes, _: ResNet(BasicBlock, (2, 2, 2, 2), classes, widths), _RESNET_KEYS, "this project"
+    )
+
+
 def _small_resnet(num_classes: int, image_size: int) -> ResNet:
     """One BasicBlock per stage, each halving the map. Made for two cores."""
     return ResNet(BasicBlock, (1, 1, 1, 1), num_classes, widths=(16, 32, 64, 128), strides=(2, 2, 2, 2))
@@ -86,6 +94,8 @@ CLASSIFIERS: dict[str, ClassifierArchitecture] = {
     "resnet18": _resnet(BasicBlock, (2, 2, 2, 2)),
     "resnet34": _resnet(BasicBlock, (3, 4, 6, 3)),
     "resnet50": _resnet(Bottleneck, (3, 4, 6, 3)),
+    "resnet18_half": _narrow_resnet18(32),
+    "resnet18_quarter": _narrow_resnet18(16),
     "small_resnet": ClassifierArchitecture(_small_resnet, _RESNET_KEYS, "this project"),
     "preact_resnet18": ClassifierArchitecture(
         lambda classes, _: PreActResNet18(classes),

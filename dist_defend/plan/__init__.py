@@ -27,7 +27,7 @@ from dist_defend.plugins import claims
 
 __all__ = ["LiveBytes", "Memory", "add_arguments", "measure"]
 
-METHODS = ("simclr", "badencoder", "mimic", "classifier", "probe", "kd")
+METHODS = ("simclr", "badencoder", "drupe", "mimic", "ft_simclr", "nad_simclr", "classifier", "probe", "kd")
 _SIMULATED = (
     "simulated: {ranks} ranks by a fake process group, tensors without content; nothing was allocated or sent. "
     "Not counted: the allocator's waste, communication buffers, the CUDA context, images that wait for their update."

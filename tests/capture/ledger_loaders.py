@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_defend.data.augment import SIMCLR, AugmentConfig, View
+from dist_defend.data.augment import SIMCLR, AugmentConfig, BlurConfig, SolarizeConfig, View
 from dist_defend.data.loader import BackendName, LoaderConfig, make_loader
 from dist_defend.data.store import open_dataset, write_dataset
 from tests.capture.ledger import DEVICE
@@ -52,8 +52,10 @@ class Pictures:
 
 _PAD = (View(AugmentConfig("pad", flip=0.5)),)
 _TWO_VIEWS = (View(replace(SIMCLR, size=SIZE)), View(replace(SIMCLR, size=SIZE), np.zeros((SIZE, SIZE, 3), np.uint8)))
+_BLURRED = (View(replace(SIMCLR, size=SIZE, blur=BlurConfig(), solarize=SolarizeConfig())),)
 LOADERS: dict[str, Callable[[], Call]] = {
     "loader, resident, as they are: batch": lambda: loaded("resident", "arrays"),
+    "loader, resident, blurred: batch": lambda: loaded("resident", "arrays", views=_BLURRED),
     "loader, resident, padded crop: batch": lambda: loaded("resident", "arrays", views=_PAD),
     "loader, resident, two views: batch": lambda: loaded("resident", "arrays", views=_TWO_VIEWS),
     "loader, torch, raw: batch": lambda: loaded("torch", "arrays", raw=True),

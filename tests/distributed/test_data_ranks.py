@@ -1,18 +1,20 @@
 """Loaders on two real ranks: together they see what one rank sees."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_defend.data.augment import SIMCLR, View
+from dist_defend.data.augment import SIMCLR, BlurConfig, SolarizeConfig, View
 from dist_defend.data.loader import LoaderConfig, make_loader
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import open_dataset, write_dataset
 from tests.ranks import Pool
 
 BATCH = 12
+BLURRED = replace(SIMCLR, blur=BlurConfig(kernel=0.3), solarize=SolarizeConfig(0.5))
 
 
 def epoch(folder: str, shuffle: bool, start: int, rank: int, world_size: int) -> list[tuple[list[int], np.ndarray]]:
@@ -21,7 +23,7 @@ def epoch(folder: str, shuffle: bool, start: int, rank: int, world_size: int) ->
         open_dataset(folder),
         config=LoaderConfig(),
         batch_size=BATCH,
-        views=(View(SIMCLR), View(SIMCLR)),
+        views=(View(SIMCLR), View(BLURRED)),
         shuffle=shuffle,
         drop_last=shuffle,
         seed=3,

@@ -15,6 +15,8 @@ REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
 CTRL = "numerics/test_ctrl.py"
 PATCH = "numerics/test_random_patch.py"
 PLACES = f"{PATCH}::test_places_are_functions_of_seed_and_row"
+BLUR = "unit/test_data_blur.py"
+BOTH = f"{BLUR}::test_both_implementations_do_it_after_the_colours"
 BYTES = f"{PATCH}::test_the_published_pictures_byte_for_byte"
 IN_ENGINE: tuple[Mutation, ...] = (
     Mutation("a defence called from Python trains the program's own network", "models/in_process.py",
@@ -133,6 +135,20 @@ IN_ENGINE: tuple[Mutation, ...] = (
              f"{RANDOM}::test_a_networks_own_draws_follow_the_runs_seed"),
     Mutation("GTSRB's mean is another", "models/pixel_space.py",
              "(0.3403, 0.3121, 0.3214)", "(0.3337, 0.3064, 0.3171)", PUBLISHED),
+    Mutation("a blurred picture's border is repeated, by compiled code", "data/fused.py",
+             "= source[width - 2 - x]", "= source[width - 1 - x]", BOTH),
+    Mutation("rows are blurred less far than columns", "data/fused.py",
+             "place = abs(y + tap - radius)", "place = abs(y + tap // 2)", BOTH),
+    Mutation("a blur's border is repeated", "data/augment.py", 'mode="reflect"', 'mode="replicate"',
+             f"{BLUR}::test_blur_is_torchvisions_in_double_precision"),
+    Mutation("sigma is drawn with the number that decides on the blur", "data/draws.py",
+             "out[SIGMA] = _uniform(key, _SIGMA,", "out[SIGMA] = _uniform(key, _BLUR,",
+             f"{BLUR}::test_draws_are_uniform_and_shift_no_others"),
+    Mutation("what equals the threshold is not solarised", "data/augment.py",
+             "(x >= threshold)", "(x > threshold)",
+             f"{BLUR}::test_solarisation_is_torchvisions_in_double_precision"),
+    Mutation("new keys that are off change every digest", "config.py",
+             'if inner is not None or "unwritten" not in f.metadata', "", f"{BLUR}::test_what_is_off_is_not_written"),
     Mutation("BadEncoder's augmentation flips less", "data/augment.py",
              "REFERENCE = AugmentConfig(flip=0.5", "REFERENCE = AugmentConfig(flip=0.4", PUBLISHED),
     Mutation("a JPEG of other pixels than the source's is kept", "data/writing.py",

@@ -16,7 +16,7 @@ from dist_defend.attacks.patterns import BadNets
 from dist_defend.attacks.poison import triggered
 from dist_defend.batch import Batch
 from dist_defend.data import backends, ffcv_presence, loader
-from dist_defend.data.augment import IDENTITY, REFERENCE, SIMCLR, AugmentConfig, View
+from dist_defend.data.augment import IDENTITY, REFERENCE, SIMCLR, AugmentConfig, BlurConfig, SolarizeConfig, View
 from dist_defend.data.loader import BackendName, DatasetConfig, LoaderConfig, make_loader, select_rows
 from dist_defend.data.sources import ArraySource
 from dist_defend.data.store import PreparedDataset, write_dataset
@@ -93,7 +93,8 @@ EXACT = {
         View(AugmentConfig("random_resized", size=20)),
     ),
 }
-COLOUR = (View(SIMCLR), View(SIMCLR), View(replace(REFERENCE, jitter=1.0), source()[7][0]))
+BLURRED = View(replace(SIMCLR, blur=BlurConfig(0.5, kernel=0.3), solarize=SolarizeConfig(0.5, threshold=0.5)))
+COLOUR = (View(SIMCLR), View(SIMCLR), View(replace(REFERENCE, jitter=1.0), source()[7][0]), BLURRED)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -19,6 +19,8 @@ PARAMETERS = {  # 10 classes, 32 px
     "resnet18": 11_173_962,
     "resnet34": 21_282_122,
     "resnet50": 23_520_842,
+    "resnet18_half": 2724 * 32**2 + 257 * 32 + 10,  # 11,173,962 at 64: convolutions, norms and head by hand
+    "resnet18_quarter": 2724 * 16**2 + 257 * 16 + 10,
     "preact_resnet18": 11_171_146,
     "resnet20_cifar": 269_722,
     "resnet32_cifar": 464_154,

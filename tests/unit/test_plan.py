@@ -22,7 +22,7 @@ from dist_defend.methods.pretrain.simclr import SimCLRObjective
 from dist_defend.models.artifact import ModelCard
 from dist_defend.models.blocks import repeated_blocks
 from dist_defend.models.encoder import build_simclr
-from dist_defend.plan import Memory, measure, stage_plans
+from dist_defend.plan import METHODS, Memory, measure, stage_plans
 from tests.runs import make_classifier, make_data, make_experiment, make_model, options_of
 
 
@@ -86,7 +86,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(arch: str, size: int
 def real_run(config: Path) -> dict[str, int]:
     """Bytes at the peak of each stage's first epoch, above the networks that are there before."""
     experiment, ranks = load_experiment(config), dist.start("fp32", None)
-    context = Context(ranks, experiment.seed, experiment.loader, config.parent)
+    context = Context(ranks, experiment.seed, experiment.loader, config.parent, experiment.method)
     peaks = {}
     for stage in find_method(experiment.method).build(experiment.options, context).stages:
         getattr(stage.step, "critics", None)  # made when first asked for: here, not in the measured part
@@ -115,10 +115,12 @@ def larger_options(method: str, folder: Path) -> dict[str, Any]:
         train = {"path": make_data(folder / "many", 1024)}
         tasks = {"noise": options["tasks"]["noise"] | {"train": train}}
         changes = {"tasks": tasks, "hidden": [512, 256], "update": update | {"batch_size": 512}}
-    elif method == "badencoder":
-        reference = {"dataset": data["path"], "target_class": 1}
+    elif method in ("badencoder", "drupe"):
+        reference = {"dataset": data["path"], "target_class": 1, "count": 2 if method == "drupe" else 1}
         model = make_model(folder / "model", size=32)
         changes = {"clean_encoder": model, "shadow": data, "reference": reference, "update": update}
+    elif method in ("ft_simclr", "nad_simclr"):
+        changes |= {key: make_model(folder / f"larger_{key}", size=32) for key in ("model", "teacher") if key in options}
     elif method == "mimic":
         changes["information"] = {"epochs": 1, "last_epochs": 1, "batch_size": 32, "hidden": 64}
     elif method == "classifier":
@@ -126,7 +128,7 @@ def larger_options(method: str, folder: Path) -> dict[str, Any]:
     return options | changes
 
 
-@pytest.mark.parametrize("method", ["simclr", "badencoder", "mimic", "classifier", "probe", "kd"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_plan_of_a_method_is_within_15_percent_of_its_run(method: str, tmp_path: Path) -> None:
     config = make_experiment(tmp_path, method, larger_options(method, tmp_path))
     plans = {plan.name: plan.memory for plan in stage_plans(load_experiment(config), 1, "ddp")[0]}
@@ -297,7 +299,7 @@ def test_a_method_without_a_plan_is_refused(tmp_path: Path, capsys: pytest.Captu
     options = {"model": "m", "data": {"path": "d"}, "test": {"path": "t"}}
     assert main(["plan", str(make_experiment(tmp_path, "ibau", options))]) == 2
     told_ = capsys.readouterr().err
-    assert "method ibau has no plan; these have: simclr, badencoder, mimic" in told_
+    assert "method ibau has no plan; these have: simclr, badencoder, drupe, mimic" in told_
     assert told_.count("\n") == 1
 
 

@@ -25,10 +25,8 @@ def confusions(run: Run) -> list[tuple[str, plots.Panel]]:
     found = []
     for key in [key for key in run.features if key.endswith("/clean_classes")]:
         start = key.removesuffix("clean_classes")
-        parts = [("clean", run.features.get(f"{start}labels"), run.features[key])]
-        parts += [
-            ("triggered", run.features.get(f"{start}triggered_labels"), run.features.get(f"{start}triggered_classes"))
-        ]
+        names = {"clean": ("labels", "clean_classes"), "triggered": ("triggered_labels", "triggered_classes")}
+        parts = [(name, *(run.features.get(f"{start}{own}") for own in both)) for name, both in names.items()]
         pairs = [(name, labels, seen) for name, labels, seen in parts if labels is not None and seen is not None]
         fits = all(min(labels.min(), seen.min()) >= 0 for _, labels, seen in pairs if len(labels))
         most = max((int(max(labels.max(), seen.max())) for _, labels, seen in pairs if len(labels)), default=-1)

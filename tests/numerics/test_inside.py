@@ -32,7 +32,7 @@ def model() -> Classifier:
 def test_grad_cam_is_the_class_weights_over_the_activations(model: Classifier) -> None:
     """d logit / d A_k is V[c, k] / HW everywhere, so the map is ReLU(sum over k of V[c, k] A_k), by its maximum."""
     images = torch.rand(5, 3, 4, 4, dtype=torch.float64)
-    w, v = (layer.weight.detach().numpy() for layer in (model.net.conv, model.net.fc))  # type: ignore[union-attr]
+    w, v = (model.net.get_parameter(f"{name}.weight").detach().numpy() for name in ("conv", "fc"))
     activations = np.einsum("kc,nchw->nkhw", w[:, :, 0, 0], images.numpy())
     best = (activations.mean((2, 3)) @ v.T).argmax(1)
     wanted = np.maximum(np.einsum("nk,nkhw->nhw", v[best], activations), 0)
@@ -41,7 +41,7 @@ def test_grad_cam_is_the_class_weights_over_the_activations(model: Classifier) -
     heat = grad_cam(model, images)
     assert heat is not None and model.training
     np.testing.assert_allclose(heat.numpy(), wanted, atol=1e-6)
-    assert model.net.conv.weight.grad is None  # type: ignore[union-attr]
+    assert model.net.get_parameter("conv.weight").grad is None
 
 
 def test_without_a_convolution_there_is_no_map() -> None:
@@ -52,10 +52,10 @@ def test_without_a_convolution_there_is_no_map() -> None:
 def test_what_enters_the_last_linear_layer_is_the_feature(model: Classifier) -> None:
     images = torch.rand(5, 3, 4, 4, dtype=torch.float64)
     with torch.no_grad():
-        pooled = model.net.conv(images).mean((2, 3)).numpy()  # type: ignore[operator]
+        pooled = model.net.get_submodule("conv")(images).mean((2, 3)).numpy()
         both = Opened(model)(images).numpy()
     np.testing.assert_allclose(both[:, :2], pooled / np.linalg.norm(pooled, axis=1, keepdims=True), rtol=1e-5)
-    np.testing.assert_allclose(both[:, 2:], pooled @ model.net.fc.weight.detach().numpy().T, rtol=1e-5)  # type: ignore[union-attr]
+    np.testing.assert_allclose(both[:, 2:], pooled @ model.net.get_parameter("fc.weight").detach().numpy().T, rtol=1e-5)
     assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 

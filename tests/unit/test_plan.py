@@ -120,7 +120,9 @@ def larger_options(method: str, folder: Path) -> dict[str, Any]:
         model = make_model(folder / "model", size=32)
         changes = {"clean_encoder": model, "shadow": data, "reference": reference, "update": update}
     elif method in ("ft_simclr", "nad_simclr"):
-        changes |= {key: make_model(folder / f"larger_{key}", size=32) for key in ("model", "teacher") if key in options}
+        changes |= {
+            key: make_model(folder / f"larger_{key}", size=32) for key in ("model", "teacher") if key in options
+        }
     elif method == "mimic":
         changes["information"] = {"epochs": 1, "last_epochs": 1, "batch_size": 32, "hidden": 64}
     elif method == "classifier":

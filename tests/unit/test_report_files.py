@@ -1,6 +1,7 @@
 """Figures and tables as files of their own, and what pruning's figures show."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,12 +65,12 @@ def test_names_of_files_lead_nowhere_and_differ() -> None:
 
 
 def test_masks_are_counted_and_the_chosen_threshold_is_marked() -> None:
-    stops = [
+    stops: list[dict[str, Any]] = [
         {"threshold": None, "pruned": 0, "chosen": False, "oracle": False},
         {"threshold": 0.2, "pruned": 3, "chosen": True, "oracle": False},
         {"threshold": 0.4, "pruned": 4, "chosen": False, "oracle": True},
     ]
-    panel = masks.histogram([0.01, 0.01, 0.02, 0.3, 0.99, 1.0], stops, "rnp")
+    panel = masks.histogram([0.01, 0.01, 0.02, 0.31, 0.99, 1.0], stops, "rnp")
     axes = panel.figure.axes[0]
     heights = {round(bar.get_x(), 3): bar.get_height() for bar in axes.patches if bar.get_height()}  # type: ignore[attr-defined]
     assert heights == {0.0: 3, 0.3: 1, 0.975: 2}

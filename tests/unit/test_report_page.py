@@ -80,7 +80,7 @@ def test_rates_have_a_linear_axis_and_start_at_what_was_before() -> None:
     axes = rates.figure.axes[0]
     assert axes.get_yscale() == "linear" and axes.get_ylim() == (-3, 103)
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
-    assert [(*line.get_xdata(), *line.get_ydata()) for line in hollow] == [(0, 95.0)]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in hollow] == [(0, 95.0)]  # type: ignore[misc]
     assert losses.figure.axes[0].get_yscale() == "log"
 
 
@@ -102,14 +102,16 @@ def test_names_beside_points_do_not_meet() -> None:
     assert len(boxes) == 8 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     assert axes.get_xlim() == axes.get_ylim() == (-3, 103)
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
-    assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(99.0, 92.0)]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in crosses] == [(99.0, 92.0)]  # type: ignore[misc]
 
 
 def test_what_a_classifier_does_inside_is_shown(tmp_path: Path) -> None:
     """Triggered images of classes 1 and 2 are all taken for class 0."""
     run = write_run(tmp_path / "ibau", [row("ibau", 100, 45, 1, 1, 36)], method="ibau")
     labels, zeros = np.array([0, 1, 1, 2]), np.zeros(4, np.int64)
-    features = {f"ibau/digits/{name}": np.eye(4, 5, dtype=np.float32) for name in ("clean", "triggered")}
+    features: dict[str, np.ndarray] = {
+        f"ibau/digits/{name}": np.eye(4, 5, dtype=np.float32) for name in ("clean", "triggered")
+    }
     features |= {"ibau/digits/labels": labels, "ibau/digits/clean_classes": labels}
     features |= {"ibau/digits/triggered_labels": labels, "ibau/digits/triggered_classes": zeros}
     save_file(features, run / "features.safetensors")

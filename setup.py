@@ -48,6 +48,8 @@ EXTRAS = {
     "clip": ["open_clip_torch>=3.0"],  # CLIP's towers and tokenizer
     "deepspeed": ["deepspeed>=0.16", "transformers>=5.3"],  # accelerate's DeepSpeedPlugin imports transformers
     "peers": ["lightly>=1.5"],  # what `bench peers` compares with
+    "complete": ["argcomplete>=3.5"],  # the shell's completion of commands, options, files and keys
+    "hub": ["huggingface_hub>=0.34"],  # what `dist-defend push` sends with; timm brings it too
     "sweep": ["pandas", "pyarrow>=23.0.1"],  # tables of many runs
     "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.28"],  # make docs
     "test": [

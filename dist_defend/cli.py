@@ -14,6 +14,7 @@ from typing import IO
 
 from dist_defend import __version__, terminal
 from dist_defend.arguments import add_experiment, parse_words
+from dist_defend.commands import COMMANDS, overview
 from dist_defend.engine.signals import INTERRUPTED, PREEMPTED, Stopped, stoppable
 from dist_defend.errors import UserError
 from dist_defend.screen import printable
@@ -22,26 +23,6 @@ __all__ = ["BROKEN_PIPE", "INTERRUPTED", "PREEMPTED", "main"]
 
 BROKEN_PIPE = 141  # 128 + SIGPIPE, what shells say of a program whose reader went away, as with `| head`
 _OTHERS_SECONDS = 3  # after which a launcher has ended the other ranks of one that failed
-_COMMANDS = {  # name: (module, what it does); the module is imported when its command is used
-    "init": ("dist_defend.templates", "copy the package's configs, launch files and sbatch templates, to edit them"),
-    "run": ("dist_defend.cli", "run one experiment file, or resume it"),
-    "launch": ("dist_defend.launch", "run one experiment file on several ranks or machines"),
-    "plan": ("dist_defend.plan", "memory and work of each rank, before anything is started"),
-    "sweep": ("dist_defend.sweep.cli", "run the points of a grid with Slurm or on this machine, collect them"),
-    "data": ("dist_defend.data.cli", "prepare data sets and look at them"),
-    "evaluate": ("dist_defend.evaluate_command", "count ACC, ASR and RA of a classifier, imported or trained here"),
-    "methods": ("dist_defend.methods_command", "list the methods, or the keys of one: type, default, meaning"),
-    "models": ("dist_defend.models.cli", "list architectures and normalizations, or tell of one"),
-    "attacks": (
-        "dist_defend.attacks.cli",
-        "list the triggers, or the keys of one; draw them, or make one for a network",
-    ),
-    "import": ("dist_defend.importing", "turn a foreign checkpoint into a model folder, without unpickling it"),
-    "export": ("dist_defend.models.export", "write a classifier as BackdoorBench's defense_result.pt"),
-    "report": ("dist_defend.report", "table, report.md, report.csv and report.html from finished runs"),
-    "bench": ("dist_defend.bench", "time the package against the published formulations"),
-    "doctor": ("dist_defend.doctor", "print what works on this machine and how to mend the rest"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     130 stopped by Ctrl-C and saved, 141 whoever read the output went away.
     """
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks, by argcomplete's script
+        return _complete(os.environ.get("COMP_LINE", ""))
     try:
         try:
             return _main(argv)
@@ -83,6 +66,9 @@ def _is_unread(stream: IO[str]) -> bool:
 def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     is_debug = "--debug" in argv
+    if not argv:
+        print(overview(sys.modules["dist_defend"].__doc__ or ""))
+        return 0
     with terminal.guarded():
         terminal.hold_log()
         try:
@@ -104,16 +90,32 @@ def _main(argv: Sequence[str] | None) -> int:
             terminal.end_log()
 
 
+def _complete(line: str) -> int:
+    """Answer a shell that completes the line, and end the process. 1 where argcomplete is not installed."""
+    try:
+        import argcomplete
+    except ImportError:
+        return 1
+    words = [word for word in line.split()[1:] if not word.startswith("-")]
+    argcomplete.autocomplete(_parser(words[:1]))  # writes where the shell's script reads, and ends
+    return 1
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
+    return parse_words(_parser(argv[:1]), argv)
+
+
+def _parser(command_words: list[str]) -> argparse.ArgumentParser:
+    """All commands; only those that the words name, one or none, have their options, and are imported."""
     parser = argparse.ArgumentParser(prog="dist-defend", description=sys.modules["dist_defend"].__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure; may stand anywhere")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for name, (module, told) in _COMMANDS.items():
+    for name, (module, told) in COMMANDS.items():
         command = commands.add_parser(name, help=told)
-        if argv[:1] == [name]:
+        if command_words == [name]:
             importlib.import_module(module).add_arguments(command)
-    return parse_words(parser, argv)
+    return parser
 
 
 def _tell_failure(error: Exception, is_debug: bool) -> None:
@@ -126,14 +128,21 @@ def _tell_failure(error: Exception, is_debug: bool) -> None:
     told = printable(" ".join(str(error).split()), 500)
     where = "" if rank == "0" else f"rank {rank}: "
     hint = "" if is_debug else "; run again with --debug for the traceback"
-    print(f"failed: {where}{type(error).__name__}{': ' if told else ''}{told}{hint}", file=sys.stderr)
+    _show(f"failed: {where}{type(error).__name__}{': ' if told else ''}{told}{hint}")
 
 
 def _tell(line: str) -> None:
     """Once per machine: every rank finds the same fault."""
     if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         with contextlib.suppress(BrokenPipeError):  # nobody reads
-            print(line, file=sys.stderr)
+            _show(line)
+
+
+def _show(line: str) -> None:
+    """On standard error; "error:" and "failed:" are red where it has colour."""
+    word, space, rest = line.partition(" ")
+    terminal.put(sys.stderr, word, "red" if word in ("error:", "failed:") else "")
+    print(f"{space}{rest}", file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -91,6 +91,12 @@ def run(experiment: Experiment, dry_run: bool = False) -> Finished | None:
         if outcome := _outcome(entries):
             log.info("%s", outcome)
         return Finished(folder, json.loads(json.dumps(result)))  # as it is read
+    except (signals.Stopped, KeyboardInterrupt) as stop:
+        run_folder.note_end("stopped", str(stop))
+        raise
+    except Exception as error:
+        run_folder.note_end("failed", f"{type(error).__name__}: {error}")
+        raise
     finally:
         run_folder.close()
 

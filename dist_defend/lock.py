@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from dist_defend.errors import UserError
+from dist_defend.files import open_regular
 from dist_defend.screen import printable
 
 _NAME = ".lock"
+_INSTANT = 0.1  # seconds
 _REMEDY = "wait for it, end it, or choose another folder (key 'output')"
 log = logging.getLogger(__name__)
 
@@ -48,12 +50,17 @@ class FolderLock:
         file.flush()
 
     def _locked(self) -> IO[str] | None:
+        is_first = True
         while True:
             file = self.path.open("a+", encoding="utf-8", errors="replace")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 with file:
+                    if is_first:  # `look` has it for an instant
+                        is_first = False
+                        time.sleep(_INSTANT)
+                        continue
                     raise self._in_use(file) from None
             except OSError as error:  # ENOLCK or ENOSYS: NFS without lockd, some parallel file systems
                 file.close()
@@ -82,6 +89,27 @@ class FolderLock:
             except OSError:  # no locks here, which take says
                 return
 
+    def look(self) -> tuple[bool | None, dict[str, str]]:
+        """Whether a process has the folder, and host, pid, started and job of the newest one that had it, where known.
+
+        Nothing is written. None: the file system cannot say. One on another host is seen where the file system shares
+        its locks, which is not known here.
+        """
+        try:
+            with open_regular(self.path) as file:
+                told = _holder(file.read(1000).decode(errors="replace"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # given back at once
+                except BlockingIOError:
+                    return True, told
+                except OSError:
+                    return None, told
+                return False, told
+        except FileNotFoundError:
+            return False, {}
+        except OSError:
+            return None, {}
+
     def _in_use(self, file: IO[str]) -> UserError:
         file.seek(0)
         return UserError(f"{self._folder} is in use by {_told(file.read(1000))}: {self._remedy}")
@@ -95,11 +123,19 @@ class FolderLock:
             self._file = None
 
 
-def _told(text: str) -> str:
+def _holder(text: str) -> dict[str, str]:
+    """What the holder wrote; empty for anything else."""
     try:
         holder = json.loads(text)
-        job = f", job {holder['job']}" if holder["job"] else ""
-        told = f"process {int(holder['pid'])} on {holder['host']!s}{job}, since {holder['started']!s}"
-        return printable(told, 200)
-    except (ValueError, KeyError, TypeError):
+        told = {"host": str(holder["host"]), "pid": str(int(holder["pid"])), "started": str(holder["started"])}
+        return told | ({"job": str(holder["job"])} if holder["job"] else {})
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def _told(text: str) -> str:
+    holder = _holder(text)
+    if not holder:
         return "another process"
+    job = f", job {holder['job']}" if "job" in holder else ""
+    return printable(f"process {holder['pid']} on {holder['host']}{job}, since {holder['started']}", 200)

@@ -7,8 +7,15 @@ from dist_defend.errors import UserError, did_you_mean
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="a method")
+    name = parser.add_argument("name", nargs="?", metavar="NAME", help="a method")
+    name.completer = _names  # type: ignore[attr-defined]  # for argcomplete
     parser.set_defaults(main=main)
+
+
+def _names(**_: object) -> list[str]:
+    from dist_defend.methods import method_names
+
+    return method_names()
 
 
 def main(args: argparse.Namespace) -> int:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from dist_defend.bounds import REMOVED_ASR
 from dist_defend.counts import Count
 from dist_defend.results import read_inside, read_metrics
-from dist_defend.trial import REMOVED_ASR
 
 MOST_LOSS = 5.0  # points of ACC that the removal may cost
 _MOST_BYTES = 64 << 20  # of a metrics.jsonl

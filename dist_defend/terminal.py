@@ -1,18 +1,27 @@
 """What the commands write on a terminal: text from files acts on none, no terminal is too poor, errors come first.
 
 ``guarded`` stands around a whole command. What means to move the cursor or to colour writes to ``unguarded(stream)``.
-On a terminal a run shows a ``Progress`` bar, and log lines stand above it.
+On a terminal a run shows a ``Progress`` bar, and log lines stand above it; warnings, failures and what came of a
+backdoor have colours there.
 """
 
 import contextlib
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from dist_defend.bounds import OPEN_ASR, REMOVED_ASR
 from dist_defend.screen import printable
 
 _LOGGER = "dist_defend"
+COLOURS = {"red": "31", "green": "32", "yellow": "33", "blue": "34", "bold": "1", "faint": "2"}  # of ECMA-48's SGR
+_RESET = (
+    "\x1b[0m"  # colorama, which numba starts, writes it at the end of a process: dropped, since escaped it would show
+)
+_RATE = re.compile(r"\b(acc|asr) (?:(\d+(?:\.\d+)?) -> )?(\d+(?:\.\d+)?)(?=[ ,]|$)")  # as counts.told has them
 
 
 class Guarded:
@@ -27,6 +36,8 @@ class Guarded:
         if self._at_first is not None:
             first, self._at_first = self._at_first, None
             first()
+        if text == _RESET:
+            return len(text)
         shown = printable(text, keep="\n\t")
         encoding = self.stream.encoding or "utf-8"
         self.stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
@@ -44,6 +55,40 @@ class Guarded:
 def unguarded(stream: Any) -> Any:
     """The stream below the guard, if there is one: for progress bars and colours, with text of our own."""
     return stream.stream if isinstance(stream, Guarded) else stream
+
+
+def has_colour(stream: Any) -> bool:
+    """Whether text on the stream may be coloured: a terminal that can, whose user has not set NO_COLOR."""
+    return bool(stream.isatty()) and not os.environ.get("NO_COLOR") and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+def put(stream: Any, text: str, colour: str = "") -> None:
+    """Write the text, which the guard escapes as ever, in one of COLOURS where the stream has colour."""
+    if not colour or not has_colour(stream):
+        stream.write(text)
+        return
+    unguarded(stream).write(f"\x1b[{COLOURS[colour]}m")
+    stream.write(text)
+    unguarded(stream).write(_RESET)
+
+
+def shaded(text: str) -> Iterator[tuple[str, str]]:
+    """The text in pieces, each with its colour or "": rates before a defence faint, ACC bold, ASR by what it means.
+
+    An ASR is green up to REMOVED_ASR percent, red from OPEN_ASR on, yellow between.
+    """
+    at = 0
+    for found in _RATE.finditer(text):
+        name, before, value = found.groups()
+        if before:
+            yield text[at : found.start(2)], ""
+            yield before, "faint"
+            at = found.end(2)
+        yield text[at : found.start(3)], ""
+        asr = "green" if float(value) <= REMOVED_ASR else "red" if float(value) >= OPEN_ASR else "yellow"
+        yield value, "bold" if name == "acc" else asr
+        at = found.end(3)
+    yield text[at:], ""
 
 
 @contextlib.contextmanager
@@ -82,7 +127,7 @@ class HeldLog(logging.StreamHandler):  # type: ignore[type-arg]  # it has no [] 
         if self.held is None:
             bars = sys.modules.get("tqdm")
             with contextlib.nullcontext() if bars is None else bars.tqdm.external_write_mode(unguarded(sys.stderr)):
-                super().emit(record)
+                self._show(record)
         else:
             self.held.append(record)
 
@@ -90,17 +135,36 @@ class HeldLog(logging.StreamHandler):  # type: ignore[type-arg]  # it has no [] 
         """Write what was held, and from now on all at once."""
         held, self.held = self.held or [], None
         for record in held:
+            self._show(record)
+
+    def _show(self, record: logging.LogRecord) -> None:
+        """A line, warnings and errors in one colour, others with their rates in colours."""
+        if not has_colour(self.stream):
             super().emit(record)
+            return
+        text = self.format(record)
+        is_warning, is_error = record.levelno >= logging.WARNING, record.levelno >= logging.ERROR
+        for piece, colour in [(text, "red" if is_error else "yellow")] if is_warning else shaded(text):
+            put(self.stream, piece, colour)
+        self.stream.write(self.terminator)
+        self.flush()
+
+
+_BAR = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left, {rate_fmt}{postfix}]"
+_MEASURED = ("acc", "asr")
 
 
 class Progress:
-    """A bar on standard error that counts steps and shows scalars; nothing where that is no terminal."""
+    """A bar on standard error that counts steps and shows scalars, rates as measured and the time that is left.
+
+    Nothing where standard error is no terminal.
+    """
 
     def __init__(self, name: str, begun: int, total: int, shown: Sequence[str]) -> None:
         """begun, total: steps. shown: names of the scalars, in this order."""
         from tqdm import tqdm
 
-        self._latest = dict.fromkeys(shown, "")
+        self._latest = dict.fromkeys((*_MEASURED, *shown), "")
         self._bar = tqdm(
             total=total,
             initial=begun,
@@ -108,6 +172,7 @@ class Progress:
             file=unguarded(sys.stderr),
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
+            bar_format=_BAR,
         )
 
     def step(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dist_defend import inside
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
+from dist_defend.bounds import OPEN_ASR, REMOVED_ASR
 from dist_defend.counts import (
     Count,
     agreeing,
@@ -42,8 +43,6 @@ from dist_defend.ops.streams import Stream, draws
 
 LOOKED_AT = 500  # images, of the look at a suspect before a defence starts
 MOSTLY_WRONG = 50.0  # percent right, below which the suspect is not what it should be, or not fed as it should be
-REMOVED_ASR = 10.0  # percent: at most this, by the attack that the card names, and the backdoor counts as removed
-OPEN_ASR = 50.0  # percent: at least this, by any attack, and the model is backdoored
 log = logging.getLogger(__name__)
 _PICTURED = 8  # test images shown in the report
 _SCATTERED = 500  # test features kept for the report's scatter plot

@@ -1,7 +1,8 @@
 """Digests of what pip would install, from its reports: python launch/lock.py REPORT... >launch/hashes-cpu.txt
 
 A report is what `pip install --dry-run --ignore-installed --report FILE -c launch/constraints-cpu.txt torch torchvision
-".[ffcv,clip,deepspeed,docs,sweep,test]"` writes, with each version of Python. CUDA's libraries are left out.
+".[ffcv,clip,complete,deepspeed,docs,hub,sweep,test]"` writes, with each version of Python. CUDA's libraries are left
+out.
 """
 
 import json

@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")  # pages that lie at the root of the repository
 KEYS = "reference/keys"
+# Page of docs/methods/: the pages of keys that its end links to. Other pages have their method's name.
+KEYS_OF = {
+    "abd": ("zskt",),
+    "attacks": ("attack", "triggers", "input_aware"),
+    "distillation": ("kd", "ood", "cmi"),
+    "encoder_tuning": ("ft_simclr", "nad_simclr"),
+    "poisoned_pretraining": ("triggers", "simclr"),
+    "tuning": ("ft", "ft_sam", "nad", "fp", "sau"),
+}
 _LINK = re.compile(r"(\]\()([^)#\s:]+)((?:#[^)\s]*)?\))")
 _MARKDOWN = str.maketrans({c: f"&#{ord(c)};" for c in "|*_[]`~^=+$"})
 
@@ -172,4 +181,15 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
     """Links of a page to files of the repository lead to their places in the site."""
     path = _repository_path(page.file.src_uri)
-    return with_site_links(markdown, path) if (ROOT / path).is_file() else markdown
+    text = with_site_links(markdown, path) if (ROOT / path).is_file() else markdown
+    return text + settings(page.file.src_uri)
+
+
+def settings(src_uri: str) -> str:
+    """The end of a method's page: where its keys, defaults and presets are told. Nothing for other pages."""
+    folder, _, name = src_uri.removesuffix(".md").partition("/")
+    if folder != "methods":
+        return ""
+    names = KEYS_OF.get(name, (name,))
+    listed = ", ".join(f"[{one}](../{KEYS}/{one}.md)" for one in names)
+    return f"\n\n## Settings\nAll keys with their defaults and meanings: {listed}.\n"

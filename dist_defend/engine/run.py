@@ -1,5 +1,6 @@
 """The run folder: what a run reads to resume and what it leaves behind."""
 
+import contextlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from dist_defend.terminal import LineFormatter
 
 log = logging.getLogger(__name__)
 
+END = "end.json"
 # Where a run happens, not what it computes: a resume may change these.
 _FREE_KEYS = ("world_size", "output", "trainer", "loader")
 _shown = reprlib.Repr()  # a value of whatever size and depth
@@ -31,9 +33,10 @@ _shown.maxstring = _shown.maxother = 200
 
 
 class RunFolder:
-    """runs/<name>/: config.yaml, env.json, log.txt, metrics.jsonl, checkpoints/, model/, result.json.
+    """runs/<name>/: config.yaml, env.json, log.txt, metrics.jsonl, checkpoints/, model/, end.json, result.json.
 
-    Only the main rank writes. result.json is written last: a folder that has it is finished.
+    Only the main rank writes. result.json is written last: a folder that has it is finished. end.json tells how a
+    process ended that did not get that far; the next one deletes it.
     """
 
     def __init__(self, path: Path, is_main: bool) -> None:
@@ -43,6 +46,7 @@ class RunFolder:
         self._metrics_path = path / "metrics.jsonl"
         self._metrics: BinaryIO | None = None
         self._lock = FolderLock(path)
+        self._is_open = False
 
     @property
     def is_finished(self) -> bool:
@@ -102,6 +106,8 @@ class RunFolder:
                 raise UserError(f"{own} is a link, a pipe or a folder, not this run's own file: delete it")
         for folder in (self.path, self.path / "model"):
             sweep_temporary(folder)  # of a run that was killed
+        (self.path / END).unlink(missing_ok=True)
+        self._is_open = True
         write_atomic(self.path / "config.yaml", text)
         write_atomic(self._recorded, json.dumps(resolved))
         write_atomic(self.path / "env.json", json.dumps(environment(), indent=1))
@@ -143,6 +149,13 @@ class RunFolder:
         """Write result.json, the run's last act."""
         if self.is_main:
             write_atomic(self.path / "result.json", json.dumps(result, indent=1))
+
+    def note_end(self, state: str, told: str) -> None:
+        """Write end.json: ``state`` is stopped or failed, ``told`` the line. A full disk is no new failure."""
+        if self._is_open:
+            end = {"state": state, "told": printable(" ".join(told.split()), 500), "time": time.time()}
+            with contextlib.suppress(OSError):
+                write_atomic(self.path / END, json.dumps(end))
 
     def close(self) -> None:
         """Release the files and the folder."""

@@ -112,8 +112,12 @@ class Trainer:
             if self.position == Position():
                 for act in at_start:
                     act()
-            for number in range(self.position.stage, len(stages)):
-                self._fit_stage(stages, number)
+            try:
+                for number in range(self.position.stage, len(stages)):
+                    self._fit_stage(stages, number)
+            finally:
+                if self.bar is not None:  # what ends the run is told below it
+                    self.bar.close()
             if signals.pending() is not None:  # since the last stage was saved
                 raise self._stopped(signals.pending() == SIGINT)
 
@@ -151,6 +155,8 @@ class Trainer:
                 with plain_weights(stage.step):
                     values = stage.evaluate(at.epoch)
                 if values:
+                    if self.bar is not None:
+                        self.bar.show(values)
                     self._write(stage, {**values, "work_seconds": self.identity.work_seconds})
         self._log(stage)
         if self.bar is not None:

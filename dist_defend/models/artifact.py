@@ -105,7 +105,7 @@ def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCar
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     card = dataclasses.replace(card, resize=model.resize)  # what the weights were used with, whoever wrote the card
-    weights = _packed(model)
+    weights = packed(model)
     sha256 = hashlib.sha256(weights).hexdigest()
     warning = {"BACKDOORED": True} if card.backdoored else {}
     text = {"format": FORMAT, **warning, **dataclasses.asdict(card), "sha256": sha256}
@@ -116,10 +116,11 @@ def save_artifact(folder: str | Path, model: SimCLR | Classifier, card: ModelCar
 
 def weights_digest(model: SimCLR | Classifier) -> str:
     """sha256 (hex) of the weights file that save_artifact would write now."""
-    return hashlib.sha256(_packed(model)).hexdigest()
+    return hashlib.sha256(packed(model)).hexdigest()
 
 
-def _packed(model: nn.Module) -> bytes:
+def packed(model: nn.Module, metadata: dict[str, str] | None = None) -> bytes:
+    """The bytes of a safetensors file with the module's state dict; tied weights are there twice."""
     state: dict[str, Tensor] = {}
     taken: set[int] = set()
     for key, value in model.state_dict().items():
@@ -127,7 +128,7 @@ def _packed(model: nn.Module) -> bytes:
         place = tensor.untyped_storage().data_ptr()
         state[key] = tensor.clone() if place in taken else tensor  # tied weights, which safetensors refuses
         taken.add(place)
-    return safetensors.torch.save(state)
+    return safetensors.torch.save(state, metadata)
 
 
 def load_simclr(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR, ModelCard]:

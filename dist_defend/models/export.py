@@ -1,15 +1,11 @@
-"""``dist-defend export``: a classifier's model folder becomes BackdoorBench's defense_result.pt."""
+"""A classifier as BackdoorBench's defense_result.pt."""
 
-import argparse
 import io
 from collections import OrderedDict
-from pathlib import Path
 
 import torch
 
-from dist_defend.errors import UserError
-from dist_defend.files import write_atomic
-from dist_defend.models.artifact import ModelCard, load_classifier
+from dist_defend.models.artifact import ModelCard
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.constants import BACKDOORBENCH_DATA
 from dist_defend.models.foreign_classifier import BACKDOORBENCH_ARCHS
@@ -17,31 +13,11 @@ from dist_defend.models.foreign_classifier import BACKDOORBENCH_ARCHS
 _NAMES = {arch: name for name, arch in BACKDOORBENCH_ARCHS.items()}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Fill the command's parser."""
-    parser.add_argument("source", type=Path, help="model folder of a classifier")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, defense_result.pt for BackdoorBench")
-    parser.set_defaults(main=main)
-
-
-def main(args: argparse.Namespace) -> int:
-    """Write {model_name, num_classes, model}. UserError for an encoder, a taken file and a folder that is not there.
-
-    BackdoorBench normalises by data set before its network; where the model's own constants are others, say so.
-    """
-    model, card = load_classifier(args.source)
-    if args.out.exists():
-        raise UserError(f"{args.out} exists already: name another file with --out")
-    if not args.out.parent.is_dir():
-        raise UserError(f"{args.out.parent} is not a folder: make it, or name another file with --out")
-    content, lines = defense_result(model, card)
-    write_atomic(args.out, content)
-    print(f"wrote {args.out}: " + "\n".join(lines))
-    return 0
-
-
 def defense_result(model: Classifier, card: ModelCard) -> tuple[bytes, list[str]]:
-    """The file's content, and what there is to say about it."""
+    """The content of a file {model_name, num_classes, model}, and what there is to say about it.
+
+    BackdoorBench normalises by data set before its network; where the model's own constants are others, a line says so.
+    """
     name = _NAMES.get(card.arch, card.arch.removeprefix("torchvision:"))
     behind = "" if model.resize is None else "1."  # there a network behind its Resize is Sequential(Resize, network)
     state = OrderedDict((behind + key, value.detach().cpu()) for key, value in model.net.state_dict().items())

@@ -8,6 +8,8 @@ COMPARED = "unit/test_sweep_comparison.py"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
+PUBLISH = "unit/test_publish.py"
+RUNS = "unit/test_runs_command.py"
 SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
 IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("a bench shows two sides equal with TF32", "bench/runner.py",
@@ -137,4 +139,30 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("a figure of another scale stands beside this one's runs", "sweep/file.py",
              "if own.scale == scale}", "if True}",
              "unit/test_sweep_grid.py::test_expectations_belong_to_a_scale"),
+    Mutation("colours are there though the user wants none", "terminal.py",
+             ' and not os.environ.get("NO_COLOR")', "",
+             "unit/test_colour.py::test_no_color_counts_unless_it_is_empty"),
+    Mutation("an ASR that counts as removed is shown as if it were not", "terminal.py",
+             "float(value) <= REMOVED_ASR", "float(value) < REMOVED_ASR",
+             "unit/test_colour.py::test_what_a_colour_means"),
+    Mutation("a run whose process lives is told to be cut off", "lock.py",
+             "return True, told", "return False, told",
+             f"{RUNS}::test_a_run_is_running_while_its_process_lives_and_cut_off_once_it_is_killed"),
+    Mutation("a run that failed does not say so in its folder", "experiment.py",
+             'run_folder.note_end("failed", f"{type(error).__name__}: {error}")', "pass",
+             f"{RUNS}::test_how_a_run_ended_is_written_down_and_forgotten_by_the_next"),
+    Mutation("a second start writes its end into the first one's folder", "engine/run.py",
+             "if self._is_open:", "if self.is_main:",
+             f"{RUNS}::test_a_second_start_does_not_write_into_the_firsts_folder"),
+    Mutation("exported weights have our prefix", "publish/folder.py",
+             "packed(network_of(model), ", "packed(model, ",
+             f"{PUBLISH}::test_other_networks_keep_their_own_names_and_come_back_by_import"),
+    Mutation("an exported page does not say that its model is backdoored", "publish/readme.py",
+             "    if card.backdoored:\n", "    if False:\n", f"{PUBLISH}::test_a_backdoored_model_says_so_first"),
+    Mutation("push sends all that lies in the folder", "publish/push.py",
+             "allow_patterns=list(FILES)", "allow_patterns=None",
+             f"{PUBLISH}::test_push_sends_the_three_files_in_private"),
+    Mutation("a private push goes to a repository that everybody sees", "publish/push.py",
+             "not api.repo_info(args.repository).private", "False",
+             f"{PUBLISH}::test_push_refuses_before_anything_is_sent"),
 )  # fmt: skip

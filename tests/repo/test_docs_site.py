@@ -91,6 +91,12 @@ def test_every_preset_is_in_the_reference() -> None:
         assert [html.unescape(preset) for preset in found] == list(getattr(find_method(name), "PRESETS", {}))
 
 
+def test_every_method_has_a_page_that_leads_to_its_keys() -> None:
+    pages = [file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs/methods").glob("*.md")]
+    linked = [name for page in pages for name in re.findall(r"\[(\w+)\]", HOOK["settings"](page))]
+    assert set(linked) == {*method_names(), "attack", "triggers"} and HOOK["settings"]("data.md") == ""
+
+
 @pytest.mark.parametrize(
     ("link", "path", "wanted"),
     [

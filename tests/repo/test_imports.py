@@ -12,6 +12,7 @@ LAYERS = [
     {
         "arguments",
         "bounds",
+        "commands",
         "errors",
         "plugins",
         "keys",
@@ -44,6 +45,8 @@ LAYERS = [
         "import_check",
         "evaluate_command",
         "methods_command",
+        "publish",
+        "runs_command",
     },
     {"cli", "api", "__main__"},
     {"compat"},
@@ -95,7 +98,8 @@ def test_imports_without_the_extras() -> None:
     """Every module loads without them, but the FFCV back end's own, Triton's, and those that draw and tabulate."""
     code = """
 import importlib, pkgutil, sys
-missing = ["ffcv", "deepspeed", "transformers", "open_clip", "pandas", "pyarrow", "matplotlib", "wandb", "triton"]
+missing = ["ffcv", "deepspeed", "transformers", "open_clip", "pandas", "pyarrow", "matplotlib", "wandb", "triton",
+           "argcomplete", "huggingface_hub"]
 sys.modules.update(dict.fromkeys(missing))  # None: import raises ModuleNotFoundError
 import dist_defend
 names = [m.name for m in pkgutil.walk_packages(dist_defend.__path__, "dist_defend.")]

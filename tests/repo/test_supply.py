@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[2]
-EXTRAS = ("ffcv", "clip", "deepspeed", "docs", "sweep", "test")  # what launch/bootstrap installs
+EXTRAS = ("ffcv", "clip", "complete", "deepspeed", "docs", "hub", "sweep", "test")  # what launch/bootstrap installs
 CUDA = re.compile(r"nvidia-.*|cuda-.*" + ("|triton" if torch.version.cuda else ""))  # which torch brings
 
 

@@ -89,7 +89,7 @@ def test_license_is_apache() -> None:
     assert "Apache License" in text and "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
 
 
-@pytest.mark.parametrize("script", ["launch/bootstrap", ".ci/run"])
+@pytest.mark.parametrize("script", ["launch/bootstrap", "launch/demo", ".ci/run"])
 def test_scripts_are_executable_bash(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     subprocess.run(["bash", "-n", ROOT / script], check=True)

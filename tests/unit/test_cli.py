@@ -1,15 +1,33 @@
 """The command line: what it imports before it knows what is wanted, and where words may stand."""
 
 import argparse
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dist_defend.arguments import add_experiment, parse_words
+from dist_defend.cli import main
+from dist_defend.commands import GROUPS
 
 HEAVY = {"torch", "numpy", "numba", "accelerate", "timm", "torchvision", "sklearn", "PIL", "yaml", "psutil", "tqdm"}
-COMMANDS = ["run", "launch", "plan", "sweep", "data", "evaluate", "attacks", "import", "export", "report", "bench"]
+COMMANDS = [
+    "run",
+    "launch",
+    "plan",
+    "sweep",
+    "data",
+    "evaluate",
+    "attacks",
+    "import",
+    "export",
+    "push",
+    "runs",
+    "report",
+]
+ROOT = Path(__file__).parents[2]
 
 
 def modules_after(code: str) -> set[str]:
@@ -32,7 +50,19 @@ def test_the_package_imports_next_to_nothing() -> None:
 @pytest.mark.parametrize("option", ["--help", "--version"])
 def test_help_and_version_import_no_command(option: str) -> None:
     modules = modules_after(f"import sys; sys.argv[1:] = ['{option}']; from dist_defend.cli import main; main()")
-    light = {"arguments", "cli", "engine", "engine.signals", "errors", "lifeline", "screen", "terminal", "tv_compat"}
+    light = {
+        "arguments",
+        "bounds",
+        "cli",
+        "commands",
+        "engine",
+        "engine.signals",
+        "errors",
+        "lifeline",
+        "screen",
+        "terminal",
+        "tv_compat",
+    }
     assert own(modules) == {"dist_defend", *(f"dist_defend.{name}" for name in light)}
     assert not modules & HEAVY
 
@@ -42,6 +72,29 @@ def test_help_lists_every_command() -> None:
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     listed = {line.split()[0] for line in told.partition("COMMAND\n")[2].splitlines() if line[4:5].strip()}
     assert {*COMMANDS, "doctor"} <= listed
+
+
+def test_alone_it_tells_the_first_five_minutes_and_every_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    told = capsys.readouterr().out
+    first, *groups = re.split(r"\n\n(?=[A-Z][^\n]*:\n)", told.rpartition("\n\n")[0])
+    assert first == "Train, poison, purify and measure image encoders and classifiers, on one CPU or many GPUs."
+    minutes, *groups = groups
+    lines = [line.strip().partition("#")[0].strip() for line in minutes.splitlines()[1:]]
+    assert len(lines) == 3
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert all(part in readme for line in lines for part in line.split(" && "))
+    assert all((ROOT / word).is_file() for line in lines for word in line.split() if word.startswith("configs/"))
+    named = [line.split()[0] for group in groups for line in group.splitlines()[1:]]
+    assert sorted(named) == sorted([*COMMANDS, "init", "doctor", "methods", "models", "bench"])
+    assert max(map(len, told.splitlines())) <= 110
+    assert told.endswith("dist-defend COMMAND --help tells the options of one.\n")
+
+
+def test_every_command_has_its_module() -> None:
+    for group in GROUPS.values():
+        for module, _ in group.values():
+            assert (ROOT / f"{module.replace('.', '/')}.py").is_file() or (ROOT / module.replace(".", "/")).is_dir()
 
 
 def test_torchvision_loads_after_the_package_in_any_order() -> None:
@@ -116,8 +169,6 @@ def test_words_that_nobody_reads_are_refused(
 
 
 def test_a_dry_run_line_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
-    from dist_defend.cli import main
-
     assert main(["run", "seed=7", "configs/demo/1_pretrain.yaml", "--print-config", "output=runs/other"]) == 0
     told = capsys.readouterr().out
     assert "seed: 7\n" in told and "output: runs/other\n" in told

@@ -14,7 +14,6 @@ from dist_defend.methods.attack.badencoder import freeze_norms
 from dist_defend.models.artifact import ModelCard, load_artifact, save_artifact
 from dist_defend.models.classifier import Classifier, build_classifier
 from dist_defend.models.encoder import build_encoder, build_simclr
-from dist_defend.models.export import main as export_main
 from dist_defend.models.folding import fold_frozen_norms
 from dist_defend.models.pixel_space import Encoder, Normalize
 from dist_defend.models.wide_resnet import WideResNet
@@ -122,11 +121,7 @@ def test_second_derivatives_go_through_it() -> None:
 def test_backdoorbench_gets_its_own_form_of_a_network_behind_a_resize(tmp_path: Path) -> None:
     model = build_classifier("torchvision:mobilenet_v3_small", 4, "imagenet", 32, resize=64)
     save_artifact(tmp_path / "m", model, ModelCard("classifier", model.arch, "imagenet", 32, num_classes=4))
-
-    class Arguments:
-        source, out = tmp_path / "m", tmp_path / "out.pt"
-
-    export_main(Arguments)  # type: ignore[arg-type]
+    assert main(["export", str(tmp_path / "m"), "--out", str(tmp_path / "out.pt")]) == 0
     written = torch.load(tmp_path / "out.pt", weights_only=True)["model"]
     theirs = nn.Sequential(v2.Resize((64, 64)), copy.deepcopy(model.net))
     assert list(written) == list(theirs.state_dict())

@@ -2,14 +2,17 @@
 
 import io
 import json
+import os
 import re
+import signal
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.tracking import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dist_defend.cli import main
@@ -38,7 +41,8 @@ class Terminal(io.StringIO):
 
 
 def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """Standard error from now on; not in a fixture, behind which pytest replaces it."""
+    """Standard error from now on, without colours; not in a fixture, behind which pytest replaces it."""
+    monkeypatch.setenv("NO_COLOR", "1")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     return terminal
@@ -88,6 +92,16 @@ def test_a_terminal_shows_scalars_evaluations_and_the_outcome(tmp_path: Path, mo
         f"ibau on noise: acc {acc:.2f} -> {acc_after:.2f} % of {n}, asr {asr:.2f} -> {asr_after:.2f} % of {others}"
     )
     assert lines[-2:] == [outcome, ""]
+
+
+def test_what_ends_a_run_is_a_line_below_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = use_terminal(monkeypatch)
+    monkeypatch.setattr("dist_defend.engine.trainer.Trainer._log", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert main(["run", str(make_experiment(tmp_path, "simclr", options_of("simclr", tmp_path)))]) == 130
+    bar, last, end = screen.screen()[-3:]
+    assert bar.startswith("simclr:  25%|") and end == ""
+    saved = tmp_path / "run/checkpoints/step_000000001"
+    assert last == f"signal received: saved step 1 to {saved}; the same command goes on from there"
 
 
 def test_without_a_terminal_each_scalar_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,16 +177,27 @@ def test_trackers_get_the_final_metrics(tmp_path: Path) -> None:
     assert final["final/defence_images"] == (12, 24)
 
 
-def test_wandb_gets_the_runs_name_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not installed here; what Accelerate would hand to wandb.init is looked at instead."""
-    handed: dict[str, Any] = {}
+def test_a_wandb_run_holds_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module in wandb's place, which need not be installed, notes what Accelerate's tracker tells it."""
+    told: dict[str, Any] = {"config": {}, "logged": {}}
+    run = SimpleNamespace(
+        log=lambda values, step=None: told["logged"].update(values), finish=lambda: told.update(finished=True)
+    )
 
-    def init_trackers(self: Accelerator, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
-        handed.update(project=project, config=config, wandb=init_kwargs["wandb"])
+    def init(project: str, **options: Any) -> Any:
+        told.update(project=project, mode=os.environ["WANDB_MODE"], **options)
+        return run
 
-    monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
-    assert main(["run", str(unlearning(tmp_path, trainer={"trackers": ["tensorboard"]}))]) == 0
-    assert handed["project"] == "dist_defend"
-    assert handed["wandb"] == {"name": "run", "dir": str(tmp_path / "run")}
-    assert handed["config"]["ibau.rounds"] == 2 and handed["config"]["ibau.attack"] == "null"
-    assert all(isinstance(value, int | float | str) for value in handed["config"].values())
+    wandb = ModuleType("wandb")
+    config = SimpleNamespace(update=lambda values, **_: told["config"].update(values))
+    vars(wandb).update(init=init, config=config)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr("accelerate.tracking._available_trackers", [LoggerType.WANDB])
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert main(["run", str(unlearning(tmp_path, trainer={"trackers": ["wandb"]}))]) == 0
+    assert told["project"] == "dist_defend" and told["mode"] == "offline" and told["finished"]
+    assert (told["name"], told["dir"]) == ("run", str(tmp_path / "run"))
+    assert told["config"]["ibau.rounds"] == 2 and told["config"]["ibau.attack"] == "null"
+    assert told["config"]["run"] == "run" and len(told["config"]["config_sha256"]) == 64
+    assert all(isinstance(value, int | float | str) for value in told["config"].values())
+    assert {"ibau/acc", "ibau/asr", "final/ibau/noise/acc"} <= told["logged"].keys()

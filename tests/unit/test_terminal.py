@@ -132,6 +132,14 @@ def test_any_terminal_and_no_control_characters(encoding: str) -> None:
     assert raw.getvalue().endswith(b"\n\r\x1b[A")
 
 
+def test_what_colorama_writes_at_the_end_of_a_process_does_not_show() -> None:
+    raw = io.StringIO()
+    terminal.Guarded(raw).write("\x1b[0m")
+    assert raw.getvalue() == ""
+    terminal.Guarded(raw).write("\x1b[0m of a file")
+    assert raw.getvalue() == "\\x1b[0m of a file"
+
+
 def test_a_process_on_an_ascii_terminal(tmp_path: Path) -> None:
     """The report prints ± and –; names come from a file."""
     counts = {"acc": (9, 10), "asr": (1, 9), "asr_all": (2, 10), "ra": (8, 9)}

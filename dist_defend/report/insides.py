@@ -26,8 +26,11 @@ def confusions(run: Run) -> list[tuple[str, plots.Panel]]:
     for key in [key for key in run.features if key.endswith("/clean_classes")]:
         start = key.removesuffix("clean_classes")
         names = {"clean": ("labels", "clean_classes"), "triggered": ("triggered_labels", "triggered_classes")}
-        parts = [(name, *(run.features.get(f"{start}{own}") for own in both)) for name, both in names.items()]
-        pairs = [(name, labels, seen) for name, labels, seen in parts if labels is not None and seen is not None]
+        pairs: list[tuple[str, np.ndarray, np.ndarray]] = []
+        for name, both in names.items():
+            labels, seen = (run.features.get(f"{start}{own}") for own in both)
+            if labels is not None and seen is not None and len(labels) == len(seen):
+                pairs.append((name, labels, seen))
         fits = all(min(labels.min(), seen.min()) >= 0 for _, labels, seen in pairs if len(labels))
         most = max((int(max(labels.max(), seen.max())) for _, labels, seen in pairs if len(labels)), default=-1)
         if fits and 0 <= most < _MOST_CLASSES:
@@ -38,7 +41,9 @@ def confusions(run: Run) -> list[tuple[str, plots.Panel]]:
 
 def confusion(labels: np.ndarray, seen: np.ndarray, num_classes: int) -> np.ndarray:
     """(C, C): how many images of the row's class are classified as the column's. labels, seen (N,) below C."""
-    counts: np.ndarray = np.bincount(labels * num_classes + seen, minlength=num_classes**2)
+    counts: np.ndarray = np.bincount(
+        labels.astype(np.int64) * num_classes + seen.astype(np.int64), minlength=num_classes**2
+    )
     return counts.reshape(num_classes, num_classes)
 
 

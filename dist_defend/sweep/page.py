@@ -97,7 +97,8 @@ def heat_maps(comparison: Comparison) -> list[plots.Panel]:
     panels = []
     for rate, wide in comparison.wide.items():
         means = wide.groupby(ATTACK, sort=False).mean().iloc[:_MOST_CELLS, :_MOST_CELLS]
-        named = [(str(setting), str(kind)) for setting, kind in means.columns.to_list()]
+        columns_of: list[Any] = means.columns.to_list()
+        named = [(str(setting), str(kind)) for setting, kind in columns_of]
         columns = [setting if kind in setting.split() else f"{kind} {setting}" for setting, kind in named]
         panels.append(_heat_map(means.to_numpy(float), list(means.index), columns, rate))
     return panels

@@ -40,7 +40,7 @@ IN_PROGRAM: tuple[Mutation, ...] = (
              'axes.set(ylim=(-3, 103), ylabel="%")', 'axes.set_yscale("log")',
              f"{PAGE}::test_rates_have_a_linear_axis_and_start_at_what_was_before"),
     Mutation("a confusion matrix has predictions in its rows", "report/insides.py",
-             "labels * num_classes + seen", "seen * num_classes + labels",
+             "labels.astype(np.int64) * num_classes + seen.astype", "seen.astype(np.int64) * num_classes + labels.astype",
              "numerics/test_inside.py::test_confusion_has_labels_in_rows"),
     Mutation("GradCAM keeps what speaks against the class", "inside.py",
              "keepdim=True).clamp(min=0)", "keepdim=True).abs()",

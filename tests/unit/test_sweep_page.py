@@ -28,9 +28,11 @@ def test_the_page_has_the_leaderboards_numbers_and_what_is_missing(sweep: Sweep)
     assert "<li>defence defence5 trigger=badnets seed=2 defence=ibau: missing</li>" in text
     links = Links()
     links.feed(text)
-    assert sorted(target for target in links.targets if not target.startswith("#")) == [
+    assert sorted(target for target in links.targets if target.startswith("points")) == [
         "points/attack0/", "points/attack3/", "points/defence1/report.html", "points/defence2/", "points/defence4/",
     ]  # fmt: skip
+    rest = [target for target in links.targets if not target.startswith("points")]
+    assert all(target.startswith(("#", "data:image/png;base64,")) for target in rest)
     assert links.tags.count("svg") == 1 + 2 and links.tags.count("script") == 1
 
 

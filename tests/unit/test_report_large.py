@@ -68,7 +68,9 @@ def test_each_run_more_is_few_bytes_and_the_figures_are_shared(tmp_path: Path) -
     assert all(target.startswith(("data:image/png;base64,", "#")) for target in links.targets)
     assert more.count("as rnp_0, but for:\n") == 17 and more.count("a value that all of them have") == 60
     assert re.search(r"-seed: 0\n\+seed: 17\b", more)
-    assert len(re.findall(r"<th scope=\"row\">", more)) == 36  # nothing is left out of the table
+    assert (
+        len(re.findall(r"<th scope=\"row\">", more)) == 36 + 18
+    )  # nothing is left out of the tables of rates and runs
 
 
 def test_few_runs_have_figures_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # title: {name: (module, what
         "launch": ("dist_defend.launch", "run one experiment file on several ranks or machines"),
         "plan": ("dist_defend.plan", "memory and work of each rank, before anything is started"),
         "sweep": ("dist_defend.sweep.cli", "run the points of a grid with Slurm or on this machine, collect them"),
+        "reproduce": ("dist_defend.reproduce", "published figures again: from a folder to a table beside them"),
     },
     "See what came out": {
         "runs": ("dist_defend.runs_command", "which runs are running, finished, stopped or failed"),

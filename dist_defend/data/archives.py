@@ -30,24 +30,38 @@ _MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True)
-class _Member:
-    """A picture in a tar: ``size`` bytes from ``offset`` of the file ``shard`` on."""
+class Member:
+    """A picture in the archive ``shard``, which is read when it is asked for."""
 
     shard: str
     path: PurePosixPath
-    offset: int
-    size: int
 
     @property
     def name(self) -> str:
         return f"{self.shard}/{self.path}"
 
+    def read(self) -> bytes:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _InTar(Member):
+    """``size`` bytes from ``offset`` of the file on."""
+
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with open_regular(self.shard) as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
 
 @dataclass
-class _Found:
-    """Pictures of some shards in their order, and for each its label as text, None where it has none."""
+class Found:
+    """Pictures of some archives in their order, and for each its label as text, None where it has none."""
 
-    pictures: list[_Member] = field(default_factory=list)
+    pictures: list[Member] = field(default_factory=list)
     words: list[str | None] = field(default_factory=list)
     other_files: int = 0
 
@@ -73,36 +87,35 @@ def open_shards(path: Path, split: str, keys: Keys) -> PictureSource:
         classes, labels = labels_of_words({name: one.words for name, one in found.items()}, path)
         notes = []
     else:
-        classes, labels = _by_folder(found)
+        classes, labels = labels_by_folder(found)
         how = "classes are the folders in it" if classes else "images have no label (-1)"
         notes = [f"no labels (.cls, .json) in the tar: {how}", *number_notes(classes)]
     notes += label_notes(classes, labels, split)
     if mine.other_files:
         notes.append(f"files in the tar that are neither pictures nor labels, passed over: {mine.other_files}")
-
-    def read(row: int) -> bytes:
-        member = mine.pictures[row]
-        with open_regular(member.shard) as file:
-            file.seek(member.offset)
-            return file.read(member.size)
-
-    return PictureSource([member.name for member in mine.pictures], labels[split], classes, notes, read)
+    return source_of(mine, labels[split], classes, notes)
 
 
-def _splits(place: str, keys: Keys) -> dict[str, _Found]:
-    found: dict[str, _Found] = {}
+def source_of(mine: Found, labels: np.ndarray, classes: list[str], notes: list[str]) -> PictureSource:
+    """These pictures, each read from its archive."""
+    names = [member.name for member in mine.pictures]
+    return PictureSource(names, labels, classes, notes, lambda row: mine.pictures[row].read())
+
+
+def _splits(place: str, keys: Keys) -> dict[str, Found]:
+    found: dict[str, Found] = {}
     for split, shards in _shards(place).items():
-        found[split] = _Found()
+        found[split] = Found()
         for shard in shards:
             _read_shard(shard, keys, found[split])
         if not found[split].pictures:
             raise UserError(f"{place}: no pictures in the shards of {split} ({', '.join(ENDINGS)}); check --path")
     if len(found) == 1 and not _is_labelled(found):
-        return _split_by_folder(found)
+        return split_by_folder(found)
     return found
 
 
-def _is_labelled(found: dict[str, _Found]) -> bool:
+def _is_labelled(found: dict[str, Found]) -> bool:
     return any(word is not None for one in found.values() for word in one.words)
 
 
@@ -161,8 +174,8 @@ def _members(shard: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo, Pur
         raise UserError(f"{shard}: cannot be read ({error.strerror or error}); check --path") from error
 
 
-def _read_shard(shard: str, keys: Keys, into: _Found) -> None:
-    samples: dict[tuple[str, str], dict[str, _Member | str | None]] = {}
+def _read_shard(shard: str, keys: Keys, into: Found) -> None:
+    samples: dict[tuple[str, str], dict[str, Member | str | None]] = {}
     for tar, member, path in _members(shard):
         stem, _, ending = path.name.partition(".")
         sample = samples.setdefault((str(path.parent), stem), {})
@@ -171,7 +184,7 @@ def _read_shard(shard: str, keys: Keys, into: _Found) -> None:
             raise UserError(f"{shard}: holds '{path}' twice; pack each file once")
         is_label = ending == keys.labels or ending in _LABEL_ENDINGS or ending.endswith("json")
         if is_picture(path.name):
-            sample[ending] = _Member(shard, path, member.offset_data, member.size)
+            sample[ending] = _InTar(shard, path, member.offset_data, member.size)
         elif is_label and member.size <= _MOST_BYTES:
             content = tar.extractfile(member)
             assert content is not None  # it is a regular file
@@ -179,7 +192,7 @@ def _read_shard(shard: str, keys: Keys, into: _Found) -> None:
         else:
             sample[ending] = None
     for (parent, stem), sample in samples.items():
-        pictures = {ending: one for ending, one in sample.items() if isinstance(one, _Member)}
+        pictures = {ending: one for ending, one in sample.items() if isinstance(one, Member)}
         word, label_ending = _word(sample, keys, f"{shard}/{parent}/{stem}")
         if keys.images is not None:
             pictures = {ending: one for ending, one in pictures.items() if ending == keys.images.lower()}
@@ -190,11 +203,11 @@ def _read_shard(shard: str, keys: Keys, into: _Found) -> None:
         into.pictures += pictures.values()
         into.words += [word] * len(pictures)
         into.other_files += sum(
-            not isinstance(one, _Member) and ending != label_ending for ending, one in sample.items()
+            not isinstance(one, Member) and ending != label_ending for ending, one in sample.items()
         )
 
 
-def _word(sample: dict[str, _Member | str | None], keys: Keys, name: str) -> tuple[str | None, str | None]:
+def _word(sample: dict[str, Member | str | None], keys: Keys, name: str) -> tuple[str | None, str | None]:
     """The label as text and the ending of the file that has it; None where there is none."""
     texts = {ending: text for ending, text in sample.items() if isinstance(text, str)}
     for ending in (keys.labels,) if keys.labels else _LABEL_ENDINGS:
@@ -210,22 +223,22 @@ def _word(sample: dict[str, _Member | str | None], keys: Keys, name: str) -> tup
     return None, None
 
 
-def _split_by_folder(found: dict[str, _Found]) -> dict[str, _Found]:
+def split_by_folder(found: dict[str, Found]) -> dict[str, Found]:
     """The one split taken apart, where each picture lies in a folder train, test and so on that has class folders."""
     whole = next(iter(found.values()))
     folders = _folders(whole)
     tops = [split_of(inner[0]) if inner else None for inner in folders]
     if None in tops or not any(len(inner) > 1 for inner in folders):
         return found
-    splits: dict[str, _Found] = {}
+    splits: dict[str, Found] = {}
     for member, top in zip(whole.pictures, tops, strict=True):
-        mine = splits.setdefault(str(top), _Found(other_files=whole.other_files))
+        mine = splits.setdefault(str(top), Found(other_files=whole.other_files))
         mine.pictures.append(member)
         mine.words.append(None)
     return {split: splits[split] for split in SPLITS if split in splits}
 
 
-def _folders(found: _Found) -> list[tuple[str, ...]]:
+def _folders(found: Found) -> list[tuple[str, ...]]:
     """The folders that each picture lies in, but for outer ones that hold all pictures and no class; train/ stays."""
     folders = [member.path.parts[:-1] for member in found.pictures]
     while all(len(inner) > 1 for inner in folders) and len({inner[0] for inner in folders}) == 1:
@@ -235,7 +248,7 @@ def _folders(found: _Found) -> list[tuple[str, ...]]:
     return folders
 
 
-def _by_folder(found: dict[str, _Found]) -> tuple[list[str], dict[str, np.ndarray]]:
+def labels_by_folder(found: dict[str, Found]) -> tuple[list[str], dict[str, np.ndarray]]:
     """Classes and labels per split, where folders are the only hint at a class."""
     tops = {}
     for split, one in found.items():

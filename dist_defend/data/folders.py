@@ -197,7 +197,9 @@ def _what(folder: str | Path) -> str:
         return f"{told}, which the kind {_KIND_OF[ending]} reads"
     if ending in (".parquet", ".arrow"):
         return f"{told}, which are not read: save the pictures, or an npz, with the datasets library"
-    if ending in (".zip", ".gz", ".tgz", ".7z", ".rar"):
+    if ending == ".zip":
+        return f"{told}: give one of them as --path"
+    if ending in (".gz", ".tgz", ".7z", ".rar"):
         return f"{told}: unpack them first"
     return told
 

@@ -14,6 +14,7 @@ from dist_defend.data.gtsrb import open_gtsrb
 from dist_defend.data.patches import open_patches
 from dist_defend.data.published import DIGITS, STL10_CLASSES, open_digits, open_fashion_mnist, with_split, with_train
 from dist_defend.data.reading import NO_KEYS, ArraySource, Keys, NotedSource, Source
+from dist_defend.data.zips import ZIP_ENDINGS, open_zip, zip_splits
 from dist_defend.errors import UserError
 
 __all__ = ["KINDS", "ArraySource", "Keys", "Source", "load_image_npz", "open_source", "source_splits"]
@@ -59,7 +60,7 @@ def source_splits(kind: str, path: str | None, keys: Keys = NO_KEYS) -> list[str
 
 
 def _resolve(kind: str, path: str | None, keys: Keys) -> tuple["_Local | _Published", Path, str]:
-    """The kind, its place and its name; imagefolder of a list, a tar or another file is read as what that is."""
+    """The kind, its place and its name; imagefolder of a list, a tar, a zip or another file is read as what that is."""
     if kind not in _KINDS:
         raise UserError(f"unknown kind of data {kind!r}; known: {', '.join(_KINDS)}")
     if kind == "imagefolder" and path is not None:
@@ -84,7 +85,7 @@ def _kind_of_file(path: str) -> str:
         return "webdataset"
     if not Path(path).is_file():
         return "imagefolder"
-    endings = {"filelist": LIST_ENDINGS, "beton": BETON_ENDINGS, "npz": (".npz",)}
+    endings = {"filelist": LIST_ENDINGS, "beton": BETON_ENDINGS, "npz": (".npz",), "zip": ZIP_ENDINGS}
     found = next((kind for kind, mine in endings.items() if Path(path).suffix.lower() in mine), None)
     if found is None:
         known = ", ".join(ending for mine in endings.values() for ending in mine)
@@ -101,6 +102,7 @@ _KINDS: dict[str, _Local | _Published] = {
     "imagefolder": _Local(folder_splits, open_folder, has_keys=False),
     "filelist": _Local(list_splits, open_list, has_keys=False),
     "webdataset": _Local(shard_splits, open_shards),
+    "zip": _Local(zip_splits, open_zip, has_keys=False),
     "beton": _Local(beton_splits, open_beton_source),
     "cifar10": _Published(_BOTH, with_train("CIFAR10")),
     "cifar100": _Published(_BOTH, with_train("CIFAR100")),

@@ -70,10 +70,37 @@ def _run(args: argparse.Namespace, again: bool) -> int:
     if args.j is not None and (args.j < 1 or not args.local):
         raise UserError(f"-j {args.j}: at least 1, and together with --local; 'throttle' in the file is for Slurm")
     sweep = load_sweep(args.sweep, args.scale)
-    if not args.local:
+    return run_points(sweep, again, is_local=args.local, at_a_time=args.j, with_collect=not args.no_collect)
+
+
+def run_points(
+    sweep: Sweep, again: bool, *, is_local: bool, at_a_time: int | None = None, with_collect: bool = True
+) -> int:
+    """Run here, or submit to Slurm, what was never tried; with ``again`` what failed too. Returns the exit status.
+
+    at_a_time, with_collect: the options -j and --no-collect.
+    """
+    if not is_local:
         slurm.check_options(sweep)
     with _alone(sweep):
-        return _run_alone(args, sweep, again)
+        known, tasks = progress.survey(sweep)
+        chosen, blocked = progress.to_submit(sweep, known, again)
+        _tell_counts(sweep, known)
+        failed = sum(known[point.key].state == "failed" for point in sweep.points)
+        if failed and not again:
+            print(f"{failed} failed and {len(blocked)} that come after them are left alone; `resubmit` runs them again")
+        if not chosen:
+            print("nothing to run")
+            return 0
+        print(f"running {len(chosen)} points", flush=True)
+        progress.write_points(sweep, chosen)
+        if is_local:
+            if sweep.config.setup or any(stage.setup for stage in sweep.config.stages.values()):
+                print("the lines of 'setup' are for Slurm's jobs: they are not run here")
+            return local.run(sweep, chosen, at_a_time)
+        for line in slurm.submit(sweep, chosen, tasks, with_collect=with_collect):
+            print(line)
+        return 0
 
 
 @contextlib.contextmanager
@@ -86,27 +113,6 @@ def _alone(sweep: Sweep) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _run_alone(args: argparse.Namespace, sweep: Sweep, again: bool) -> int:
-    known, tasks = progress.survey(sweep)
-    chosen, blocked = progress.to_submit(sweep, known, again)
-    _tell_counts(sweep, known)
-    failed = sum(known[point.key].state == "failed" for point in sweep.points)
-    if failed and not again:
-        print(f"{failed} failed and {len(blocked)} that come after them are left alone; `resubmit` runs them again")
-    if not chosen:
-        print("nothing to run")
-        return 0
-    print(f"running {len(chosen)} points", flush=True)
-    progress.write_points(sweep, chosen)
-    if args.local:
-        if sweep.config.setup or any(stage.setup for stage in sweep.config.stages.values()):
-            print("the lines of 'setup' are for Slurm's jobs: they are not run here")
-        return local.run(sweep, chosen, args.j)
-    for line in slurm.submit(sweep, chosen, tasks, with_collect=not args.no_collect):
-        print(line)
-    return 0
 
 
 def status(args: argparse.Namespace) -> int:
@@ -137,14 +143,14 @@ def cancel(args: argparse.Namespace) -> int:
 
 def collect(args: argparse.Namespace) -> int:
     """One table of everything that is done; 1 if some results are damaged."""
-    _check_pandas()
+    check_pandas()
     from dist_defend.sweep import collect as collecting
 
     sweep = load_sweep(args.sweep, args.scale)
     return 1 if collecting.write(sweep, collecting.table(sweep)) else 0
 
 
-def _check_pandas() -> None:
+def check_pandas() -> None:
     """UserError where the tables' library is not installed."""
     if importlib.util.find_spec("pandas") is None:
         raise UserError("collecting needs pandas, which is not installed; pip install 'dist-defend[sweep]'")
@@ -152,7 +158,7 @@ def _check_pandas() -> None:
 
 def report(args: argparse.Namespace) -> int:
     """collect, and what it means."""
-    _check_pandas()
+    check_pandas()
     from dist_defend.sweep import collect as collecting
     from dist_defend.sweep import report as reporting
 

@@ -9,8 +9,9 @@ from dist_defend.config import build_section, check_folder
 from dist_defend.errors import UserError
 from dist_defend.strict_yaml import read_yaml
 from dist_defend.sweep.expectation import Expectation
+from dist_defend.sweep.preparation import Preparation
 
-_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages", "scales", "expect")
+_TOP_KEYS = ("output", "throttle", "restarts", "slurm", "setup", "stages", "scales", "expect", "before")
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,10 @@ class SweepConfig:
         slurm: sbatch's long options
         setup: lines of shell that Slurm's jobs run first: module load, conda activate
         scales: name -> stage -> keys that replace the stage's own, or go over its ``set`` and, label by label, over its
-            ``explicit``; --scale NAME chooses them, in a folder of its own, <output>_<NAME>
+            ``explicit``; null takes a stage, or a label, out; --scale NAME chooses them, in a folder of its own,
+            <output>_<NAME>
         expect: published figures that the report compares with
+        before: data sets and models that points read, and how ``dist-defend reproduce``, and nothing else, makes them
     """
 
     output: str
@@ -67,8 +70,9 @@ class SweepConfig:
     restarts: int = 20
     slurm: dict[str, Any] = field(default_factory=dict)
     setup: tuple[str, ...] = ()
-    scales: dict[str, dict[str, StageConfig]] = field(default_factory=dict)
+    scales: dict[str, dict[str, StageConfig | None]] = field(default_factory=dict)
     expect: tuple[Expectation, ...] = ()
+    before: tuple[Preparation, ...] = ()
 
     def __post_init__(self) -> None:
         at_least_one(self, "throttle")
@@ -105,14 +109,20 @@ def _at_scale(path: Path, config: SweepConfig, scale: str) -> SweepConfig:
     for name, own in config.scales[scale].items():
         if name not in stages:
             raise UserError(f"{path}: key 'scales.{scale}.{name}' is no stage; those are: {', '.join(stages)}")
+        if own is None:
+            del stages[name]
+            continue
         given = {key.name: getattr(own, key.name) for key in fields(own)}
         changed = {key: value for key, value in given.items() if value != getattr(usual, key)}
         changed["set"] = stages[name].set | own.set
         below, above = stages[name].explicit, own.explicit
         if isinstance(below, dict) and isinstance(above, dict):
             both = [label for label in above if isinstance(below.get(label), dict) and isinstance(above[label], dict)]
-            changed["explicit"] = below | above | {label: below[label] | above[label] for label in both}
+            merged = below | above | {label: below[label] | above[label] for label in both}
+            changed["explicit"] = {label: entry for label, entry in merged.items() if entry is not None}
         stages[name] = replace(stages[name], **changed)
+    if not stages:
+        raise UserError(f"{path}: key 'scales.{scale}' takes every stage out; leave one")
     return replace(config, output=f"{config.output}_{scale}", stages=stages)
 
 

@@ -21,6 +21,7 @@ from dist_defend.config import Experiment, build_experiment, change
 from dist_defend.errors import UserError
 from dist_defend.strict_yaml import read_yaml
 from dist_defend.sweep.file import StageConfig, SweepConfig, read_file
+from dist_defend.templates import shipped
 
 _REFERENCE = re.compile(r"\$\{(\w+)\.([\w.]+)\}")
 MOST_POINTS = 10_000  # of a stage: reading them takes a minute
@@ -201,10 +202,11 @@ class _Stage:
         if "output" in known:
             raise self.error("output", "a point's folder follows from its key; leave it out")
         try:
-            raw = _copied(self._read(Path(file)))
+            path = shipped(file)
+            raw = _copied(self._read(path))
             for key, value in known.items():
                 change(raw, key.replace("${method}", str(raw.get("method"))), value)
-            return build_experiment(raw, Path(file))
+            return build_experiment(raw, path)
         except UserError as error:
             raise self.error("", str(error)) from error
 

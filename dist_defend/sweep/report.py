@@ -36,8 +36,8 @@ _SIDE = (
 )
 
 
-_BESIDE = (
-    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less published, in points. PASS: "
+BESIDE = (
+    "ours: mean ± sample standard deviation over n rows, in percent; difference: ours less that, in points. PASS: "
     "it is within the tolerance that the sweep file gives; NOT RUN: nothing was counted yet."
 )
 
@@ -51,8 +51,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     board, table = leaderboard(sweep, rows), comparison.table()
     paired = _PAIRED.format(reference=screen.markdown(" ".join(comparison.reference or ("nothing",))))
     beside, lacking = side_by_side(table), rows[rows["state"] != "done"]
-    labels = {point.key: point.labels for point in sweep.points}
-    compared = outcomes(sweep.config.expect, labels, rows.to_dict("records"))
+    compared = outcomes_of(sweep, rows)
     lines = [
         f"# {screen.markdown(sweep.path.stem)}",
         "",
@@ -61,7 +60,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         _NOTE,
         "",
         *(["## Defences side by side", "", _lines(beside), "", _SIDE, paired, ""] if len(table) else []),
-        *(["## Published and ours", "", _lines(beside_published(compared)), "", _BESIDE, ""] if compared else []),
+        *(["## Published and ours", "", beside_published(compared), "", BESIDE, ""] if compared else []),
         *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
@@ -78,7 +77,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         told = _PAIRED.format(reference=" ".join(comparison.reference or ("nothing",)))
         sheets.append(page.sheet("defences side by side", beside, f"{_SIDE} {told}"))
     if compared:
-        sheets.append(page.sheet("published and ours", beside_published(compared), _BESIDE))
+        sheets.append(page.sheet("published and ours", published_cells(compared), BESIDE))
     if detected := detectors.cells(rows):
         sheets.append(page.sheet("detectors", detected, detectors.NOTE))
     write_atomic(sweep.folder / "report.html", page.render(sweep, rows, comparison, sheets))
@@ -158,9 +157,21 @@ def side_by_side(table: pd.DataFrame) -> list[list[str]]:
     return found
 
 
-def beside_published(compared: Sequence[Outcome]) -> list[list[str]]:
-    """Header and lines: published figures and what came of them."""
-    found = [["what", "metric", "published", "tolerance", "ours", "n", "difference", "", "source"]]
+def outcomes_of(sweep: Sweep, rows: pd.DataFrame) -> list[Outcome]:
+    """What came of each figure that the sweep's file expects at its scale."""
+    labels = {point.key: point.labels for point in sweep.points}
+    return outcomes(sweep.config.expect, labels, rows.to_dict("records"))
+
+
+def beside_published(compared: Sequence[Outcome]) -> str:
+    """Published figures, or those that a scale expects, and what came of them, as Markdown."""
+    return _lines(published_cells(compared))
+
+
+def published_cells(compared: Sequence[Outcome]) -> list[list[str]]:
+    """The same as header and lines of text."""
+    figure = "published" if all(outcome.expectation.scale is None for outcome in compared) else "expected"
+    found = [["what", "metric", figure, "tolerance", "ours", "n", "difference", "", "source"]]
     for outcome in compared:
         own = outcome.expectation
         ours = [mean_std(outcome.mean, outcome.std), f"{len(outcome.values)} of {outcome.points}"]

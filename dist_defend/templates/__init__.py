@@ -21,6 +21,15 @@ def template(part: str) -> Path:
     raise UserError(f"{_HERE / part} is missing: install dist-defend again, from its wheel or its source")
 
 
+def shipped(file: str) -> Path:
+    """A file of configs/: the user's own, in the working folder, or else the package's. Any other path stays."""
+    path = Path(file)
+    if path.exists() or path.parts[:1] != ("configs",) or ".." in path.parts:
+        return path
+    own = template("configs").joinpath(*path.parts[1:])
+    return own if own.is_file() else path
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), metavar="DIR", help="default: this folder")

@@ -229,4 +229,10 @@ IN_ENGINE: tuple[Mutation, ...] = (
     Mutation("test features are not standardised", "methods/measure/probe.py",
              "features = tuple(standardise(x, mean, variance) for x in features)", "pass",
              "unit/test_probe.py::test_a_linear_probe_descends_the_gradient_of_the_cross_entropy[True]"),
+    Mutation("a zip may name files outside of it", "data/zips.py",
+             'place.is_absolute() or ".." in place.parts or', "place.is_absolute() or",
+             "unit/test_data_zips.py::test_what_is_refused"),
+    Mutation("pictures of a zip come in the order of the file", "data/zips.py",
+             "    whole.pictures.sort(key=lambda member: member.path.parts)\n", "",
+             "unit/test_data_zips.py::test_order_is_that_of_the_names"),
 )  # fmt: skip

@@ -8,6 +8,7 @@ COMPARED = "unit/test_sweep_comparison.py"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
 PLUGINS = "unit/test_plugins.py"
+REPRODUCE = "unit/test_reproduce.py"
 PUBLISH = "unit/test_publish.py"
 RUNS = "unit/test_runs_command.py"
 SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
@@ -143,6 +144,15 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("a figure of another scale stands beside this one's runs", "sweep/file.py",
              "if own.scale == scale}", "if True}",
              "unit/test_sweep_grid.py::test_expectations_belong_to_a_scale"),
+    Mutation("a figure that is missed is no failure", "reproduce.py",
+             "outcome.verdict == FAIL for", "outcome.verdict == '' for",
+             f"{REPRODUCE}::test_a_figure_that_is_missed_is_exit_1"),
+    Mutation("what a cut-off preparation left counts as made", "sweep/preparation.py",
+             '"[!.]*/manifest.json"', '"*/manifest.json"',
+             f"{REPRODUCE}::test_what_was_cut_off_is_not_made"),
+    Mutation("files are looked for when others are made already", "reproduce.py",
+             "    preparation.check(wanted, args.folder)\n", "",
+             f"{REPRODUCE}::test_missing_files_are_named_before_anything_is_done"),
     Mutation("colours are there though the user wants none", "terminal.py",
              ' and not os.environ.get("NO_COLOR")', "",
              "unit/test_colour.py::test_no_color_counts_unless_it_is_empty"),

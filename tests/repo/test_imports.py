@@ -45,6 +45,7 @@ LAYERS = [
         "import_check",
         "evaluate_command",
         "methods_command",
+        "reproduce",
         "publish",
         "runs_command",
     },

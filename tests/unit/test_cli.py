@@ -18,6 +18,7 @@ COMMANDS = [
     "launch",
     "plan",
     "sweep",
+    "reproduce",
     "data",
     "evaluate",
     "attacks",

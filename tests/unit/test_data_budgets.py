@@ -20,7 +20,7 @@ from dist_defend.errors import UserError
 
 
 @pytest.mark.timeout(60)  # a pipe that is opened for reading waits for ever
-@pytest.mark.parametrize("kind", ["npz", "imagefolder", "filelist", "webdataset", "beton", "one_image"])
+@pytest.mark.parametrize("kind", ["npz", "imagefolder", "filelist", "webdataset", "zip", "beton", "one_image"])
 @pytest.mark.parametrize("name", ["source", "source.npz", "source.tar", "source.beton", "source.txt", "source.png"])
 def test_a_pipe_is_no_source(tmp_path: Path, kind: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     os.mkfifo(tmp_path / name)

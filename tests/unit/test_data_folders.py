@@ -169,7 +169,7 @@ def test_what_has_no_class_folders_is_an_error_that_says_what_was_found(
 
 
 @pytest.mark.parametrize(("name", "told"), [("a.tar", "kind webdataset reads"), ("a.parquet", "are not read: save the"),
-                                            ("a.npz", "kind npz reads"), ("a.zip", "unpack them first")])  # fmt: skip
+                                            ("a.npz", "kind npz reads"), ("a.zip", "give one of them as")])  # fmt: skip
 def test_files_of_other_kinds_are_named(tmp_path: Path, name: str, told: str) -> None:
     (tmp_path / name).touch()
     refused(tmp_path, rf"no images in folders named after their classes; it holds 1 {Path(name).suffix} files.*{told}")

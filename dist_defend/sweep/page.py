@@ -17,8 +17,8 @@ from dist_defend.sweep.grid import Sweep
 
 _NUMBERS = {
     "ACC", "ASR", "RA", "DER", "n", "ΔACC", "ΔASR", "oracle ACC", "oracle ASR", "device-s", "× cheapest", "MAD ACC",
-    "MAD ASR", "ACC re-tuned", "ASR re-tuned", "q = 0", "control", "queried", "its control", "networks", "published", "expected",
-    "tolerance", "ours", "difference", "AUC", "no score",
+    "MAD ASR", "ACC re-tuned", "ASR re-tuned", "q = 0", "control", "queried", "its control", "networks", "published",
+    "expected", "tolerance", "ours", "difference", "AUC", "no score",
 }  # fmt: skip
 _MEANING = {
     "ACC": "clean test images classified as their label, percent",

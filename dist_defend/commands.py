@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {  # title: {name: (module, what
         "runs": ("dist_defend.runs_command", "which runs are running, finished, stopped or failed"),
         "report": ("dist_defend.report", "table, report.md, report.csv and report.html from finished runs"),
         "evaluate": ("dist_defend.evaluate_command", "count ACC, ASR and RA of a classifier, imported or trained here"),
+        "zoo": ("dist_defend.zoo.cli", "models with counts and YAML: add, list, count again, make again"),
     },
     "Look things up": {
         "methods": ("dist_defend.methods_command", "list the methods, or the keys of one: type, default, meaning"),

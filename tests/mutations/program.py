@@ -11,6 +11,7 @@ REPRODUCE = "unit/test_reproduce.py"
 PUBLISH = "unit/test_publish.py"
 RUNS = "unit/test_runs_command.py"
 SESSION = "unit/test_session.py::test_a_plain_process_stays_plain"
+ZOO = "e2e/test_zoo.py"
 IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("a bench shows two sides equal with TF32", "bench/runner.py",
              "setting.allow_tf32 = False", "setting.allow_tf32 = True",
@@ -106,6 +107,15 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("an installed package takes what lies beside it for its own files", "templates/__init__.py",
              "(_HERE / part, _HERE.parents[1] / part)", "(_HERE.parents[1] / part, _HERE / part)",
              "unit/test_templates.py::test_the_package_prefers_its_own_copy"),
+    Mutation("a model of a zoo that counts otherwise passes", "zoo/counting.py",
+             "            if old != new:", "            if old is None:", f"{ZOO}::test_another_count_is_told"),
+    Mutation("a zoo's files may be others than those that were added", "zoo/entry.py",
+             "if found != wanted:", "if False:", f"{ZOO}::test_altered_files_are_named_with_their_digests"),
+    Mutation("a zoo's model is counted on whatever data there is", "zoo/cli.py",
+             "if entry.data.get(role) != digest:", "if False:",
+             f"{ZOO}::test_data_that_is_missing_or_other_is_named"),
+    Mutation("other weights on the same machine are all right", "zoo/cli.py",
+             "failed += not unlike", "failed += 0", f"{ZOO}::test_other_weights_are_told_by_how_much"),
     Mutation("a mean far below what was published passes", "sweep/expectation.py",
              "abs(self.difference) <=", "self.difference <=",
              "unit/test_sweep_report.py::test_which_rows_are_compared"),

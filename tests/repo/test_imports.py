@@ -39,6 +39,7 @@ LAYERS = [
         "bench",
         "doctor",
         "sweep",
+        "zoo",
         "launch",
         "plan",
         "importing",

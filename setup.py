@@ -114,7 +114,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["dist_defend", "dist_defend.*"]),
-    package_data={"dist_defend": ["py.typed", "*.pyi"], "dist_defend.report": ["*.html", "*.css"]},
+    package_data={"dist_defend": ["py.typed", "*.pyi"], "dist_defend.report": ["*.html", "*.css", "*.js"]},
     cmdclass={"build_py": BuildWithTemplates},
     install_requires=CORE,
     extras_require={

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dist_defend import inside
 from dist_defend.attacks.attack import AttackConfig, attack_from, check_classes
 from dist_defend.attacks.given import TriggeredImages, triggered_images
 from dist_defend.bounds import OPEN_ASR, REMOVED_ASR
@@ -67,6 +68,7 @@ class Examination:
         self.test, self.rows, self.attack, self.context = test, rows, attack, context
         self.task = task or test.manifest.name
         self.scatter: dict[str, Tensor] = {}
+        self.pictures: dict[str, Tensor] = {}
         self.made: TriggeredImages | None = None
         self.triggered = None
         self.clean = context.eval_loader(test, rows, batch_size)
@@ -167,13 +169,26 @@ class Examination:
             self.scatter[f"{kind}/{self.task}/{name}"] = part[:count].cpu()
         return found
 
+    def look_inside(self, kind: str, model: Classifier) -> None:
+        """Keep for the report what this model does with a few test images. All ranks call it; nothing is random."""
+        stamped = {} if self.made is None else {"triggered": (self.made.dataset, self.made.rows)}
+        with self.context.clock.measuring():
+            seen = inside.predicted(model, {"clean": (self.test, self.rows), **stamped}, self.context, _SCATTERED)
+            maps = inside.heat_maps(model, self.pairs(), self.context)
+        self.scatter.update({f"{kind}/{self.task}/{name}": tensor for name, tensor in seen.items()})
+        self.pictures.update({f"{self.task}/cam_{name}": images for name, images in maps.items()})
+
+    def show_perturbation(self, delta: Tensor) -> None:
+        """Keep for the report what a defence took for the trigger: delta (1, 3, H, W)."""
+        self.pictures[f"{self.task}/perturbation"] = inside.signed_picture(delta[0])[None]
+
     def examples(self) -> dict[str, Tensor]:
-        """Images without and with the trigger, for the report; nothing without an attack."""
+        """Images without and with the trigger, for the report, and what else was kept; nothing without an attack."""
         pairs = self.pairs()
         if pairs is None:
             return {}
         clean, stamped = (torch.from_numpy(images).contiguous() for images in pairs)
-        return {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped}
+        return {f"{self.task}/clean": clean, f"{self.task}/triggered": stamped, **self.pictures}
 
     def save_examples(self) -> None:
         """examples.safetensors in the run folder."""
@@ -341,6 +356,7 @@ class Trial:
             chosen_by=chosen_by,
             provenance={"method": kind, "data": context.digests, **(provenance or {}), "seed": context.seed},
         )
+        self.examination.look_inside(kind, model)
         self.examination.save_examples()
         return {
             "model_sha256": context.save_model(model, card),

@@ -59,6 +59,11 @@ OPTIONS = {
 }
 
 PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    ("Chen et al., SimCLR, ICML 2020, appendix A and B, at 224 px", ("pretrain/simclr_imagenette",), below("simclr", {
+        "temperature": 0.1, "augment.size": 224, "augment.flip": 0.5, "augment.jitter": 0.8, "augment.grayscale": 0.2,
+        "augment.brightness": 0.8, "augment.contrast": 0.8, "augment.saturation": 0.8, "augment.hue": 0.2,
+        "augment.blur.probability": 0.5, "augment.blur.kernel": 0.1, "augment.blur.sigma": [0.1, 2.0],
+    })),
     # Constants of data sets
     ("jinyuan-jia/BadEncoder and bboylyg/RNP, transforms", ("dist_defend.models.pixel_space:NORMALIZATIONS",), {
         "cifar10": CIFAR10,
@@ -358,6 +363,7 @@ PUBLISHED: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
 OURS = {
     "*": ("trainer.log_every", "trainer.checkpoint_every", "evaluate_every"),
     "*fashion*": ("*",),  # small data for two cores, see docs/results.md
+    "*imagenette*": ("*",),  # nobody publishes recipes for so few photographs
     "attack/sig_wrapped_cifar10": ("attack.rate", "attack.target_class"),
     "attack/trojan_wrapped_cifar10": ("attack.rate", "attack.target_class", "trigger.seed"),
     "attack/*": ("trigger.seed",),  # of a pattern that stands for a file which is not shipped

@@ -7,6 +7,8 @@ from pathlib import Path
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
+FILES = "report_files"  # the folder of figures and tables beside report.html
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Fill the command's parser."""
@@ -15,11 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embedding", choices=["pca", "tsne"], default="pca", help="projection of the features (default: pca)"
     )
+    parser.add_argument(
+        "--files", action="store_true", help="also every figure as SVG and PDF, every table as CSV and LaTeX"
+    )
     parser.set_defaults(main=main)
 
 
 def main(args: argparse.Namespace) -> int:
-    """Write the three files and print the summary; 1 if a damaged run folder was left out, and told.
+    """Write the files and print the summary; 1 if a damaged run folder was left out, and told.
 
     UserError without a finished run that can be read, or without a folder to write to.
     """
@@ -34,7 +39,12 @@ def main(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "report.csv", tables.to_csv(found))
         write_atomic(folder / "report.md", tables.to_markdown(lines, [*alarms, *notices], found))
-        write_atomic(folder / "report.html", page)
+        write_atomic(folder / "report.html", page.text)
+        if args.files:
+            from dist_defend.report import exports
+
+            count = exports.write(folder / FILES, page.panels, page.pictures, page.sheets)
+            print(f"{count} files of figures and tables: {folder / FILES}\n")
     except OSError as error:
         told = f"{folder}: cannot write the report ({error.strerror})"
         raise UserError(f"{told}; choose another folder with --out") from error

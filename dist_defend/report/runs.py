@@ -27,6 +27,7 @@ _MEBIBYTES = {
 }  # fmt: skip
 _MOST_TENSORS = 1000
 _MOST_POINTS, _MOST_DIMENSIONS = 5000, 1 << 16  # of features
+_PER_IMAGE = ("labels", "clean_classes", "triggered_classes", "triggered_labels")
 _MOST_SIDE = 4096  # pixels of a picture
 
 
@@ -52,11 +53,35 @@ class Run:
         """Percent that the model scored before this run, a defence, changed it; nan where it does not say."""
         return float(self.result["metrics"].get(f"{metric}_before", math.nan))
 
+    @property
+    def befores(self) -> dict[str, float]:
+        """``before`` by metric."""
+        return {metric: self.before(metric) for metric in ("acc", "asr")}
+
+    @property
+    def seconds(self) -> float | None:
+        """Of work, without what only measures, over all lives; of old runs wall seconds. None where it does not say."""
+        found = self.result.get("work_seconds", self.result.get("wall_seconds"))
+        return None if found is None else float(found)
+
     @cached_property
     def sweep(self) -> list[dict[str, Any]]:
         """The stops of a pruning sweep, see results.read_stops."""
         content = self._read("sweep.json")
         return [] if content is None else read_stops(content, self._damaged("sweep.json"), _WITHOUT)
+
+    @cached_property
+    def masks(self) -> list[float]:
+        """The masks in [0, 1] of a pruning method's neurons, from mask_values.txt; empty without."""
+        content = self._read("mask_values.txt")
+        try:
+            lines = [] if content is None else content.decode("utf-8").splitlines()[1:]
+            found = [float(line.split()[-1]) for line in lines if line.strip()]
+        except ValueError as error:
+            raise UserError(f"{self._damaged('mask_values.txt')} holds a line without a mask: {_WITHOUT}") from error
+        if not all(0 <= mask <= 1 for mask in found):
+            raise UserError(f"{self._damaged('mask_values.txt')} holds a mask outside of [0, 1]: {_WITHOUT}")
+        return found
 
     @cached_property
     def metrics(self) -> tuple[list[dict[str, Any]], int]:
@@ -66,14 +91,19 @@ class Run:
 
     @cached_property
     def features(self) -> dict[str, np.ndarray]:
-        """kind/task/clean and kind/task/triggered (M, D) float32, kind/task/labels (M,)."""
+        """kind/task/clean and kind/task/triggered (M, D) float32, kind/task/labels (M,).
+
+        Of classifiers also the classes that were predicted, clean_classes and triggered_classes, and triggered_labels,
+        each (M,).
+        """
         found = self._tensors("features.safetensors", _is_features)
         for key in [key for key in found if key.endswith("/clean")]:
             start = key.removesuffix("clean")
-            others = found.get(f"{start}triggered"), found.get(f"{start}labels")
+            others = {name: found.get(f"{start}{name}") for name in ("triggered", *_PER_IMAGE)}
             fit = [
                 other is None or other.shape[:ndim] == found[key].shape[:ndim]
-                for other, ndim in zip(others, (2, 1), strict=True)
+                for name, other in others.items()
+                if (ndim := 2 if name == "triggered" else 1)
             ]
             if not all(fit):
                 raise UserError(f"{self._damaged('features.safetensors')} has tensors of several lengths: {_WITHOUT}")
@@ -81,7 +111,7 @@ class Run:
 
     @cached_property
     def examples(self) -> dict[str, np.ndarray]:
-        """task/clean and task/triggered (8, H, W, 3) uint8."""
+        """task/clean and task/triggered (8, H, W, 3) uint8; maybe task/cam_clean, cam_triggered and perturbation."""
         found = self._tensors("examples.safetensors", _is_pictures)
         for key in [key for key in found if key.endswith("/clean")]:
             triggered = found.get(f"{key.removesuffix('clean')}triggered")
@@ -109,18 +139,37 @@ class Run:
             raise UserError(f"{self._damaged('config.yaml')} is no text file: {_AGAIN}") from error
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration, empty if it is none."""
+        config = parse_yaml(self.config_text, str(self.path / "config.yaml"))
+        return config if isinstance(config, dict) else {}
+
+    @cached_property
     def targets(self) -> dict[str, int]:
         """task -> the class that the attacker wants, from the run's configuration."""
-        config = parse_yaml(self.config_text, str(self.path / "config.yaml"))
-        config = config if isinstance(config, dict) else {}
-        options = config.get("probe") or config.get("zeroshot")
-        tasks = options.get("tasks") if isinstance(options, dict) else None
-        found = {}
-        for name, task in tasks.items() if isinstance(tasks, dict) else ():
-            target = task.get("target_class") if isinstance(task, dict) else None
-            if isinstance(target, int) and not isinstance(target, bool):
-                found[str(name)] = target
-        return found
+        tasks = _mapping(_mapping(self.config.get("probe") or self.config.get("zeroshot")).get("tasks"))
+        found = {str(name): _mapping(task).get("target_class") for name, task in tasks.items()}
+        return {name: target for name, target in found.items() if type(target) is int}
+
+    @cached_property
+    def attack_text(self) -> str:
+        """The attack that the configuration names, in a few words; empty where it names none."""
+        for section in self.config.values():
+            attack = _mapping(_mapping(section).get("attack"))
+            trigger = _mapping(attack.get("trigger"))
+            if trigger:
+                size, rate = trigger.get("size"), attack.get("rate")
+                told = [str(trigger.get("name", "trigger")), str(trigger.get("pattern") or "")]
+                told += [f"{size} px"] * (type(size) is int)
+                if self.config.get("method") == "classifier" and type(rate) is float:  # others do not read it
+                    told.append(f"{100 * rate:.3g} % of the training images")
+                return printable(", ".join(text for text in told if text), 120)
+        return ""
+
+    def encoder_of(self, kind: str) -> str:
+        """The name of the run folder that made the encoder of this kind, which this run probes; empty if unknown."""
+        folder = _mapping(_mapping(self.config.get("probe")).get("encoders")).get(kind)
+        return Path(folder).parent.name if isinstance(folder, str) else ""
 
     @cached_property
     def started(self) -> str:
@@ -139,7 +188,17 @@ class Run:
 
     def read_all(self) -> None:
         """Read every file now. UserError for the first that is damaged."""
-        for name in ("sweep", "metrics", "features", "examples", "generated", "found", "config_text", "targets"):
+        for name in (
+            "sweep",
+            "masks",
+            "metrics",
+            "features",
+            "examples",
+            "generated",
+            "found",
+            "config_text",
+            "targets",
+        ):
             getattr(self, name)
         _ = self.started
 
@@ -215,10 +274,14 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[s
     return sorted(runs, key=lambda run: (run.started, run.label)), sorted(unfinished), damaged
 
 
+def _mapping(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _is_features(key: str, tensor: np.ndarray) -> bool:
     if len(tensor) > _MOST_POINTS if tensor.ndim else True:
         return False
-    if key.endswith("/labels"):
+    if key.endswith(("/labels", "_labels", "_classes")):
         return tensor.ndim == 1 and tensor.dtype.kind in "iu"
     is_flat = tensor.ndim == 2 and 2 <= tensor.shape[1] <= _MOST_DIMENSIONS and tensor.dtype.kind == "f"
     return is_flat and bool((np.abs(tensor) <= 1e30).all())

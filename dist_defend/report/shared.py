@@ -34,7 +34,8 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, list[plots.Panel]]]:
     counts = {name: max(map(len, group.values())) for name, group in groups.items() if group}
     found: dict[str, list[plots.Panel]] = {}
     for method, stage, is_training in sorted(counts, key=lambda name: -counts[name])[:_MOST_PANELS]:
-        bands = {key: _band(every) for key, every in groups[method, stage, is_training].items()}
+        every = groups[method, stage, is_training]
+        bands = {key: _band(every[key]) for key in list(every)[: plots.MOST_LINES]}
         title = stage if is_training else f"{stage}, evaluated"
         panel = plots.curve_panel({key: band for key, band in bands.items() if len(band[0])}, title, f"all/{method}")
         found.setdefault(method, []).append(panel)

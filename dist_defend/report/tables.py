@@ -5,7 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dist_defend.counts import ORACLE, Count, rating
@@ -47,6 +47,9 @@ _DETECTED = ["detector", "score", "low", "high", "verdict", "truth"]
 _CSV_COLUMNS = ["run", "kind", "task", "seed", *METRICS, *RATINGS, "n_clean", "n_triggered"]
 _KINDS = ["clean", "backdoored", "purified"]
 _NEAR_CHANCE = 1.5
+_MOST_NAMED = 5
+COMPARED = ("acc", "asr")  # rates of which a line knows what they were before
+STRONG = 90.0  # percent: an attack with less ASR did not take, and a defence against it shows little
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,28 @@ class Line:
     n_clean: int
     n_triggered: int
     chance: float  # percent: what answering the target class always would score on the clean images
+    before: dict[str, float]  # percent, keys of COMPARED: of the model that this one was made of; nan where not told
+    seconds: float | None = None  # of work that the run took, all its processes' lives together
+
+    def change(self, name: str) -> float:
+        """Percentage points since before, nan where that is not told. name: of COMPARED."""
+        return self.scores[name].mean - self.before[name]
+
+    @property
+    def is_oracle(self) -> bool:
+        """Whether it was chosen by its rates on the test set, which no defender has."""
+        return self.kind.endswith(ORACLE)
+
+    @property
+    def is_defended(self) -> bool:
+        """Whether something was done against a backdoor."""
+        return not math.isnan(self.before["acc"])
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether the attack did not take: less than STRONG percent of triggered images go to the target before."""
+        asr = self.before["asr"] if self.is_defended else self.scores["asr"].mean
+        return (self.is_defended or self.kind == "backdoored") and asr < STRONG
 
     @property
     def is_near_chance(self) -> bool:
@@ -87,7 +112,8 @@ def summarise(runs: Iterable[Run]) -> list[Line]:
     What an oracle chose stands behind what the defender did.
     """
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for run in runs:
+    of_run = {run.label: run for run in runs}
+    for run in of_run.values():
         for row in run.rows:
             rated = row | {"der": _der(run, row)}
             groups.setdefault((run.label, str(row["task"]), str(row["kind"])), []).append(rated)
@@ -99,8 +125,14 @@ def summarise(runs: Iterable[Run]) -> list[Line]:
         own = kinds.index(kind.removesuffix(ORACLE))
         return tasks.index(task), labels.index(run), own, kind.endswith(ORACLE)
 
-    ordered = sorted(groups, key=place)
-    return [_line(key, groups[key]) for key in ordered]
+    made = {key: _line(key, groups[key], of_run[key[0]]) for key in sorted(groups, key=place)}
+    for key, line in made.items():
+        parent = made.get((line.run, line.task, "backdoored"))
+        if line.kind == "purified" and parent is not None:  # of encoders that one run probes
+            before = {name: parent.scores[name].mean for name in COMPARED}
+            makers = [run for run in of_run.values() if run.path.name == of_run[line.run].encoder_of(line.kind)]
+            made[key] = replace(line, before=before, seconds=makers[0].seconds if len(makers) == 1 else None)
+    return list(made.values())
 
 
 def _der(run: Run, row: dict[str, Any]) -> float:
@@ -114,14 +146,15 @@ def _percent(row: dict[str, Any], name: str) -> float:
     return Count(row[name]["correct"], row[name]["n"]).percent if name in row else math.nan
 
 
-def _line(key: tuple[str, str, str], rows: Sequence[dict[str, Any]]) -> Line:
+def _line(key: tuple[str, str, str], rows: Sequence[dict[str, Any]], run: Run) -> Line:
     counts = {name: [Count(row[name]["correct"], row[name]["n"]) for row in rows] for name in METRICS}
     everyone, others = counts["asr_all"][0].n, counts["asr"][0].n
     chance = Count(everyone - others, everyone).percent
     scores = {name: _score([count.percent for count in column]) for name, column in counts.items()}
     scores["der"] = _score([row["der"] for row in rows])
     scores |= {name: _score([_percent(row, name) for row in rows]) for name in RETUNED}
-    return Line(*key, scores, len(rows), counts["acc"][0].n, others, chance)
+    before = {name: run.before(name) for name in COMPARED}
+    return Line(*key, scores, len(rows), counts["acc"][0].n, others, chance, before, run.seconds)
 
 
 def _score(percents: Sequence[float]) -> Score:
@@ -147,6 +180,11 @@ def notices(runs: Sequence[Run], unfinished: Sequence[str], damaged: Sequence[st
         if lines or any(run.detections for run in runs)
         else ["no probe, classifier or defence among these, so no table of rates; run one and report it too"]
     )
+    weak = [f"{line.run} on {line.task}" for line in lines if line.is_weak]
+    if weak:
+        more = f" and {len(weak) - _MOST_NAMED} more" if len(weak) > _MOST_NAMED else ""
+        named = ", ".join(dict.fromkeys(weak[:_MOST_NAMED]))
+        told.append(f"weak attack, ASR below {STRONG:.0f} % before any defence: {named}{more}")
     told += [f"{folder} is unfinished and left out" for folder in unfinished]
     told += [f"left out: {error}" for error in damaged]
     torn = [(run.label, run.metrics[1]) for run in runs]
@@ -272,12 +310,19 @@ def _provenance(run: Run) -> list[str]:
         told["seed"],
         told["world_size"],
         told["device"],
-        "–" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min",
+        duration(seconds),
         "–" if memory is None else f"{memory / 2**30:.1f} GiB",
         told["code_version"],
         str(result.get("config_sha256", "–"))[:12],
         ", ".join(data) or "–",
     ]
+
+
+def duration(seconds: float | None) -> str:
+    """In words, – where it is not told."""
+    if seconds is None:
+        return "–"
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
 def _markdown_table(table: Sequence[Sequence[str]]) -> list[str]:

@@ -27,14 +27,20 @@ def separations(rows: "pd.DataFrame") -> Iterator[tuple[str, Separation]]:
         yield f"{name}: {quantity}", separation([Detection(**record) for record in records])
 
 
-def lines(rows: "pd.DataFrame") -> list[str]:
-    """A section of the sweep's report, as Markdown; nothing where no detector ran."""
-    found = list(separations(rows))
-    if not found:
-        return []
-    table = [["detector", "AUC", "backdoored right", "clean right", "no score"], ["---"] * 5]
-    for name, one in found:
+def cells(rows: "pd.DataFrame") -> list[list[str]]:
+    """Header and a line per detector; nothing where no detector ran."""
+    table = [["detector", "AUC", "backdoored right", "clean right", "no score"]]
+    for name, one in separations(rows):
         area = "–" if one.auc != one.auc else f"{one.auc:.3f}"
         right = [f"{count.correct} of {count.n}" for count in (one.backdoored, one.clean)]
-        table.append([screen.markdown(name), area, *right, str(one.unscored)])
-    return ["## Detectors", "", *(f"| {' | '.join(cells)} |" for cells in table), "", NOTE, ""]
+        table.append([name, area, *right, str(one.unscored)])
+    return table if len(table) > 1 else []
+
+
+def lines(rows: "pd.DataFrame") -> list[str]:
+    """A section of the sweep's report, as Markdown; nothing where no detector ran."""
+    table = cells(rows)
+    if not table:
+        return []
+    head, *body = [f"| {' | '.join(map(screen.markdown, line))} |" for line in table]
+    return ["## Detectors", "", head, f"| {' | '.join(['---'] * 5)} |", *body, "", NOTE, ""]

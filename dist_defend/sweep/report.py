@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from dist_defend import screen
 from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS, RETUNED
-from dist_defend.sweep import detectors
+from dist_defend.sweep import detectors, page
 from dist_defend.sweep.collect import spreadsheet
 from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
 from dist_defend.sweep.expectation import Outcome, outcomes
@@ -43,14 +43,14 @@ BESIDE = (
 
 
 def write(sweep: Sweep, rows: pd.DataFrame) -> None:
-    """leaderboard.md, leaderboard.csv, defences.csv and tradeoff.svg in the sweep's folder; prints the leaderboard.
+    """report.html, leaderboard.md and .csv, defences.csv, tradeoff.svg in the sweep's folder; prints the leaderboard.
 
     Every combination of the sweep's axes but the seeds is a line for each stage, kind of model and task.
     """
     comparison = Comparison(sweep, rows)
     board, table = leaderboard(sweep, rows), comparison.table()
     paired = _PAIRED.format(reference=screen.markdown(" ".join(comparison.reference or ("nothing",))))
-    lacking = rows[rows["state"] != "done"]
+    beside, lacking = side_by_side(table), rows[rows["state"] != "done"]
     compared = outcomes_of(sweep, rows)
     lines = [
         f"# {screen.markdown(sweep.path.stem)}",
@@ -59,7 +59,7 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         "",
         _NOTE,
         "",
-        *(["## Defences side by side", "", side_by_side(table), "", _SIDE, paired, ""] if len(table) else []),
+        *(["## Defences side by side", "", _lines(beside), "", _SIDE, paired, ""] if len(table) else []),
         *(["## Published and ours", "", beside_published(compared), "", BESIDE, ""] if compared else []),
         *detectors.lines(rows),
         f"Missing: {len(lacking)} of {len(sweep.points)} points",
@@ -72,8 +72,17 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     spreadsheet(board).to_csv(sweep.folder / "leaderboard.csv", index=False)
     spreadsheet(table).to_csv(sweep.folder / "defences.csv", index=False)
     plot(board).savefig(sweep.folder / "tradeoff.svg", metadata={"Date": None})
+    sheets = [page.sheet("leaderboard", cells(board), _NOTE)]
+    if len(table):
+        told = _PAIRED.format(reference=" ".join(comparison.reference or ("nothing",)))
+        sheets.append(page.sheet("defences side by side", beside, f"{_SIDE} {told}"))
+    if compared:
+        sheets.append(page.sheet("published and ours", published_cells(compared), BESIDE))
+    if detected := detectors.cells(rows):
+        sheets.append(page.sheet("detectors", detected, detectors.NOTE))
+    write_atomic(sweep.folder / "report.html", page.render(sweep, rows, comparison, sheets))
     print("\n".join(lines[2:]))
-    print(f"\n{sweep.folder / 'leaderboard.md'}, leaderboard.csv, defences.csv, tradeoff.svg")
+    print(f"\n{sweep.folder / 'report.html'}, leaderboard.md, leaderboard.csv, defences.csv, tradeoff.svg")
 
 
 def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
@@ -110,8 +119,13 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(board: pd.DataFrame) -> str:
     """The leaderboard as a Markdown table."""
+    return "No point has counted anything yet." if board.empty else _lines(cells(board))
+
+
+def cells(board: pd.DataFrame) -> list[list[str]]:
+    """Header and lines of the leaderboard, the defender's choice before the oracle's; nothing of an empty one."""
     if board.empty:
-        return "No point has counted anything yet."
+        return []
     axes = list(board.columns[: board.columns.get_loc("stage")])
     short = shorten(axes)
     has_oracle = bool(board["n_oracle"].any())
@@ -119,29 +133,28 @@ def markdown(board: pd.DataFrame) -> str:
     head = [*short, "model", "task", "ACC", "ASR", "RA", "DER", "n"]
     retuned = {name: told for name, told in _RETUNED.items() if f"{name}_defender" in board}
     head += [*["ΔACC", "ΔASR"] * has_pairs, *retuned.values(), *["oracle ACC", "oracle ASR"] * has_oracle, "device-s"]
-    table = [head, ["---"] * len(head)]
+    table = [head]
     for line in board.to_dict("records"):
-        cells = ["" if pd.isna(line[axis]) else str(line[axis]) for axis in axes] + [line["kind"], line["task"]]
-        cells += [_score(line, rate, "defender") for rate in ("acc", "asr", "ra", "der")] + [str(line["n_defender"])]
-        cells += [difference(line, rate) for rate in RATES] * has_pairs
-        cells += [_score(line, rate, "defender") for rate in retuned]
-        cells += [_score(line, rate, "oracle") for rate in RATES] * has_oracle
-        table.append([*cells, f"{line['device_seconds']:.0f}"])
-    return _lines(table)
+        own = ["" if pd.isna(line[axis]) else str(line[axis]) for axis in axes] + [line["kind"], line["task"]]
+        own += [_score(line, rate, "defender") for rate in ("acc", "asr", "ra", "der")] + [str(line["n_defender"])]
+        own += [difference(line, rate) for rate in RATES] * has_pairs
+        own += [_score(line, rate, "defender") for rate in retuned]
+        own += [_score(line, rate, "oracle") for rate in RATES] * has_oracle
+        table.append([*own, f"{line['device_seconds']:.0f}"])
+    return table
 
 
-def side_by_side(table: pd.DataFrame) -> str:
-    """The defences' table as Markdown."""
+def side_by_side(table: pd.DataFrame) -> list[list[str]]:
+    """Header and lines of the defences' table."""
     head = ["setting", "model", "networks", "ACC", "ASR", "ΔACC", "ΔASR", "device-s", "× cheapest"]
-    head += ["MAD ACC", "MAD ASR"]
-    cells = [head, ["---"] * len(head)]
+    found = [[*head, "MAD ACC", "MAD ASR"]]
     for line in table.to_dict("records"):
         own = [line["setting"], line["kind"], str(line["networks"])]
         own += [mean_std(line[rate], line[f"{rate}_std"]) for rate in RATES]
         own += [difference(line, rate) for rate in RATES]
         own += [mean_std(line["device_seconds"], line["device_seconds_std"]), mean_std(line["times"])]
-        cells.append([*own, *(mean_std(line[f"{rate}_mad"]) for rate in RATES)])
-    return _lines(cells)
+        found.append([*own, *(mean_std(line[f"{rate}_mad"]) for rate in RATES)])
+    return found
 
 
 def outcomes_of(sweep: Sweep, rows: pd.DataFrame) -> list[Outcome]:
@@ -152,16 +165,20 @@ def outcomes_of(sweep: Sweep, rows: pd.DataFrame) -> list[Outcome]:
 
 def beside_published(compared: Sequence[Outcome]) -> str:
     """Published figures, or those that a scale expects, and what came of them, as Markdown."""
+    return _lines(published_cells(compared))
+
+
+def published_cells(compared: Sequence[Outcome]) -> list[list[str]]:
+    """The same as header and lines of text."""
     figure = "published" if all(outcome.expectation.scale is None for outcome in compared) else "expected"
-    cells = [["what", "metric", figure, "tolerance", "ours", "n", "difference", "", "source"]]
-    cells.append(["---"] * len(cells[0]))
+    found = [["what", "metric", figure, "tolerance", "ours", "n", "difference", "", "source"]]
     for outcome in compared:
         own = outcome.expectation
         ours = [mean_std(outcome.mean, outcome.std), f"{len(outcome.values)} of {outcome.points}"]
         gap = f"{outcome.difference:+.1f}" if outcome.values else "–"
         told = [own.name, own.metric, f"{own.published:g}", f"{own.tolerance:g}"]
-        cells.append([*told, *ours, gap, outcome.verdict, own.source])
-    return _lines(cells)
+        found.append([*told, *ours, gap, outcome.verdict, own.source])
+    return found
 
 
 def difference(line: Mapping[Hashable, Any], rate: str) -> str:
@@ -173,7 +190,8 @@ def difference(line: Mapping[Hashable, Any], rate: str) -> str:
 
 
 def _lines(table: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(map(screen.markdown, cells))} |" for cells in table)
+    head, *body = [f"| {' | '.join(map(screen.markdown, own))} |" for own in table]
+    return "\n".join([head, f"| {' | '.join(['---'] * len(table[0]))} |", *body])
 
 
 def plot(board: pd.DataFrame) -> Figure:

@@ -35,7 +35,11 @@ def laughs(text: str) -> str:
 @cache
 def shipped() -> tuple[str, ...]:
     """The experiment files of the tree."""
-    return tuple(p.read_text() for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.parent.name != "sweeps")
+    return tuple(
+        p.read_text()
+        for p in sorted((ROOT / "configs").rglob("*.yaml"))
+        if p.parent.name not in ("sweeps", "reproduce")
+    )
 
 
 def broken(rng: random.Random, text: str) -> bytes:

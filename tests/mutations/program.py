@@ -3,6 +3,7 @@
 from tests.mutations.mutation import Mutation
 
 LINEAGE = "unit/test_sweep_lineage.py"
+PAGE = "unit/test_report_page.py"
 COMPARED = "unit/test_sweep_comparison.py"
 COMPAT = "unit/test_compat_backdoorbench.py"
 SCRIPT = f"{COMPAT}::test_the_documented_script_runs_and_gives_the_counts_of_our_rnp_run"
@@ -29,6 +30,34 @@ IN_PROGRAM: tuple[Mutation, ...] = (
     Mutation("DER of the report takes |.| of the change of accuracy", "report/tables.py",
              "rating(asr / 100, acc / 100)", "rating(asr / 100, abs(acc) / 100)",
              "unit/test_report.py::test_a_gain_of_accuracy_is_neither_rewarded_nor_punished"),
+    Mutation("the report's change is before less after", "report/tables.py",
+             "self.scores[name].mean - self.before[name]", "self.before[name] - self.scores[name].mean",
+             f"{PAGE}::test_the_page_tells_what_a_defence_changed_and_cost"),
+    Mutation("a purified encoder's cost is that of the probe", "report/tables.py",
+             "seconds=makers[0].seconds if len(makers) == 1 else None", "seconds=line.seconds",
+             f"{PAGE}::test_a_purified_encoder_is_compared_with_the_backdoored_one"),
+    Mutation("an attack of 90 % is called weak", "report/tables.py",
+             "asr < STRONG", "asr <= STRONG", f"{PAGE}::test_an_attack_that_did_not_take_is_marked[36-False]"),
+    Mutation("rates are drawn on a logarithmic axis", "report/plots.py",
+             'axes.set(ylim=(-3, 103), ylabel="%")', 'axes.set_yscale("log")',
+             f"{PAGE}::test_rates_have_a_linear_axis_and_start_at_what_was_before"),
+    Mutation("a confusion matrix has predictions in its rows", "report/insides.py",
+             "labels.astype(np.int64) * num_classes + seen.astype",
+             "seen.astype(np.int64) * num_classes + labels.astype",
+             "numerics/test_inside.py::test_confusion_has_labels_in_rows"),
+    Mutation("GradCAM keeps what speaks against the class", "inside.py",
+             "keepdim=True).clamp(min=0)", "keepdim=True).abs()",
+             "numerics/test_inside.py::test_grad_cam_is_the_class_weights_over_the_activations"),
+    Mutation("changes of the stops are those to the stop before", "report/masks.py",
+             "_percent(stops[0], key)", "_percent(stops[number - 1], key)",
+             "unit/test_report_files.py::test_the_table_of_stops_begins_with_nothing_pruned"),
+    Mutation("a sweep's heat map shows the first network alone", "sweep/page.py",
+             ".groupby(ATTACK, sort=False).mean()", ".groupby(ATTACK, sort=False).first()",
+             "unit/test_sweep_page.py::test_a_heat_map_has_means_over_networks"),
+    Mutation("names of a card's cells do not break their lines", "report/html.py",
+             '"page.css").read_text(encoding="utf-8")',
+             '"page.css").read_text(encoding="utf-8").replace("white-space: normal", "white-space: nowrap")',
+             "e2e/test_report_page.py::test_no_column_is_cut_at_any_width"),
     Mutation("DER of a sweep takes |.| of the change of accuracy", "sweep/collect.py",
              "rating(drops[0] / 100, drops[1] / 100)", "rating(drops[0] / 100, abs(drops[1]) / 100)",
              f"{LINEAGE}::test_a_sweep_rates_no_gain_of_accuracy_and_no_rise_of_asr"),

@@ -29,7 +29,7 @@ LAYERS = [
         "ops",
     },
     {"attacks", "models", "data"},
-    {"engine", "counts", "detection"},
+    {"engine", "counts", "detection", "inside"},
     {"trial"},
     {"methods"},
     {"config", "experiment", "results", "given", "session"},
@@ -105,8 +105,9 @@ missing = ["ffcv", "deepspeed", "transformers", "open_clip", "pandas", "pyarrow"
 sys.modules.update(dict.fromkeys(missing))  # None: import raises ModuleNotFoundError
 import dist_defend
 names = [m.name for m in pkgutil.walk_packages(dist_defend.__path__, "dist_defend.")]
-other = ["report.html", "report.plots", "report.shared", "ops.kernels"]
-other += ["sweep.collect", "sweep.comparison", "sweep.report"]
+other = ["report.exports", "report.html", "report.insides", "report.masks", "report.plots"]
+other += ["report.shared", "report.tradeoff", "ops.kernels"]
+other += ["sweep.collect", "sweep.comparison", "sweep.page", "sweep.report"]
 names = [n for n in names if n.removeprefix("dist_defend.") not in other]
 names = [n for n in names if "ffcv" not in n.rpartition(".")[2] and not n.endswith("__main__")]
 for name in names:

@@ -36,6 +36,7 @@ TO_BYTES = {
     "dist_defend/attacks/gallery.py",  # draws the difference of two images
     "dist_defend/attacks/own_trigger.py",  # a file's opacity
     "dist_defend/attacks/cli.py",  # a start picture, of whole grey levels
+    "dist_defend/inside.py",  # lays a heat map over a picture
     "dist_defend/methods/defend/cmi/memory.py",  # keeps what a generator made
 }
 

@@ -133,8 +133,9 @@ def test_page_is_whole_and_needs_nothing_else(tmp_path: Path, embedding: str) ->
     links.feed(page)
     assert links.targets and all(target.startswith(("data:image/png;base64,", "#")) for target in links.targets)
     assert not re.search(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r"data:image/png;base64,[\w+/=\s]+", "", page))
-    assert not {"script", "link", "iframe", "object"} & set(links.tags)
-    assert links.tags.count("svg") == 2 + 2  # simclr's losses and evaluation, features of two kinds
+    assert not {"link", "iframe", "object"} & set(links.tags)
+    assert links.tags.count("script") == 1 and page.count("<script>") == 1  # its own, which sorts tables
+    assert links.tags.count("svg") == 2 + 2 + 1  # simclr's losses and evaluation, features of two kinds, ACC and ASR
     assert links.tags.count("img") == 1
     for heading in ("Before and after", "The trigger", "Features", "Training", "Runs"):
         assert f"<h2>{heading}</h2>" in page
@@ -178,7 +179,7 @@ def test_detectors_stand_in_page_markdown_terminal_and_csv(tmp_path: Path, capsy
     cells = ["decree", "decree: PL1", "0.07", "0.06667 to 0.08", "below 0.1", "backdoored", "backdoored"]
     assert "| " + " | ".join([*cells, "3 of 3 seeds found a mask"]) + " |" in markdown
     assert [*cells, "3 of 3 seeds found a mask"] in [re.split(r" {2,}", line) for line in printed.splitlines()]
-    assert "<td>0.06667 to 0.08</td>" in page and page.count('alt="masks and patterns') == 1
+    assert '<td data-label="range">0.06667 to 0.08</td>' in page and page.count('alt="masks and patterns') == 1
     assert "<h2>Detectors</h2>" in page and "no probe" not in page
     lines = (tmp_path / "report.csv").read_text().splitlines()
     assert lines[0].endswith(",n_clean,n_triggered,detector,score,low,high,verdict,truth")
@@ -208,7 +209,8 @@ def test_names_from_files_are_escaped(tmp_path: Path) -> None:
     main(["report", str(run)])
     links = Links()
     links.feed((run / "report.html").read_text())
-    assert "script" not in links.tags and "svg" in links.tags
+    page = (run / "report.html").read_text()
+    assert links.tags.count("script") == 1 and page.count("<script>") == 1 and "svg" in links.tags
 
 
 @pytest.mark.parametrize(("correct", "is_broken"), [(14, True), (15, False)])

@@ -62,22 +62,24 @@ def test_each_run_more_is_few_bytes_and_the_figures_are_shared(tmp_path: Path) -
     assert (len(more.encode()) - len(first.encode())) / 5 <= BYTES
     links = Links()
     links.feed(more)
-    assert links.tags.count("svg") == 3  # losses, evaluations and pruning of all eighteen
+    assert links.tags.count("svg") == 4  # losses, evaluations and pruning of all eighteen; ACC against ASR
     assert links.tags.count("img") == 2 * 18 + 9 + 1  # features; triggers, of which nine are the same
     assert "rnp_0)</b>, target class “one”, and 8 more like it" in more
     assert all(target.startswith(("data:image/png;base64,", "#")) for target in links.targets)
     assert more.count("as rnp_0, but for:\n") == 17 and more.count("a value that all of them have") == 60
     assert re.search(r"-seed: 0\n\+seed: 17\b", more)
-    assert len(re.findall(r"<th scope=\"row\">", more)) == 36  # nothing is left out of the table
+    assert (
+        len(re.findall(r"<th scope=\"row\">", more)) == 36 + 18
+    )  # nothing is left out of the tables of rates and runs
 
 
 def test_few_runs_have_figures_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "MOST_OWN", 2)
     for number in range(2):
         write_defence(tmp_path, number)
-    assert page(tmp_path).count("<svg") == 2 * (2 + 1 + 2)
+    assert page(tmp_path).count("<svg") == 2 * (2 + 1 + 2) + 1
     write_defence(tmp_path, 2)
-    assert page(tmp_path).count("<svg") == 3
+    assert page(tmp_path).count("<svg") == 4
 
 
 def test_methods_are_told_apart(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def build(config: Config, context: Context) -> Plan:
         counts = examination.counts(on_clean, on_triggered)
         warn_near_chance(kind, examination.task, counts["acc"], model.num_classes)
         folder = context.folder if context.ranks.is_main else None
+        examination.look_inside(kind, model)
         examination.save_examples()
         card = context.card(
             model,

@@ -36,6 +36,7 @@ def build(config: Config, context: Context) -> Plan:
     step = UnlearningStep(model, config, rounds, context.seed)
 
     def result() -> dict[str, Any]:
+        trial.examination.show_perturbation(step.delta)
         metrics, provenance = {"defence_images": len(rows)}, {"rounds": config.rounds}
         return trial.result(model, metrics=metrics, provenance=provenance)
 

@@ -56,6 +56,8 @@ def build(config: Config, context: Context) -> Plan:
                 context.folder / "generated.png",
                 _pixels(pair, generator, z.to(context.ranks.device, context.ranks.dtype)),
             )
+        if is_second_order:
+            pair.test.show_perturbation(step.delta)
         metrics = {"pseudo_batches": config.pseudo_batches}
         return pair.result(metrics, step.vaccine, is_second_order)
 

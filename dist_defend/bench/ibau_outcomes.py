@@ -85,7 +85,7 @@ class Study:
         self.attack = read_attack(args.attack or args.model) if is_named else None
         rows = np.arange(args.num_images, args.num_images + args.num_test)
         self.clean = self._loader(self.data, rows, 128)
-        self.triggered = self.attack and self._loader(triggered(self.data, self.attack), rows, 128)
+        self.triggered = self._loader(triggered(self.data, self.attack), rows, 128) if self.attack else None
         self.lr = Config("", DatasetConfig(""), DatasetConfig("")).optimizer.lr
 
     def suspect(self) -> Classifier:

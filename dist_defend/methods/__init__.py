@@ -39,6 +39,11 @@ def method_names() -> list[str]:
     return sorted({*_places(), *plugins.names("methods")})
 
 
+def folder_of(name: str) -> str | None:
+    """``pretrain``, ``attack``, ``defend`` or ``measure``; None for a plug-in's method."""
+    return _places()[name].name.split(".")[-2] if name in _places() else None
+
+
 def method_sources() -> dict[str, str]:
     """Each method's distribution with its version."""
     return plugins.sources("methods", _places())

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from dist_defend.methods import folder_of
 from dist_defend.sweep.grid import Point, Sweep
 
 RATES = ("acc", "asr")
@@ -31,31 +32,42 @@ def deviation(values: Sequence[float]) -> float:
     return statistics.median([abs(value - middle) for value in values])
 
 
-def places(sweep: Sweep) -> pd.DataFrame:
-    """A line per point of a stage that comes after another: its key, and NETWORK, its ancestor in a first stage.
+def making(sweep: Sweep) -> set[str]:
+    """The stages that make networks for others: those after no other, and attacks or pre-training after such a one."""
+    made: set[str] = set()
+    followed = {stage.after for stage in sweep.config.stages.values()}
+    for name, stage in sweep.config.stages.items():
+        methods = {point.experiment.method for point in sweep.points if point.stage == name}
+        makes = name in followed and all(folder_of(method) in ("pretrain", "attack") for method in methods)
+        if stage.after is None or (stage.after in made and makes):
+            made.add(name)
+    return made
 
-    ATTACK and SETTING are the labels of first stages and of the others, without seeds.
+
+def places(sweep: Sweep) -> pd.DataFrame:
+    """A line per point of a stage that makes no networks: its key, and NETWORK, its nearest ancestor that is one.
+
+    ATTACK and SETTING are the labels of stages that make networks and of the others, without seeds.
     """
-    stages = sweep.config.stages
-    first = {name for name, stage in stages.items() if stage.after is None}
-    several = len(stages) > len(first) + 1
+    stages, made = sweep.config.stages, making(sweep)
+    several = len(stages) > len(made) + 1
 
     def told(point: Point, is_attack: bool) -> str:
         own = {
             axis: label
             for axis, label in point.labels.items()
-            if (axis.partition(".")[0] in first) is is_attack and not axis.endswith(".seed")
+            if (axis.partition(".")[0] in made) is is_attack and not axis.endswith(".seed")
         }
         texts = [f"{v}" if axis in stages else f"{axis.rpartition('.')[2]}={v}" for axis, v in own.items()]
         return " ".join([point.stage] * (several and not is_attack) + texts)
 
-    def root(point: Point) -> str:
-        return point.key if point.parent is None else root(point.parent)
+    def network(point: Point) -> str:
+        return point.key if point.parent is None or point.stage in made else network(point.parent)
 
     lines = [
-        {"key": p.key, NETWORK: root(p), ATTACK: told(p, True), SETTING: told(p, False)}
+        {"key": p.key, NETWORK: network(p), ATTACK: told(p, True), SETTING: told(p, False)}
         for p in sweep.points
-        if p.parent is not None
+        if p.stage not in made
     ]
     return pd.DataFrame(lines, columns=["key", NETWORK, ATTACK, SETTING])
 

@@ -11,7 +11,7 @@ from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS, RETUNED
 from dist_defend.sweep import detectors, page
 from dist_defend.sweep.collect import spreadsheet
-from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, told_once
+from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, making, told_once
 from dist_defend.sweep.expectation import Outcome, outcomes
 from dist_defend.sweep.grid import Sweep, shorten
 
@@ -89,7 +89,7 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
     """One line per stage, axes, kind and task: mean, std and n of each rate for defender and oracle, and the cost.
 
     A defence's line has its differences to the reference too.
-    Within each point of the first stage (seeds apart) and task, the lowest ASR that a defender reached comes first.
+    Within each network's labels (seeds apart) and task, the lowest ASR that a defender reached comes first.
     """
     axes = [axis for axis in dict.fromkeys(a for p in sweep.points for a in p.labels) if not axis.endswith(".seed")]
     if "chosen_by" not in rows:
@@ -111,8 +111,8 @@ def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:
             line |= comparison.differences((place[SETTING][key], str(line["kind"])), place[ATTACK][key])
         lines.append(line)
     board = pd.DataFrame(lines)
-    first = next(iter(sweep.config.stages))
-    attacks = [axis for axis in axes if axis.partition(".")[0] == first]
+    made = making(sweep)
+    attacks = [axis for axis in axes if axis.partition(".")[0] in made]
     groups = board.groupby([*attacks, "task"], dropna=False, sort=False).ngroup()
     return board.assign(_group=groups).sort_values(["_group", "asr_defender"], kind="stable").drop(columns="_group")
 

@@ -1,5 +1,6 @@
 """Defences side by side: paired differences, cost and stability, by hand."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from dist_defend.config import Experiment
 from dist_defend.sweep import collect, estimate, report
-from dist_defend.sweep.comparison import Comparison, deviation, interval
+from dist_defend.sweep.comparison import Comparison, deviation, interval, making
 from dist_defend.sweep.file import StageConfig, SweepConfig
 from dist_defend.sweep.grid import Point, Sweep
 
@@ -46,7 +47,8 @@ def sweep(tmp_path: Path) -> Sweep:
 
     def add(stage: str, parent: Point | None, labels: dict[str, Any], counts: Any, *column: int) -> Point:
         key = f"{stage}{len(points)}"
-        experiment = Experiment("classifier", str(tmp_path / "points" / key), options={})
+        method = "ft" if stage == "defence" else "classifier"
+        experiment = Experiment(method, str(tmp_path / "points" / key), options={})
         own = {**(parent.labels if parent else {}), **labels}
         points.append(Point(stage, key, experiment, own, parent, 0, column))
         if counts is not None:
@@ -66,6 +68,28 @@ def sweep(tmp_path: Path) -> Sweep:
             add("defence", parent, {"defence": name}, counts, number)
     stages = {"attack": StageConfig(), "defence": StageConfig(after="attack")}
     return Sweep(tmp_path / "sweep.yaml", SweepConfig(str(tmp_path), stages), tuple(points))
+
+
+def test_an_attack_after_clean_networks_makes_the_networks_that_are_compared(sweep: Sweep) -> None:
+    """The same numbers as without the stage before it, which only names two seeds' clean networks."""
+    root = Point("clean", "clean", Experiment("classifier", "c", options={}), {"clean": "control"}, None, 0, ())
+    moved: dict[str, Point] = {}
+    for point in sweep.points:
+        parent = root if point.parent is None else moved[point.parent.key]
+        moved[point.key] = dataclasses.replace(point, parent=parent, labels={**root.labels, **point.labels})
+    stages = {"clean": StageConfig(), "attack": StageConfig(after="clean"), "defence": StageConfig(after="attack")}
+    config = dataclasses.replace(sweep.config, stages=stages)
+    chained = dataclasses.replace(sweep, config=config, points=(root, *moved.values()))
+    assert making(chained) == {"clean", "attack"} and making(sweep) == {"attack"}
+    plain, found = (Comparison(each, collect.table(each)) for each in (sweep, chained))
+    for defence in plain.defences:
+        assert found.differences(defence) == pytest.approx(plain.differences(defence), nan_ok=True)
+        for attack in ("a", "b"):
+            own = found.differences(defence, f"control {attack}")
+            assert own == pytest.approx(plain.differences(defence, attack), nan_ok=True)
+    board = report.leaderboard(chained, collect.table(chained))
+    order = [name for name, rows in board[board["stage"] != "clean"].groupby("attack", sort=False)]
+    assert order == ["a", "b", "none"]  # an attack's lines stand together
 
 
 def test_differences_are_those_of_one_network(sweep: Sweep) -> None:

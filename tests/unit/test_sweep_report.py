@@ -38,7 +38,8 @@ def sweep(tmp_path: Path) -> Sweep:
 
     def add(stage: str, parent: Point | None, labels: dict[str, Any], content: dict[str, Any] | None) -> Point:
         key = f"{stage}{len(points)}"
-        experiment = Experiment("classifier", str(tmp_path / "points" / key), options={})
+        method = "ibau" if stage == "defence" else "classifier"
+        experiment = Experiment(method, str(tmp_path / "points" / key), options={})
         point = Point(stage, key, experiment, {**(parent.labels if parent else {}), **labels}, parent, 0, ())
         points.append(point)
         results.append(content)

@@ -27,6 +27,7 @@ COMMANDS = [
     "push",
     "runs",
     "report",
+    "zoo",
 ]
 ROOT = Path(__file__).parents[2]
 

@@ -82,6 +82,10 @@ def _main(argv: Sequence[str] | None) -> int:
         except BrokenPipeError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # of any path that was given
+                terminal.end_log()
+                _tell(f"error: {printable(str(error.filename), 200)}: the name is too long; give a shorter path")
+                return 2
             terminal.release_log()
             _tell_failure(error, is_debug)
             return 1

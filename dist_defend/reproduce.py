@@ -1,6 +1,7 @@
 """``dist-defend reproduce``: published figures again, from the files of a folder to a table beside them."""
 
 import argparse
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
 def find(name: str) -> Path:
     """The file of that name, the user's own or the package's. UserError that lists what there is."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else shipped(f"{_PLACE}/{name}.yaml")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{name}: there is no file {path}; known: {', '.join(known())}")
     return path
 

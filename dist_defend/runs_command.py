@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print a line for each run and how many there are of each state; 0. UserError for a folder that is not there."""
-    if not args.folder.is_dir():
+    if not os.path.isdir(args.folder):
         raise UserError(f"{args.folder} is not a folder: name one that holds runs (key 'output' of their files)")
     looks = sorted(map(look, run_folders(args.folder)), key=lambda one: (list(STATES).index(one.state), one.folder))
     if not looks:

@@ -5,6 +5,7 @@ images are enough to measure it: BackdoorBench's bd_test, which import writes as
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class NpzImages(MadeDataset):
 
 def _read(path: Path, test: PreparedDataset) -> tuple[PreparedDataset, np.ndarray | None, np.ndarray]:
     """The images with true labels as the test set counts them, backdoor labels (N,) where the file has some, rows."""
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = path / "bd_test.npz"
         if inside.is_file() and not (path / "manifest.json").exists():
             raise UserError(f"{path} is a model folder: name its triggered test images, {inside}")

@@ -1,6 +1,7 @@
 """manifest.json of a prepared data set: what it holds, in which ranges, and reading it."""
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def manifest_bytes(folder: Path) -> bytes:
     try:
         return read_regular(folder / "manifest.json", _MOST_BYTES)
     except OSError as error:
-        splits = sorted(str(p.parent) for p in folder.glob("*/manifest.json")) if folder.is_dir() else []
+        splits = sorted(str(p.parent) for p in folder.glob("*/manifest.json")) if os.path.isdir(folder) else []
         hint = f"name one of its splits: {', '.join(splits)}" if splits else "make it with 'dist-defend data prepare'"
         raise UserError(f"{folder}: not a prepared data set (no manifest.json); {hint}") from error
 

@@ -1,5 +1,6 @@
 """Where images come from: what `dist-defend data prepare KIND` can read. Each kind is a module of its own."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,9 @@ def _resolve(kind: str, path: str | None, keys: Keys) -> tuple["_Local | _Publis
         return how, Path(path or "."), kind
     if path is None:
         raise UserError(f"{kind} needs --path")
-    if not Path(path).exists() and not (kind == "webdataset" and is_shards(path)):
+    if not os.path.exists(path) and not (kind == "webdataset" and is_shards(path)):
         raise UserError(f"{path}: no such file or folder; check --path")
-    if Path(path).exists() and not Path(path).is_dir() and not Path(path).is_file():
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
         raise UserError(f"{path}: neither a file nor a folder (a pipe, a socket or a device); check --path")
     return how, Path(path), kind
 
@@ -83,7 +84,7 @@ def _kind_of_file(path: str) -> str:
     """imagefolder, unless the path is a file of another kind. UserError for a file of none."""
     if is_shards(path):
         return "webdataset"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         return "imagefolder"
     endings = {"filelist": LIST_ENDINGS, "beton": BETON_ENDINGS, "npz": (".npz",), "zip": ZIP_ENDINGS}
     found = next((kind for kind, mine in endings.items() if Path(path).suffix.lower() in mine), None)

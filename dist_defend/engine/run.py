@@ -54,7 +54,10 @@ class RunFolder:
 
     def check(self, resolved: dict[str, Any]) -> None:
         """UserError if the folder cannot be written or holds another experiment (it names the first other key)."""
-        place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        try:
+            place = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise UserError(f"key 'output' is {self.path}, which cannot be made: {error.strerror}") from error
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise UserError(f"key 'output' is {self.path}, but {place} is not a folder that can be written")
         if not self._recorded.exists():

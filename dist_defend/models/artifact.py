@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,7 @@ def load_artifact(folder: str | Path, has_weights: bool = True) -> tuple[SimCLR 
     Without has_weights they are fresh ones, and their file is not read.
     """
     folder = Path(folder)
-    if folder.is_file():
+    if os.path.isfile(folder):  # unlike Path's, False for a name that is too long
         raise UserError(f"{folder} is a file, not a model folder: turn a checkpoint into one with `dist-defend import`")
     card, sha256 = _read_card(folder / "model.json")
     path = folder / "model.safetensors"

@@ -42,7 +42,7 @@ def read_checkpoint(path: str | Path) -> Any:
     lead elsewhere.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(
             f"{path} does not exist or is not a file: point at a .pth, .tar, .pt or .safetensors checkpoint, or at a "
             "folder that holds model.safetensors, pytorch_model.bin or the index of their shards"

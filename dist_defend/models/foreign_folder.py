@@ -3,6 +3,7 @@
 Shards come with an index, {"weight_map": {tensor: file}}. Its files are looked up beside it, and nowhere else.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,7 @@ def read_weights(path: str | Path) -> tuple[Any, tuple[Path, ...]]:
     that is missing or lacks a tensor, and a folder that holds no weights or is a model folder already.
     """
     path = Path(path)
-    try:
-        is_folder = path.is_dir()
-    except OSError as error:  # a name that is too long
-        raise UserError(f"{shown(path.name)} cannot be read ({error.strerror}): point at a checkpoint") from error
-    if is_folder:
+    if os.path.isdir(path):
         path = _in_folder(path)
     if path.name.endswith(_INDEX):
         return _read_shards(path)

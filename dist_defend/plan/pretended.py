@@ -1,5 +1,6 @@
 """What a method's build() is given by `dist-defend plan`: nothing is started, no weights and no images are read."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -126,7 +127,7 @@ class PretendedContext(Context):
     def dataset(
         self, role: str, config: DatasetConfig, is_labelled: bool = False
     ) -> tuple[PreparedDataset, np.ndarray]:
-        if (Path(config.path) / "manifest.json").is_file():
+        if os.path.isfile(Path(config.path) / "manifest.json"):
             return super().dataset(role, config, is_labelled)
         size = config.resize or (self.models[0].image_size if self.models else PIXELS)
         num_classes = getattr(self.models[0], "num_classes", CLASSES) if self.models else CLASSES

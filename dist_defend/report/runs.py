@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -245,7 +246,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[s
     results: dict[Path, tuple[Path, dict[str, Any]]] = {}
     unfinished, damaged = set(), []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise UserError(f"{path}: no such folder; name run folders or a folder that holds some")
         for file in sorted(path.rglob("result.json")):
             try:

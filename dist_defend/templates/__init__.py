@@ -4,6 +4,7 @@ A wheel has them in this folder, where setup.py puts them; in a checkout they ar
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def template(part: str) -> Path:
 def shipped(file: str) -> Path:
     """A file of configs/: the user's own, in the working folder, or else the package's. Any other path stays."""
     path = Path(file)
-    if path.exists() or path.parts[:1] != ("configs",) or ".." in path.parts:
+    if os.path.exists(path) or path.parts[:1] != ("configs",) or ".." in path.parts:
         return path
     own = template("configs").joinpath(*path.parts[1:])
-    return own if own.is_file() else path
+    return own if os.path.isfile(own) else path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

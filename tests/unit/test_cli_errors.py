@@ -16,6 +16,7 @@ from dist_defend.cli import main
 from dist_defend.data.ffcv_presence import ffcv_installed
 from dist_defend.data.store import open_dataset
 from dist_defend.errors import UserError
+from dist_defend.templates import template
 from tests.forging import seal
 from tests.runs import SIZE, make_data, make_experiment, make_model, options_of
 
@@ -40,6 +41,38 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run", "{}"],
+        ["run", "configs/{}.yaml"],
+        ["run", "pretrain/simclr_cifar10.yaml", "simclr.data.path={}"],
+        ["run", "pretrain/simclr_cifar10.yaml", "output={}"],
+        ["run", "defend/ft_cifar10.yaml", "ft.model={}"],
+        ["data", "prepare", "imagefolder", "--path", "{}", "--out", "out"],
+        ["data", "info", "{}"],
+        ["import", "{}", "--out", "out"],
+        ["evaluate", "{}", "--data", "data"],
+        ["export", "--to", "hf", "{}", "--out", "out"],
+        ["report", "{}"],
+        ["runs", "{}"],
+        ["sweep", "plan", "{}"],
+        ["reproduce", "{}"],
+        ["zoo", "add", "{}"],
+        ["init", "{}"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_the_system_refuses_is_bad_input(
+    argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [str(template("configs") / word) if word.endswith("_cifar10.yaml") else word for word in argv]
+    line = refused([word.format("n" * 300) for word in words], capsys)
+    assert line.startswith("error: ") and "nnnn" in line
+    assert not list(tmp_path.iterdir())
 
 
 Change = Callable[[dict[str, Any], Path], dict[str, Any] | None]  # of the options; may give keys beside them

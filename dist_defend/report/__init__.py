@@ -2,8 +2,10 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
+from dist_defend.aligned import width_of
 from dist_defend.errors import UserError
 from dist_defend.files import write_atomic
 
@@ -48,10 +50,11 @@ def main(args: argparse.Namespace) -> int:
     except OSError as error:
         told = f"{folder}: cannot write the report ({error.strerror})"
         raise UserError(f"{told}; choose another folder with --out") from error
+    width = width_of(sys.stdout)
     if lines:
-        print(tables.to_text(lines))
+        print(tables.to_text(lines, width))
     if detected := detectors.cells(found):
-        print(f"\n{detectors.to_text(detected)}")
+        print(f"\n{detectors.to_text(detected, width)}")
     for text in [*alarms, *notices]:
         print(f"\nnote: {text}")
     print(f"\nreport: {folder / 'report.html'}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from dist_defend.aligned import aligned
 from dist_defend.report.runs import Run
 
 HEAD = ("run", "detector", "score", "range", "backdoored if", "verdict", "truth", "note")
@@ -24,12 +25,9 @@ def cells(runs: Sequence[Run]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def to_text(table: Sequence[Sequence[str]]) -> str:
-    """The table for a terminal."""
-    widths = [max(map(len, column)) for column in zip(HEAD, *table, strict=True)]
-    return "\n".join(
-        "  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in (HEAD, *table)
-    )
+def to_text(table: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """The table for a terminal of so many letters in a line."""
+    return aligned([HEAD, *table], 2, width, numbers=False)
 
 
 def _number(value: float | None) -> str:

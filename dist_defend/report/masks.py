@@ -9,8 +9,8 @@ import numpy as np
 
 from dist_defend.counts import Count
 from dist_defend.report import plots
-from dist_defend.report.overview import signed
 from dist_defend.report.sheet import Cell, Head, Row, Sheet
+from dist_defend.report.tables import signed
 
 _BINS = 40
 _HEAD = (

@@ -85,12 +85,7 @@ def _rate(value: float) -> str:
 
 def _signed(line: Line, name: str) -> str:
     change = line.change(name)
-    return "" if math.isnan(change) else f" ({signed(change)})"
-
-
-def signed(value: float) -> str:
-    """With its sign, a true minus; – for nan."""
-    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "−")
+    return "" if math.isnan(change) else f" ({tables.signed(change)})"
 
 
 def rates(lines: Sequence[Line]) -> Sheet:
@@ -117,7 +112,7 @@ def rates(lines: Sequence[Line]) -> Sheet:
                 bar = None if math.isnan(score.mean) or name not in _ATTACKS else (_ATTACKS[name], score.mean)
                 cells.append(Cell(str(score), score.mean, bar=bar))
                 if name in tables.COMPARED and has_change:
-                    cells.append(Cell(signed(line.change(name)), line.change(name)))
+                    cells.append(Cell(tables.signed(line.change(name)), line.change(name)))
             seconds = line.seconds if line.is_defended and not line.is_oracle else None
             cells.append(Cell(tables.duration(seconds), math.nan if seconds is None else seconds))
             cells += [Cell(f"{line.n_clean} / {line.n_triggered}", line.n_clean), Cell(str(line.num_seeds))]

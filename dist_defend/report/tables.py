@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dist_defend.aligned import aligned
 from dist_defend.counts import ORACLE, Count, rating
 from dist_defend.detection import KIND
 from dist_defend.report import detectors
@@ -238,34 +239,35 @@ def spread(lines: Sequence[Line]) -> str:
 
 
 def cells(lines: Sequence[Line]) -> list[list[str]]:
-    """Header and rows of the summary as text; a run's name only where there are several."""
+    """Header and rows of the summary as text; a run's name only where there are several, changes where some are known.
+
+    The columns up to "model" name a row.
+    """
     has_runs = len({line.run for line in lines}) > 1
-    names = columns(lines)
-    head = ["task", *(["run"] if has_runs else []), "model", *(f"{m} %" for m in names.values()), "n", "seeds"]
-    body = [
-        [
-            line.task, *([line.run] if has_runs else []), line.kind, *(str(line.scores[name]) for name in names),
-            f"{line.n_clean} / {line.n_triggered}", str(line.num_seeds),
-        ]
-        for line in lines
-    ]  # fmt: skip
-    return [head, *body]
+    has_change = any(line.is_defended for line in lines)
+    head = ["task", *(["run"] if has_runs else []), "model"]
+    body = [[line.task, *([line.run] if has_runs else []), line.kind] for line in lines]
+    for name, told in columns(lines).items():
+        head.append(f"{told} %")
+        for row, line in zip(body, lines, strict=True):
+            row.append(str(line.scores[name]))
+        if name in COMPARED and has_change:
+            head.append(f"Δ{told}")
+            for row, line in zip(body, lines, strict=True):
+                row.append(signed(line.change(name)))
+    tail = [[f"{line.n_clean} / {line.n_triggered}", str(line.num_seeds)] for line in lines]
+    return [[*head, "n", "seeds"], *([*row, *end] for row, end in zip(body, tail, strict=True))]
 
 
-def to_text(lines: Sequence[Line]) -> str:
-    """The summary for a terminal; a blank line between tasks."""
+def to_text(lines: Sequence[Line], width: int | None = None) -> str:
+    """The summary for a terminal of so many letters in a line; a blank line between tasks."""
     table = cells(lines)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    first_number = len(table[0]) - len(columns(lines)) - 2
-    out, last = [], None
-    for number, row in enumerate(table):
-        group = lines[number - 1].task if number else None
-        if group != last:
-            out.append("")
-        last = group
-        pairs = enumerate(zip(row, widths, strict=True))
-        out.append("  ".join(f"{t:<{w}}" if i < first_number else f"{t:>{w}}" for i, (t, w) in pairs).rstrip())
-    return "\n".join(out)
+    return aligned(table, table[0].index("model") + 1, width, by_first=True)
+
+
+def signed(value: float) -> str:
+    """With its sign, a true minus; – for nan."""
+    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "−")
 
 
 def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Run]) -> str:

@@ -1,5 +1,7 @@
 """A collected sweep to a leaderboard, a trade-off plot and the list of what is missing."""
 
+import sys
+import textwrap
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from dist_defend import screen
+from dist_defend.aligned import aligned, width_of
 from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS, RETUNED
 from dist_defend.sweep import detectors, page
@@ -15,6 +18,7 @@ from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, mak
 from dist_defend.sweep.expectation import Outcome, outcomes
 from dist_defend.sweep.grid import Sweep, shorten
 
+_LAST_NAMES = ("task", "model", "metric", "detector")  # of the columns that say what a line is
 CHOOSERS = ("defender", "oracle")
 _RETUNED = dict(
     zip(RETUNED, ("ACC re-tuned", "ASR re-tuned", "q = 0", "control", "queried", "its control"), strict=True)
@@ -62,27 +66,41 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
         *(["## Defences side by side", "", _lines(beside), "", _SIDE, paired, ""] if len(table) else []),
         *(["## Published and ours", "", beside_published(compared), "", BESIDE, ""] if compared else []),
         *detectors.lines(rows),
-        f"Missing: {len(lacking)} of {len(sweep.points)} points",
     ]
-    lines[-1] += "\n" if len(lacking) else ""
+    missing = [f"Missing: {len(lacking)} of {len(sweep.points)} points" + ("\n" if len(lacking) else "")]
     for row in lacking.to_dict("records"):
         reason = f": {screen.markdown(row['reason'])}" if row["state"] == "damaged" else ""
-        lines.append(f"- {row['stage']} `{row['key']}` {screen.markdown(row['name'])}{reason}")
+        missing.append(f"- {row['stage']} `{row['key']}` {screen.markdown(row['name'])}{reason}")
+    lines += missing
     write_atomic(sweep.folder / "leaderboard.md", "\n".join(lines) + "\n")
     spreadsheet(board).to_csv(sweep.folder / "leaderboard.csv", index=False)
     spreadsheet(table).to_csv(sweep.folder / "defences.csv", index=False)
     plot(board).savefig(sweep.folder / "tradeoff.svg", metadata={"Date": None})
-    sheets = [page.sheet("leaderboard", cells(board), _NOTE)]
+    tables = [("leaderboard", cells(board), _NOTE)]
     if len(table):
         told = _PAIRED.format(reference=" ".join(comparison.reference or ("nothing",)))
-        sheets.append(page.sheet("defences side by side", beside, f"{_SIDE} {told}"))
+        tables.append(("defences side by side", beside, f"{_SIDE} {told}"))
     if compared:
-        sheets.append(page.sheet("published and ours", published_cells(compared), BESIDE))
+        tables.append(("published and ours", published_cells(compared), BESIDE))
     if detected := detectors.cells(rows):
-        sheets.append(page.sheet("detectors", detected, detectors.NOTE))
+        tables.append(("detectors", detected, detectors.NOTE))
+    sheets = [page.sheet(*each) for each in tables]
     write_atomic(sweep.folder / "report.html", page.render(sweep, rows, comparison, sheets))
-    print("\n".join(lines[2:]))
+    width = width_of(sys.stdout)
+    print("\n".join(lines[2:] if width is None else [in_text(tables, width), *missing]))
     print(f"\n{sweep.folder / 'report.html'}, leaderboard.md, leaderboard.csv, defences.csv, tradeoff.svg")
+
+
+def in_text(tables: Sequence[tuple[str, Sequence[Sequence[str]], str]], width: int) -> str:
+    """Names, tables and captions for a terminal of so many letters in a line."""
+    out = []
+    for name, table, caption in tables:
+        told = "No point has counted anything yet.\n"
+        if table:
+            names = 1 + max(i for i, text in enumerate(table[0]) if text in _LAST_NAMES)
+            told = f"{aligned(table, names, width)}\n\n{textwrap.fill(caption, width)}\n"
+        out.append(f"{name.capitalize()}\n\n{told}")
+    return "\n".join(out)
 
 
 def leaderboard(sweep: Sweep, rows: pd.DataFrame) -> pd.DataFrame:

@@ -114,7 +114,7 @@ def test_terminal_and_markdown_tell_the_same(tmp_path: Path, capsys: pytest.Capt
     main(["report", str(tmp_path / "demo")])
     printed = capsys.readouterr().out
     markdown = (tmp_path / "demo/report.md").read_text()
-    cells = ["digits", "backdoored", "90.0 ± 2.8", "97.5 ± 3.5", "97.0 ± 4.2", "1.2 ± 1.8", "50 / 40", "2"]
+    cells = ["digits", "backdoored", "90.0 ± 2.8", "–", "97.5 ± 3.5", "–", "97.0 ± 4.2", "1.2 ± 1.8", "50 / 40", "2"]
     assert "| " + " | ".join(cells) + " |" in markdown
     assert cells in [re.split(r" {2,}", line) for line in printed.splitlines()]
     assert str(tmp_path / "demo/report.html") in printed

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dist_defend"
 LAYERS = [
     {
+        "aligned",
         "arguments",
         "bounds",
         "commands",

@@ -185,8 +185,8 @@ def _first_difference(old: Any, new: Any, key: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """What the run ran on, for env.json."""
-    packages = {}
-    for name in ("torch", "torchvision", "accelerate", "deepspeed", "ffcv", "timm", "numpy", "numba"):
+    packages = {"torch": torch.__version__}  # its own word names the build, such as +cpu, which a wheel's may not
+    for name in ("torchvision", "accelerate", "deepspeed", "ffcv", "timm", "numpy", "numba"):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from dist_defend.ops.streams import Stream, draws
 SIGNIFICANT = 0.05
 COUNTED = [f"{name}_{key}" for name in ("acc", "asr", "asr_all", "ra") for key in ("correct", "n")]
 SEEN = ["own_acc", "moved_before", "moved_after", "moved_again", "old", "again"]
-COLUMNS = ["arm", "seed", *COUNTED, "delta_norm", "outer_loss", *SEEN, "cpu_seconds"]
+COLUMNS = ["arm", "seed", *COUNTED, "delta_norm", "delta_norm_min", "outer_loss", *SEEN, "cpu_seconds"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Arm:
     times_patched: int = 1
     times_lr: float = 1.0
     unlearns: bool = True
+    orders: int | None = None  # the order that varies is the first one
 
 
 ARMS = {
@@ -71,7 +72,18 @@ ARMS = {
     "patched_times_5": Arm(times_patched=5),
     "half_rate": Arm(times_lr=0.5),
     "inner_pass": Arm(unlearns=False),
+    "orders_8": Arm(orders=8),
 }
+
+
+class Outcome(NamedTuple):
+    """Of a round: the model, delta and its norm, the mean outer loss, and the smallest norm of several orders."""
+
+    model: Classifier
+    delta: Tensor
+    norm: float
+    loss: float
+    least: float | None = None
 
 
 class Study:
@@ -101,7 +113,7 @@ class Study:
         if not arm.unlearns:
             return {"arm": name, "seed": seed, **self.found(batches)}
         run = self.ours if arm.side == "ours" else self.published
-        model, delta, norm, loss = run(arm, rows, batches, patched)
+        model, delta, norm, loss, least = run(arm, rows, batches, patched)
         seconds = time.process_time() - started
         counts = self.measure(model)
         return {
@@ -109,12 +121,13 @@ class Study:
             "seed": seed,
             **columns(counts),
             "delta_norm": f"{norm:.6g}",
+            "delta_norm_min": "" if least is None else f"{least:.6g}",
             "outer_loss": f"{loss:.6g}",
             **self.seen(model, delta, batches),
             "cpu_seconds": f"{seconds:.1f}",
         }
 
-    def ours(self, arm: Arm, rows: np.ndarray, batches: Sequence[reference.Batch], seed: int) -> Any:
+    def ours(self, arm: Arm, rows: np.ndarray, batches: Sequence[reference.Batch], seed: int) -> Outcome:
         """The method's own step."""
         model, args = self.suspect(), self.args
         config = Config(
@@ -123,21 +136,24 @@ class Study:
             DatasetConfig(""),
             batch_size=args.batch_size,
             project_radius=args.radius if arm.is_projected else None,
+            orders=arm.orders,
             K=arm.K,
             optimizer=OptimizerConfig("adam", lr=self.lr * arm.times_lr),
             patched_fraction=0.0,
             min_patched=args.num_patched * arm.times_patched,
         )
-        rounds = Rounds(self._loader(self.data, rows, args.batch_size), model.image_size, self.ranks)
+        loader = self._loader(self.data, rows, args.batch_size)
+        rounds = Rounds(loader, model.image_size, self.ranks, orders=config.num_orders)
         step = UnlearningStep(model, config, rounds, seed)
-        norm, losses = 0.0, []
+        norm, least, losses = 0.0, None, []
         for number, batch in enumerate(rounds.epoch(0)):
             scalars = step(runner.on_device(batch, self.ranks), Position(epoch=0, batch=number))
             norm = scalars["delta_norm"].item() if "delta_norm" in scalars else norm
+            least = scalars["delta_norm_min"].item() if "delta_norm_min" in scalars else least
             losses += [scalars["outer_loss"].item()] if "outer_loss" in scalars else []
-        return model, step.delta.detach().clone(), norm, statistics.fmean(losses)
+        return Outcome(model, step.delta.detach().clone(), norm, statistics.fmean(losses), least)
 
-    def published(self, arm: Arm, rows: np.ndarray, batches: Sequence[reference.Batch], seed: int) -> Any:
+    def published(self, arm: Arm, rows: np.ndarray, batches: Sequence[reference.Batch], seed: int) -> Outcome:
         """YiZeng623/I-BAU's loop; Python's generator chooses, unless it shall have our draws."""
         model, count = self.suspect(), self.args.num_patched * arm.times_patched
         optimizer = torch.optim.Adam(model.parameters(), lr=self.lr * arm.times_lr)
@@ -152,7 +168,7 @@ class Study:
             else:
                 chosen = draws(seed, Stream.PATCHED, 0, number).choice(size, count, replace=False).tolist()
             losses.append(reference.outer_step(model, optimizer, delta, batches[0], batch, chosen, arm.K))
-        return model, delta, norm, statistics.fmean(losses)
+        return Outcome(model, delta, norm, statistics.fmean(losses))
 
     def measure(self, model: Classifier) -> dict[str, Count]:
         """ACC, ASR, ASR-all and RA on test images that are not the defender's."""

@@ -1,9 +1,10 @@
 """Loaders: three back ends, the same batches."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,6 +114,12 @@ class Loader:
         with contextlib.closing(self._images.batches(shares, epoch, self._lane.deliver)) as deliveries:
             for delivery in deliveries:
                 yield self._lane.receive(delivery)
+
+    def shuffled(self) -> "Loader":
+        """The same images by the same back end, each epoch in an order of its own."""
+        other = copy.copy(self)
+        other._sampling = replace(self._sampling, shuffle=True)
+        return other
 
     def close(self) -> None:
         """Let go of the images; a closed loader gives no more batches."""

@@ -101,12 +101,16 @@ class Shares(InMemory):
 
 
 def ibau(graph: GraphMode, arch: str = "ibau_vgg", is_constant: bool = False, **options: Any) -> Case:
-    """Rounds of six batches; the last of a pass is short, and padded. is_constant: graphs find them on the device."""
+    """Rounds of six batches; the last of a pass is short, and padded. is_constant: graphs find them on the device.
+
+    With orders a round is longer: so many passes of three batches, and the outer one.
+    """
     images, labels = images_and_labels(2 * BATCH + 3)
     ranks = dist.start(PRECISION, None)
     options = {"patched_fraction": 0.3, "project_radius": 10.0, **options}
     config = Config("m", DatasetConfig("d"), DatasetConfig("t"), batch_size=BATCH, graph=graph, **options)
-    rounds = Rounds(Shares(images, labels, BATCH, ranks), IMAGE, ranks, is_constant)  # type: ignore[arg-type]
+    loader: Any = Shares(images, labels, BATCH, ranks)
+    rounds = Rounds(loader, IMAGE, ranks, is_constant, config.num_orders)
     step = UnlearningStep(classifier(arch, ranks), config, rounds, seed=0)
     batches = (batch for epoch in range(STEPS) for batch in rounds.epoch(epoch))
     given = list(islice(zip(batches, positions(rounds.num_batches), strict=False), STEPS))
@@ -253,6 +257,7 @@ _OF_STUDENT = RetrospectionConfig(start=3, inner_rounds=2, perturbs="student", s
 CASES: dict[str, Callable[[GraphMode], Case]] = {
     "ibau": ibau,
     "ibau, kept": lambda graph: ibau(graph, is_constant=True),
+    "ibau, orders": lambda graph: ibau(graph, is_constant=True, orders=3),
     "ibau, cg": lambda graph: ibau(graph, solver="cg"),
     "ibau, amsgrad": lambda graph: ibau(graph, optimizer=OptimizerConfig("adam", lr=1e-4, amsgrad=True)),
     "ibau, sgd outside and inside": lambda graph: ibau(graph, optimizer=_SGD, inner=_SGD),

@@ -116,7 +116,7 @@ def inverted(part: str) -> Call:
 
 def ibau(arch: str = "ibau_vgg", batch_size: int = 100, **options: Any) -> tuple[UnlearningStep, Rounds]:
     config = IbauConfig("m", DATA, DATA, batch_size=batch_size, graph="on", **options)
-    rounds = Rounds(cast(Any, Batches(2 * batch_size, batch_size)), SIZE, RANKS)
+    rounds = Rounds(cast(Any, Batches(2 * batch_size, batch_size)), SIZE, RANKS, orders=config.num_orders)
     return UnlearningStep(classifier(arch, "none"), config, rounds, 0), rounds
 
 
@@ -132,11 +132,12 @@ def outer(arch: str, **options: Any) -> Call:
     return partial(step.unlearn, padded, labels, torch.zeros(100, 1, 1, 1, device=DEVICE), weights)
 
 
-def unlearning(first: int) -> Call:
-    """The calls from the first one of a round on; a round is two inner ones and two outer ones."""
-    step, rounds = ibau()
+def unlearning(first: int, **options: Any) -> Call:
+    """The calls from the first one of a round on; a round is two inner ones of each order and two outer ones."""
+    step, rounds = ibau(**options)
+    count = rounds.num_batches
     batches = (batch for _ in range(9) for batch in list(rounds.epoch(0))[first:])
-    places = (Position(0, n, number, 4 * n + number) for n in range(9) for number in range(first, 4))
+    places = (Position(0, n, number, count * n + number) for n in range(9) for number in range(first, count))
     return stepped(step, batches, places)
 
 
@@ -224,6 +225,7 @@ DEFENCES: dict[str, Callable[[], Call]] = {
     "cmi, distillation: step": lambda: inverted("distillation"),
     "cmi, retrospection: step": lambda: inverted("retrospection"),
     "ibau, inner: step": lambda: unlearning(0),
+    "ibau, choice of two orders: step": lambda: unlearning(2, orders=2),
     "ibau, outer: step": lambda: unlearning(2),
     "ibau vgg: inner update": lambda: inner("ibau_vgg"),
     "ibau vgg: outer update": lambda: outer("ibau_vgg"),

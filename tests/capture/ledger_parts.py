@@ -48,6 +48,9 @@ class Batches:
         self.num_samples, self.batch_size, self.views, self.size = num_samples, batch_size, views, size
         self.num_batches = -(-num_samples // batch_size)
 
+    def shuffled(self) -> "Batches":
+        return self
+
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         for number in range(start_batch, self.num_batches):
             count = min(self.batch_size, self.num_samples - number * self.batch_size)

@@ -24,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {  # of 11 images in batches of 5: shares of 
     "one_patched": {"min_patched": 1, "patched_fraction": 0.0},
     "adam_projected": {"inner": {"name": "adam", "lr": 0.1}, "project_radius": 1.0, "clamp": True},
     "augmented": {"augment": {"crop": "pad", "flip": 0.5}, "batch_size": 6},
+    "orders": {"orders": 3},
+    "orders_augmented": {"orders": 2, "augment": {"crop": "pad", "flip": 0.5}, "batch_size": 6},
     "cg": {"solver": "cg", "K": 3},
 }
 

@@ -21,6 +21,7 @@ AUGMENTED = f"{BUILT}::test_training_images_are_augmented_as_configured"
 RNP_STEPS = f"{BUILT}::test_rnps_options_reach_its_steps_and_masks_are_learned_on_the_unlearned_weights"
 STARTS = "numerics/test_abd_steps.py::test_self_retrospection_starts_on_time_afresh_and_on_other_images_each_step"
 MONITOR = "numerics/test_knn.py::test_the_monitor_votes_with_the_memory_on_the_test_images"
+ORDERS, LARGEST = "numerics/test_ibau_orders.py", "test_the_delta_of_the_largest_norm_goes_on"
 REPLAYS = "capture/test_replays.py::test_replays_equal_eager_calls"
 IN_METHODS: tuple[Mutation, ...] = (
     Mutation("RNP chooses a stop by the test images", "methods/defend/pruning/outcome.py",
@@ -44,6 +45,16 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("I-BAU's graphs warm up its inner optimizer for good", "methods/defend/ibau/step.py",
              ", *self.update.state(), *self.inner_update.state(), *places]", ", *self.update.state(), *places]",
              f"{REPLAYS}[ibau, adam inside, clamped]"),
+    Mutation("I-BAU goes on with the delta of the smallest norm", "methods/defend/ibau/orders.py",
+             "norms[number] > (norms[:number].max() if number else -1)",
+             "norms[number] < (norms[:number].min() if number else torch.inf)", f"{ORDERS}::{LARGEST}"),
+    Mutation("I-BAU goes on with the delta of the last order", "methods/defend/ibau/orders.py",
+             "        delta.copy_(self.largest)\n", "", f"{ORDERS}::{LARGEST}"),
+    Mutation("all inner passes of a round have one order", "methods/defend/ibau/rounds.py",
+             "1 + epoch * self.orders + number", "1 + epoch * self.orders",
+             f"{ORDERS}::test_orders_are_drawn_by_seed_round_and_number"),
+    Mutation("I-BAU's resumed round forgets the orders before", "methods/defend/ibau/orders.py",
+             '        self.largest.copy_(state["largest"])\n', "", f"{ORDERS}::test_resuming_anywhere_is_bit_exact"),
     Mutation("the study of I-BAU's luck patches the images of seed 0", "bench/ibau_outcomes.py",
              "UnlearningStep(model, config, rounds, seed)", "UnlearningStep(model, config, rounds, 0)",
              "unit/test_ibau_outcomes.py::test_a_round_is_the_published_one"),

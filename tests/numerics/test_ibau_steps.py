@@ -1,5 +1,6 @@
 """Steps of I-BAU against the published code's float64 numbers, and what each number would catch."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from dist_defend.batch import Batch
 from dist_defend.bench.published import ibau as reference
 from dist_defend.data.loader import DatasetConfig
+from dist_defend.data.order import epoch_order
 from dist_defend.engine import dist
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.methods.defend.ibau import step
@@ -27,8 +29,9 @@ NOWHERE = DatasetConfig("nowhere")
 
 @dataclass
 class InMemory:
-    """Stands for a loader: all images and labels, in order, one rank."""
+    """Stands for a loader: all images and labels, in order unless shuffled, one rank."""
 
+    is_shuffled = False  # no field: what follows it in a subclass has no default
     images: Tensor
     labels: Tensor
     batch_size: int
@@ -41,8 +44,14 @@ class InMemory:
     def num_batches(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
+    def shuffled(self) -> "InMemory":
+        other = copy.copy(self)
+        other.is_shuffled = True
+        return other
+
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        for part in torch.arange(self.num_samples).split(self.batch_size)[start_batch:]:
+        order = torch.from_numpy(epoch_order(self.num_samples, 0, epoch, self.is_shuffled))
+        for part in order.split(self.batch_size)[start_batch:]:
             yield Batch((self.images[part],), self.labels[part], part)
 
 

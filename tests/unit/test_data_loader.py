@@ -109,6 +109,15 @@ def test_geometry_is_the_same_to_the_last_bit(
     assert len(ours) == 3 * (N // 12)
 
 
+@pytest.mark.parametrize("backend", ["torch", *BACKENDS])
+def test_a_loader_in_order_has_one_that_shuffles(dataset: PreparedDataset, backend: BackendName) -> None:
+    """Of the same images and seed, and it itself stays as it is."""
+    made = make_loader(dataset, config=LoaderConfig(backend, 1), batch_size=12, seed=9)
+    shuffled = [batch for epoch in range(2) for batch in made.shuffled().epoch(epoch)]
+    assert largest_difference(shuffled, batches(dataset, backend, epochs=2, seed=9, shuffle=True)) == 0
+    assert torch.cat([batch.index for batch in made.epoch(1)]).tolist() == list(range(N))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_colour_is_the_same_within_a_grey_level(dataset: PreparedDataset, backend: BackendName) -> None:
     options: dict[str, Any] = {"views": COLOUR, "shuffle": True, "seed": 9}

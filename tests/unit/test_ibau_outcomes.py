@@ -32,7 +32,7 @@ def test_a_round_is_the_published_one(arguments: list[str]) -> None:
         arm, rows = outcomes.ARMS[name], outcomes.order_of(6, seed=3)
         run = study.ours if arm.side == "ours" else study.published
         found.append(run(arm, rows, study.batches(rows), seed=3))
-    (ours, our_delta, our_norm, our_loss), (theirs, their_delta, their_norm, their_loss) = found
+    (ours, our_delta, our_norm, our_loss, _), (theirs, their_delta, their_norm, their_loss, _) = found
     assert our_norm == pytest.approx(their_norm, rel=1e-9) and our_loss == pytest.approx(their_loss, rel=1e-8)
     torch.testing.assert_close(our_delta, their_delta, rtol=1e-8, atol=1e-10)
     suspect = study.suspect()
@@ -43,7 +43,7 @@ def test_a_round_is_the_published_one(arguments: list[str]) -> None:
 
 def test_rows_of_arms(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Seed 0 is one run for all arms that vary order or patched images; another seed changes what varies alone."""
-    arms = ["ours", "order_alone", "patched_alone", "published"]
+    arms = ["ours", "order_alone", "patched_alone", "published", "orders_8"]
     assert outcomes.main([*arguments, "--seeds", "2", "--arms", *arms]) == 0
     with (tmp_path / "rows.csv").open() as file:
         suspect, *rows = csv.DictReader(file)
@@ -56,6 +56,11 @@ def test_rows_of_arms(arguments: list[str], tmp_path: Path, capsys: pytest.Captu
     assert by["patched_alone", "1"]["delta_norm"] == by["ours", "0"]["delta_norm"]  # delta knows no patched image
     assert by["patched_alone", "1"]["outer_loss"] != by["ours", "0"]["outer_loss"]
     assert by["order_alone", "1"]["delta_norm"] == by["ours", "1"]["delta_norm"] == by["published", "1"]["delta_norm"]
+    for seed in "01":  # of eight orders the first one is that of ``ours``
+        several = by["orders_8", seed]
+        most, own, least = several["delta_norm"], by["ours", seed]["delta_norm"], several["delta_norm_min"]
+        assert float(most) >= float(own) >= float(least) and float(most) > float(least)
+        assert by["ours", seed]["delta_norm_min"] == ""
     assert "ours against published, asr: KS p = " in capsys.readouterr().out
 
 

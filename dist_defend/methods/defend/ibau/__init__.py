@@ -31,12 +31,15 @@ def build(config: Config, context: Context) -> Plan:
     _check(config, model.image_size)
     trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both
     loader = _loader(config, context, data, rows)
-    rounds = Rounds(loader, model.image_size, context.ranks, is_constant=config.augment is None)
+    is_constant = config.augment is None
+    rounds = Rounds(loader, model.image_size, context.ranks, is_constant, config.num_orders)
     trial.look(data, rows)
     step = UnlearningStep(model, config, rounds, context.seed)
 
     def result() -> dict[str, Any]:
         trial.examination.show_perturbation(step.delta)
+        if step.orders is not None and (note := step.orders.disagreement()) is not None:
+            context.tell(note)
         metrics, provenance = {"defence_images": len(rows)}, {"rounds": config.rounds}
         return trial.result(model, metrics=metrics, provenance=provenance)
 

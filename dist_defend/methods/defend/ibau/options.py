@@ -9,6 +9,7 @@ from dist_defend.data.augment import AugmentConfig
 from dist_defend.data.loader import DatasetConfig
 from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.optim import OptimizerConfig
+from dist_defend.keys import UNWRITTEN
 
 LARGEST_EXACT = 1024  # entries of delta: so many Hessian products per step, and a dense matrix of that side
 
@@ -31,6 +32,8 @@ class Config:
         space: what delta is added to: images in [0, 1], or what the first layer makes of them
         clamp: x + delta is cut off to [0, 1]
         project_radius: radius of the L2 ball that delta is projected to after the inner pass; null: no limit
+        orders: inner passes of a round, each with the images in an order of its own; the delta of the largest norm
+            goes on; null: one, as published
         optimizer: optimizer of the weights (outer minimisation)
         solver: of the hypergradient's linear system: Neumann series, conjugate gradients, or the dense matrix
         K: iterations of neumann and cg
@@ -54,6 +57,7 @@ class Config:
     space: Literal["pixels", "normalized"] = "pixels"
     clamp: bool = False
     project_radius: float | None = None
+    orders: int | None = field(default=None, metadata=UNWRITTEN)
     # outer minimisation
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", lr=1e-3))
     solver: Literal["neumann", "cg", "exact"] = "neumann"
@@ -64,7 +68,7 @@ class Config:
     graph: GraphMode = "auto"
 
     def __post_init__(self) -> None:
-        at_least_one(self, "rounds", "batch_size", "evaluate_every", "K")
+        at_least_one(self, "rounds", "batch_size", "evaluate_every", "orders", "K")
         not_negative(self, "penalty", "min_patched")
         positive(self, "step_size")
         if not 0 <= self.patched_fraction <= 1:
@@ -77,6 +81,11 @@ class Config:
             optimizer: OptimizerConfig = getattr(self, key)
             if optimizer.schedule != "constant" or optimizer.warmup_epochs:
                 raise ValueError(f"key '{key}.schedule' must be constant without warm-up; I-BAU has no schedule")
+
+    @property
+    def num_orders(self) -> int:
+        """Inner passes of a round."""
+        return self.orders or 1
 
     def num_patched(self, size: int) -> int:
         """How many images of a batch of that size carry delta: the published int(fraction size), min_patched at least.

@@ -1,4 +1,4 @@
-"""The batches of a round: once all for the inner maximisation, then once all for the outer minimisation."""
+"""The batches of a round: all for the inner maximisation, in each order, then once all for the outer minimisation."""
 
 from collections.abc import Iterator
 
@@ -43,20 +43,26 @@ class KeptPass:
 
 
 class Rounds:
-    """Epoch r is round r: T batches of the loader's epoch r + 1, then the T batches of its epoch 0.
+    """Epoch r is round r: the T batches of an inner pass, as often as there are orders, then those of the outer pass.
 
-    With a loader that shuffles and augments, the outer pass thus sees the same images in every round, drawn once, and
-    the inner pass new ones, as SCLBD/BackdoorBench has it; with one that does neither all passes are the same.
+    The outer pass is the loader's epoch 0, inner pass k of N is its epoch 1 + r N + k. With a loader that shuffles and
+    augments, the outer pass thus sees the same images in every round, drawn once, and the inner pass new ones, as
+    SCLBD/BackdoorBench has it; with one that does neither all are the same, but for the order of inner passes after a
+    round's first one, which is drawn.
     Every rank gets every batch, even if its own share is empty.
     """
 
-    def __init__(self, loader: Loader, image_size: int, ranks: Ranks, is_constant: bool = False) -> None:
-        """is_constant: the loader neither shuffles nor augments."""
-        self.is_constant = is_constant
+    def __init__(
+        self, loader: Loader, image_size: int, ranks: Ranks, is_constant: bool = False, orders: int = 1
+    ) -> None:
+        """is_constant: the loader neither shuffles nor augments. orders: inner passes of a round."""
+        self.is_constant, self.orders = is_constant, orders
+        self.shuffled = loader.shuffled() if orders > 1 else loader
         self.kept: KeptPass | None = None
         self.loader, self.image_size, self.ranks = loader, image_size, ranks
         self.batches = loader.num_batches  # T
-        self.num_batches = 2 * loader.num_batches
+        self.inner_batches = orders * loader.num_batches  # of a round
+        self.num_batches = self.inner_batches + loader.num_batches
 
     def keep(self) -> KeptPass | None:
         """Read all batches once and keep them on the device; None where passes differ, or are large.
@@ -64,16 +70,18 @@ class Rounds:
         Batches of epoch() are then without images, and in the order of the pass.
         """
         size = self.batches * self.share * 3 * self.image_size**2 * self.ranks.dtype.itemsize
-        if self.is_constant and size <= _MOST_KEPT:
-            batches = [self._moved(batch) for batch in self._pass(0, 0)]
+        if self.is_constant and self.orders == 1 and size <= _MOST_KEPT:
+            batches = [self._moved(batch) for batch in self._pass(self.loader, 0, 0)]
             self.kept = KeptPass(batches, [self.padded(batch, number) for number, batch in enumerate(batches)])
         return self.kept
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """This rank's shares of the round's batches from ``start_batch`` on."""
-        if start_batch < self.batches:
-            yield from self._pass(epoch + 1, start_batch)
-        yield from self._pass(0, max(0, start_batch - self.batches))
+        for number in range(start_batch // self.batches, self.orders):
+            loader = self.shuffled if number else self.loader
+            start = max(0, start_batch - number * self.batches)
+            yield from self._pass(loader, 1 + epoch * self.orders + number, start)
+        yield from self._pass(self.loader, 0, max(0, start_batch - self.inner_batches))
 
     def size(self, number: int) -> int:
         """Images of the number-th batch of a pass over all ranks."""
@@ -102,18 +110,18 @@ class Rounds:
 
     def first(self) -> tuple[Tensor, Tensor, Tensor]:
         """The first batch of the outer pass, padded, on the device."""
-        return self.padded(self._moved(next(self._pass(0, 0))), 0)
+        return self.padded(self._moved(next(self._pass(self.loader, 0, 0))), 0)
 
     def _moved(self, batch: Batch) -> Batch:
         device, dtype = self.ranks.device, self.ranks.dtype
         return Batch((batch.images.to(device, dtype),), batch.labels.to(device), batch.index.to(device))
 
-    def _pass(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+    def _pass(self, loader: Loader, epoch: int, start_batch: int) -> Iterator[Batch]:
         if self.kept is not None:
             yield from self.kept.batches[start_batch:]
             return
         done = start_batch
-        for batch in self.loader.epoch(epoch, start_batch):
+        for batch in loader.epoch(epoch, start_batch):
             done += 1
             yield batch
         for _ in range(done, self.batches):

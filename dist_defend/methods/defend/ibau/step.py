@@ -12,6 +12,7 @@ from dist_defend.engine.graphed import GraphedUpdate, will_capture
 from dist_defend.engine.step import Position
 from dist_defend.engine.update import Update, check_finite
 from dist_defend.methods.defend.ibau.options import Config
+from dist_defend.methods.defend.ibau.orders import Orders
 from dist_defend.methods.defend.ibau.rounds import Rounds
 from dist_defend.models.classifier import Classifier
 from dist_defend.models.folding import FoldedNetwork
@@ -36,9 +37,9 @@ log = logging.getLogger(__name__)
 class UnlearningStep:
     """min over theta of max over delta of the cross-entropy of f_theta(x + delta) (Zeng et al. 2022, section 4).
 
-    A round has T inner calls, then T outer ones, over the batches of ``rounds``. The model is in eval mode for good, so
-    batch norm's statistics stay, images do not influence each other, and nothing is random but the choice of patched
-    images: those are drawn from (seed, round, batch) over the global batch.
+    A round has T inner calls for each order, then T outer ones, over the batches of ``rounds``. The model is in eval
+    mode for good, so batch norm's statistics stay, images do not influence each other, and nothing is random here but
+    the choice of patched images: those are drawn from (seed, round, batch) over the global batch.
     """
 
     def __init__(self, model: Classifier, config: Config, rounds: Rounds, seed: int) -> None:
@@ -54,6 +55,7 @@ class UnlearningStep:
         self.folded = FoldedNetwork(self.network, delta)
         self.parameters = list(model.parameters())
         self.delta = nn.Parameter(delta)
+        self.orders = Orders(delta, config.rounds, rounds.orders) if rounds.orders > 1 else None
         self.first = rounds.first()
         self.solver = solver_of(config)
         self.kept = rounds.keep() if will_capture(ranks.device, config.graph) else None
@@ -65,10 +67,10 @@ class UnlearningStep:
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
-        number = at.batch % self.rounds.batches
-        if at.batch == 0:
+        turn, number = divmod(at.batch, self.rounds.batches)
+        is_inner = turn < self.rounds.orders
+        if is_inner and number == 0:
             self._restart()
-        is_inner = at.batch < self.rounds.batches
         patched = [] if is_inner else [self._patched(at.epoch, number)]
         if self.kept is None:
             images, labels, weights = self.rounds.padded(batch, number)
@@ -78,7 +80,9 @@ class UnlearningStep:
             given = patched
         if is_inner:
             scalars = check_finite(self.inner(*given), "the perturbation's gradient")
-            if number == self.rounds.batches - 1:
+            if self.orders is not None and number == self.rounds.batches - 1:
+                scalars |= self.orders.note(self.delta, at.epoch, turn)
+            if at.batch == self.rounds.inner_batches - 1:
                 self._project()
         else:
             scalars = check_finite(self.outer(*given), "the hypergradient")
@@ -140,12 +144,13 @@ class UnlearningStep:
         return self.unlearn(images, labels, patched, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, delta and both optimizers."""
+        """The weights, delta, both optimizers, and what came of several orders."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.update.state_dict(),
             "delta": self.delta.detach(),
             "inner_optimizer": self.inner_update.state_dict(),
+            **({} if self.orders is None else {"orders": self.orders.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -154,6 +159,8 @@ class UnlearningStep:
         with torch.no_grad():
             self.delta.copy_(state["delta"])
         self.inner_update.load_state_dict(state["inner_optimizer"])
+        if self.orders is not None:
+            self.orders.load_state_dict(state["orders"])
 
     def _bounded(self, x: Tensor) -> Tensor:
         return x.clamp(0, 1) if self.config.clamp else x
@@ -170,7 +177,7 @@ class UnlearningStep:
 
     @torch.no_grad()
     def _restart(self) -> None:
-        """A round starts from delta = 0 with a fresh inner optimizer."""
+        """An inner pass starts from delta = 0 with a fresh inner optimizer."""
         self.delta.zero_()
         self.inner_update.forget()
 

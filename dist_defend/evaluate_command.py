@@ -106,7 +106,7 @@ def _evaluate(
     entries = {
         "model_sha256": trial.sha256,
         "rows": [examination.row(kind, counts)],
-        "targets": examination.targets(),
+        **examination.names(),
         "suspect": trial.suspect,
         "metrics": {"per_class_accuracy": examination.per_class(on_clean)},
     }

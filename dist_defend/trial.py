@@ -127,6 +127,10 @@ class Examination:
         is_shift = self.attack.labels == "all_to_all"
         return {self.task: f"its own plus {self.attack.shift}" if is_shift else "each image's own"}
 
+    def names(self) -> dict[str, Any]:
+        """Entries of result.json: for each task the class that the attacker wants, and all classes, by their names."""
+        return {"targets": self.targets(), "classes": {self.task: list(self.test.classes)}}
+
     def per_class(self, on_clean: Tensor) -> dict[str, dict[str, int]]:
         """Class name -> its clean images and how many were classified as it, from predict's first."""
         found = per_class_accuracy(on_clean, self.labels.to(on_clean.device), self.test.num_classes)
@@ -361,7 +365,7 @@ class Trial:
         return {
             "model_sha256": context.save_model(model, card),
             "rows": [self.examination.row(kind, after)],
-            "targets": self.examination.targets(),
+            **self.examination.names(),
             "suspect": self.suspect,
             "metrics": {**rates(before, after), **(metrics or {})},
         }

@@ -175,6 +175,10 @@ class TransferStep:
         """This rank's share of D(logits, reference)."""
         return distillation(logits, reference, self.config.temperature, batch_size=self.config.batch_size)
 
+    def perturbation(self) -> Tensor | None:
+        """delta (1, 3, H, W) of the latest pseudo-batch; None before one, as in a run that resumes behind its last."""
+        return self.delta if bool(self.delta.any()) else None
+
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizers and the vaccine. A collective call."""
         return {

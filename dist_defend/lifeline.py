@@ -52,6 +52,8 @@ def follow() -> Path | None:
     done. The variables are taken out of the environment: they mean this process, not those that it starts.
     """
     starter, answer = os.environ.pop(STARTER, ""), os.environ.pop(ANSWER, "")
+    if answer:  # of a rank before a restart: this one has not been told to stop yet
+        Path(answer).unlink(missing_ok=True)
     if starter.isdigit() and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != int(starter):  # it was gone before the kernel was asked

@@ -26,13 +26,14 @@ def machine(num_ranks: int) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """The model's name, where Linux tells it."""
+    """Its name and, as clouds give several kinds one name, its numbers, where Linux tells them; what torch uses."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    numbers = [f"{key} {told[key]}" for key in ("cpu family", "model", "stepping") if key in told]
+    return ", ".join([told.get("model name", platform.machine()), *numbers, torch.backends.cpu.get_cpu_capability()])
 
 
 def rebuild(zoo: Path, name: str, entry: Entry, output: Path) -> Path:

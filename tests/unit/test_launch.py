@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-from dist_defend import launch
+from dist_defend import launch, lifeline
 from dist_defend.cli import main
 from dist_defend.engine.sharding import STRATEGIES
 from dist_defend.templates import template
@@ -30,6 +30,18 @@ def config(tmp_path: Path) -> str:
 def shown(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     assert main(["launch", *arguments, "--print"]) == 0
     return shlex.split(capsys.readouterr().out)
+
+
+def test_a_rank_that_starts_again_forgets_what_one_answered_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun tells those beside a killed one to stop; they save, and a run that then ends well is no stopped one."""
+    file = tmp_path / "status"
+    monkeypatch.delenv(lifeline.STARTER, raising=False)
+    for _ in range(2):
+        monkeypatch.setenv(lifeline.ANSWER, str(file))
+        assert lifeline.follow() == file and not file.exists()
+        assert lifeline.answer(75, file) == 0 and file.read_text() == "75"
 
 
 def test_accelerate_reads_every_file() -> None:

@@ -19,6 +19,7 @@ from dist_defend.results import RETUNED, Detected, read_result
 from dist_defend.screen import cell
 from dist_defend.sweep.grid import Point, Sweep
 
+MOST_TOLD = 20  # points without a result that are named on the terminal
 _COSTS = (
     "wall_seconds",
     "device_seconds",
@@ -60,11 +61,13 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> int:
         aside = sweep.folder / f".{name}"
         save(aside, index=False)
         aside.replace(sweep.folder / name)
-    lacking = rows[rows["state"] != "done"]
+    lacking = rows[rows["state"] != "done"].sort_values("state", kind="stable")  # damaged ones first
     print(f"{len(sweep.points) - len(lacking)} of {len(sweep.points)} points -> {sweep.folder / 'results.parquet'}")
-    for row in lacking.to_dict("records"):
+    for row in lacking.head(MOST_TOLD).to_dict("records"):
         reason = f": {row['reason']}" if row["state"] == "damaged" else ""
         print(f"{row['state']} {row['stage']} {row['key']} ({row['name']}){reason}")
+    if len(lacking) > MOST_TOLD:
+        print(f"and {len(lacking) - MOST_TOLD} more: column 'state' of results.csv")
     return int((rows["state"] == "damaged").sum())
 
 

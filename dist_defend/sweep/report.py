@@ -13,7 +13,7 @@ from dist_defend.aligned import aligned, width_of
 from dist_defend.files import write_atomic
 from dist_defend.results import COUNTS, RETUNED
 from dist_defend.sweep import detectors, page
-from dist_defend.sweep.collect import spreadsheet
+from dist_defend.sweep.collect import MOST_TOLD, spreadsheet
 from dist_defend.sweep.comparison import ATTACK, RATES, SETTING, Comparison, making, told_once
 from dist_defend.sweep.expectation import Outcome, outcomes
 from dist_defend.sweep.grid import Sweep, shorten
@@ -87,7 +87,10 @@ def write(sweep: Sweep, rows: pd.DataFrame) -> None:
     sheets = [page.sheet(*each) for each in tables]
     write_atomic(sweep.folder / "report.html", page.render(sweep, rows, comparison, sheets))
     width = width_of(sys.stdout)
-    print("\n".join(lines[2:] if width is None else [in_text(tables, width), *missing]))
+    named = missing[: 1 + MOST_TOLD]
+    if len(lacking) > MOST_TOLD:
+        named.append(f"- and {len(lacking) - MOST_TOLD} more: leaderboard.md names them")
+    print("\n".join([*(lines[2 : -len(missing)] if width is None else [in_text(tables, width)]), *named]))
     print(f"\n{sweep.folder / 'report.html'}, leaderboard.md, leaderboard.csv, defences.csv, tradeoff.svg")
 
 

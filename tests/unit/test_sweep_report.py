@@ -99,6 +99,23 @@ def test_the_leaderboard_is_mean_and_spread_over_seeds(sweep: Sweep) -> None:
     assert ibau["n_defender"] == 1 and math.isnan(ibau["acc_defender_std"]) and ibau["n_oracle"] == 0
 
 
+def test_a_terminal_is_not_flooded_by_what_is_missing(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for point in sweep.points[1:4]:
+        Path(point.experiment.output, "result.json").unlink()
+    lacking = [point.key for point in sweep.points if not sweep.is_done(point)]
+    assert len(lacking) == 4
+    for module in (collect, report):
+        monkeypatch.setattr(module, "MOST_TOLD", 1)
+        capsys.readouterr()
+        module.write(sweep, collect.table(sweep))
+        told = capsys.readouterr().out
+        assert [key for key in lacking if key in told] == lacking[:1] and "and 3 more: " in told
+    text = (sweep.folder / "leaderboard.md").read_text()
+    assert all(f"`{key}`" in text for key in lacking)
+
+
 def test_the_report_lists_what_is_missing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     report.write(sweep, collect.table(sweep))
     text = (sweep.folder / "leaderboard.md").read_text()

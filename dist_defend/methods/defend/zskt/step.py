@@ -115,7 +115,7 @@ class TransferStep:
         config, scalars = self.config, dict[str, Tensor]()
         for number in range(config.generator_steps):
             images = self.generator(z)
-            if self.drafts and weight is None:  # with a weight the vaccine is chosen
+            if self.drafts and weight is None:  # drafts serve the choice of a vaccine; a weight means that it is chosen
                 self.drafts[number].copy_(images.detach())
             logits = self.student(images)
             if weight is None or self.vaccine is None:

@@ -140,7 +140,7 @@ def test_the_installed_package_is_the_wheels(installed: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_readmes_five_minutes_two_ranks_and_a_bench(installed: Path) -> None:
     done = subprocess.run(
         [ROOT / "launch" / "smoke", installed, ROOT / "README.md"],

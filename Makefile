@@ -21,7 +21,8 @@ test-gpu:
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" launch/demo
 
-# The documentation's site. A warning, such as a link that leads nowhere, is an error. Then open build/docs/index.html.
+# The documentation's site. A warning, such as a link that leads nowhere, is an error. Then open build/docs/index.html;
+# the search wants a server: python -m http.server -d build/docs
 docs: setup
 	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build
 

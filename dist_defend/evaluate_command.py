@@ -106,7 +106,7 @@ def _evaluate(
     entries = {
         "model_sha256": trial.sha256,
         "rows": [examination.row(kind, counts)],
-        "targets": examination.targets(),
+        **examination.names(),
         "suspect": trial.suspect,
         "metrics": {"per_class_accuracy": examination.per_class(on_clean)},
     }
@@ -202,7 +202,7 @@ def _print(trial: "Trial", examination: "Examination", result: dict[str, Any]) -
         print("no attack: the card names none; give --attack FILE or --triggered IMAGES")
     else:
         what = f"images {attack.images}" if attack.trigger is None else f"trigger {attack.trigger.name}"
-        print(f"attack: {what}, wanted class: {examination.targets()[examination.task]}")
+        print(f"attack: {what}, wanted class: {examination.names()['targets'][examination.task]}")
     counts = {key: Count(**result["rows"][0][key]) for key in ("acc", "asr", "asr_all", "ra")}
     for name, count in counts.items():
         if count.n:

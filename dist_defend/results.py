@@ -90,6 +90,7 @@ class _Result:
     peak_memory_bytes: int | None = None
     data: dict[str, str] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)
+    classes: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         seconds = {name: 0 for name in ("wall_seconds", "device_seconds", "work_seconds")}

@@ -118,14 +118,15 @@ class Examination:
         own = {"run": self.context.folder.name, "kind": kind, "task": self.task, "seed": self.context.seed}
         return {**own, **{name: count.plain() for name, count in counts.items()}}
 
-    def targets(self) -> dict[str, str]:
-        """task -> the name of the class that the attacker wants."""
-        if self.attack is None:
-            return {}
+    def names(self) -> dict[str, dict[str, Any]]:
+        """Entries of result.json: for each task the class that the attacker wants, and all classes, by their names."""
+        wanted = {}
         if self.target is not None:
-            return {self.task: self.test.classes[self.target]}
-        is_shift = self.attack.labels == "all_to_all"
-        return {self.task: f"its own plus {self.attack.shift}" if is_shift else "each image's own"}
+            wanted[self.task] = self.test.classes[self.target]
+        elif self.attack is not None:
+            is_shift = self.attack.labels == "all_to_all"
+            wanted[self.task] = f"its own plus {self.attack.shift}" if is_shift else "each image's own"
+        return {"targets": wanted, "classes": {self.task: list(self.test.classes)}}
 
     def per_class(self, on_clean: Tensor) -> dict[str, dict[str, int]]:
         """Class name -> its clean images and how many were classified as it, from predict's first."""
@@ -361,7 +362,7 @@ class Trial:
         return {
             "model_sha256": context.save_model(model, card),
             "rows": [self.examination.row(kind, after)],
-            "targets": self.examination.targets(),
+            **self.examination.names(),
             "suspect": self.suspect,
             "metrics": {**rates(before, after), **(metrics or {})},
         }

@@ -185,7 +185,7 @@ def _first_difference(old: Any, new: Any, key: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """What the run ran on, for env.json."""
-    packages = {"torch": torch.__version__}  # its own word names the build, such as +cpu, which a wheel's may not
+    packages: dict[str, str] = {"torch": torch.__version__}  # names the build too, such as +cpu; a wheel's may not
     for name in ("torchvision", "accelerate", "deepspeed", "ffcv", "timm", "numpy", "numba"):
         try:
             packages[name] = metadata.version(name)

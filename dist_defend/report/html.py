@@ -128,7 +128,7 @@ def _own(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"]) ->
         return plots.feature_map(clean, triggered, is_target, embedding, told)
 
     return {
-        "pictures": [pictures for run in runs for pictures in _pictures(run, name, plots.image_grid)],
+        "pictures": _alike(runs, name, plots.image_grid),
         "generated": [(run.label, plots.data_uri(run.generated)) for run in runs if run.generated],
         "maps": [map_ for run in runs for map_ in _maps(run, name, draw)],
         "sweeps": [(run.label, plots.sweep(run.sweep, run.label)) for run in runs if run.sweep],
@@ -151,19 +151,24 @@ def _shared(runs: Sequence[Run], name: _Name, embedding: Literal["pca", "tsne"])
     def draw(clean: np.ndarray, triggered: np.ndarray, is_target: np.ndarray | None, told: str) -> str:
         return shared.feature_map(clean, triggered, is_target, embedding)
 
-    alike: dict[tuple[str, str], Pictures] = {}
-    for run in runs:
-        for each in _pictures(run, name, lambda rows: shared.thumbnail([images[0] for images in rows])):
-            known = alike.get((each.target, each.sheet))
-            alike[each.target, each.sheet] = each if known is None else replace(known, others=known.others + 1)
     return {
-        "pictures": list(alike.values()),
+        "pictures": _alike(runs, name, lambda rows: shared.thumbnail([images[0] for images in rows])),
         "generated": [(run.label, shared.generated(run.generated)) for run in runs if run.generated],
         "maps": [map_ for run in runs for map_ in _maps(run, name, draw)],
         "sweeps": shared.sweeps(runs),
         **{name: [] for name in ("masks", "stops", "confusions", "cams", "perturbations")},
         "curves": [(method, "", panels) for method, panels in shared.curves(runs)],
     }
+
+
+def _alike(runs: Sequence[Run], name: _Name, draw: Callable[[list[np.ndarray]], str]) -> list[Pictures]:
+    """The runs' pictures, each look once."""
+    alike: dict[tuple[str, str], Pictures] = {}
+    for run in runs:
+        for each in _pictures(run, name, draw):
+            known = alike.get((each.target, each.sheet))
+            alike[each.target, each.sheet] = each if known is None else replace(known, others=known.others + 1)
+    return list(alike.values())
 
 
 def _pictures(run: Run, name: _Name, draw: Callable[[list[np.ndarray]], str]) -> list[Pictures]:

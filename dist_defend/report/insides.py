@@ -8,8 +8,11 @@ import numpy as np
 
 from dist_defend.report import plots
 from dist_defend.report.runs import Run
+from dist_defend.screen import printable
 
 _MOST_CLASSES = 100
+_MOST_NAMED = 20  # classes, up to which each has its name beside its row and column
+_LETTERS = 14  # of a class' name
 
 
 class Perturbation(NamedTuple):
@@ -34,8 +37,13 @@ def confusions(run: Run) -> list[tuple[str, plots.Panel]]:
         fits = all(min(labels.min(), seen.min()) >= 0 for _, labels, seen in pairs if len(labels))
         most = max((int(max(labels.max(), seen.max())) for _, labels, seen in pairs if len(labels)), default=-1)
         if fits and 0 <= most < _MOST_CLASSES:
-            matrices = [(name, confusion(labels, seen, most + 1)) for name, labels, seen in pairs]
-            found.append((start.strip("/"), _panel(matrices, f"{run.label}/{start}confusion")))
+            task = start.strip("/").partition("/")[2]
+            classes = run.class_names(task)
+            count = len(classes) if most < len(classes) <= _MOST_CLASSES else most + 1
+            matrices = [(name, confusion(labels, seen, count)) for name, labels, seen in pairs]
+            named = classes if count == len(classes) <= _MOST_NAMED else []
+            told = f"{run.label}/{start}confusion"
+            found.append((start.strip("/"), _panel(matrices, told, named, run.target_class(task))))
     return found
 
 
@@ -48,18 +56,33 @@ def confusion(labels: np.ndarray, seen: np.ndarray, num_classes: int) -> np.ndar
 
 
 @matplotlib.rc_context(plots.STYLE)
-def _panel(matrices: Sequence[tuple[str, np.ndarray]], name: str) -> plots.Panel:
-    figure, _ = plots.blank(4.6, 2.5)
+def _panel(
+    matrices: Sequence[tuple[str, np.ndarray]], name: str, classes: Sequence[str], target: int | None
+) -> plots.Panel:
+    """classes: names, empty for numbers. target: its column's name or number is red."""
+    names = [plots.plain(printable(text, _LETTERS)) for text in classes]
+    figure, _ = plots.blank(4.6, 2.5 + 0.055 * max(map(len, names), default=0))
     figure.clear()
-    for axes, (told, counts) in zip(np.ravel(figure.subplots(1, len(matrices))), matrices, strict=True):
+    shown = np.ravel(figure.subplots(1, len(matrices), sharey=True))
+    for axes, (told, counts) in zip(shown, matrices, strict=True):
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         if len(counts) <= 12:
             for (row, column), count in np.ndenumerate(counts):
                 colour = "#ffffff" if shares[row, column] > 0.6 else "#1c2126"
                 axes.text(column, row, count or "", ha="center", va="center", fontsize=5.5, color=colour)
-        axes.set(xlabel="predicted", ylabel="label", title=f"{told}, {counts.sum()} images")
+        axes.set(xlabel="predicted", title=f"{told}, {counts.sum()} images")
+        if names:
+            axes.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor", fontsize=6.5)
+            axes.set_yticks(range(len(names)), names, fontsize=6.5)
+        elif len(counts) <= _MOST_NAMED:
+            axes.set_xticks(range(len(counts)))
+            axes.set_yticks(range(len(counts)))
+        axes.tick_params(length=0)
+        if target is not None and len(counts) <= _MOST_NAMED:
+            axes.get_xticklabels()[target].set_color(plots.TRIGGERED)
         axes.spines[:].set(visible=False)
+    shown[0].set_ylabel("label")
     return plots.panel(figure, "", name, f"confusion matrices of {name}")
 
 

@@ -179,9 +179,15 @@ class Run:
         environment = None if content is None else parse_json(content, self._damaged("env.json"), _WITHOUT)
         return printable(environment.get("time", "")) if isinstance(environment, dict) else ""
 
+    def class_names(self, task: str) -> list[str]:
+        """In the order of their numbers; empty where the run does not say."""
+        return list(self.result.get("classes", {}).get(task, []))
+
     def target_class(self, task: str) -> int | None:
-        """The class the attacker wants."""
-        return self.targets.get(task)
+        """The class the attacker wants: the configuration's, else the one that has the target's name."""
+        names = self.class_names(task)
+        named = names.index(self.target_name(task)) if names.count(self.target_name(task)) == 1 else None
+        return self.targets.get(task, named)
 
     def target_name(self, task: str) -> str:
         """That class' name, or an empty string."""

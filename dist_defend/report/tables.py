@@ -267,7 +267,7 @@ def to_text(lines: Sequence[Line], width: int | None = None) -> str:
 
 def signed(value: float) -> str:
     """With its sign, a true minus; – for nan."""
-    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "−")
+    return "–" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def to_markdown(lines: Sequence[Line], notices: Sequence[str], runs: Sequence[Run]) -> str:

@@ -50,7 +50,7 @@ def points_of(lines: Sequence[Line]) -> list[Point]:
 @matplotlib.rc_context(plots.STYLE)
 def panel(points: Sequence[Point], task: str) -> plots.Panel:
     """Axes from 0 to 100 %. A dotted line leads from the point before a defence, a cross, to the one after it."""
-    figure, axes = plots.blank(6.4, 3.4)
+    figure, axes = plots.blank(4.9, 3.1)
     colours: dict[str, str] = {}
     for point in points:
         colours.setdefault(point.kind, plots.PALETTE[len(colours) % len(plots.PALETTE)])
@@ -96,9 +96,11 @@ def name_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
         box = fitting[0] if fitting else boxes[0]
         taken.append(box)
         up = (box[1] + box[3]) / 2 - y
+        is_left = box[2] < x  # then the name ends at its box's end, however wide the page's letters are
         axes.annotate(
-            name, (point.asr, point.acc), (box[0] - x, up), textcoords="offset points", fontsize=_FONT, va="center",
-            annotation_clip=False, arrowprops={**_LEADER, "visible": abs(up) > height},
+            name, (point.asr, point.acc), (box[2 if is_left else 0] - x, up), textcoords="offset points",
+            fontsize=_FONT, ha="right" if is_left else "left", va="center", annotation_clip=False,
+            arrowprops={**_LEADER, "visible": abs(up) > height},
         ).set_in_layout(False)  # fmt: skip
 
 

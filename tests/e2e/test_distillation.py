@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
 from dist_defend.errors import UserError
 from dist_defend.models.artifact import load_artifact
-from tests.runs import make_classifier, make_data, make_experiment, untimed
+from tests.runs import SIZE, make_classifier, make_data, make_experiment, untimed
 
 ATTACK = {"trigger": {"name": "badnets"}, "target_class": 1}
 RETROSPECTION = {"start": 1, "inner_rounds": 2}
@@ -73,6 +74,15 @@ def test_resumed_runs_end_as_uninterrupted_ones(name: str, tmp_path: Path) -> No
         }
         assert log_of(run) == log_of(whole)
         shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("name", ["ood_both", "cmi_both", "cmi"])
+def test_what_retrospection_perturbed_by_is_kept_for_the_report(name: str, tmp_path: Path) -> None:
+    method, changes = CASES[name]
+    assert main(["run", str(make_experiment(tmp_path, method, options(tmp_path, method, **changes)))]) == 0
+    kept = load_file(tmp_path / "run/examples.safetensors").get("noise/perturbation")
+    assert (kept is None) == ("retrospection" not in changes)
+    assert kept is None or (kept.shape == (1, SIZE, SIZE, 3) and kept.std() > 1)
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dist_defend.sweep.grid import Sweep
 from tests.unit.test_report import ROWS, detected, write_defence, write_run, write_story
 from tests.unit.test_sweep_report import sweep as sweep
 
+ROOT = Path(__file__).parents[2]
 CHROMIUM = next((found for name in ("chromium", "chromium-browser") if (found := shutil.which(name))), None)
 WIDTHS = (390, 768, 1024, 1440, 2560)
 PRINTED = 718  # pixels between the margins of A4, as Chromium prints it
@@ -105,6 +106,19 @@ def test_no_column_is_cut_at_any_width(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((6, 9, 3), np.uint8)).save(run / "found.png")
     assert main(["report", str(tmp_path / "runs")]) == 0
     check(measured((tmp_path / "runs/report.html").read_text(), tmp_path))
+
+
+def test_the_readmes_picture_is_drawn(tmp_path: Path) -> None:
+    write_story(tmp_path / "demo")
+    assert main(["report", str(tmp_path / "demo")]) == 0
+    command = [str(ROOT / "launch/picture"), "demo/report.html", "drawn.png"]
+    given = os.environ | {"SIZE": "700,500"}
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == str(tmp_path / "drawn.png")
+    with Image.open(tmp_path / "drawn.png") as drawn:
+        assert drawn.size == (1050, 750) and len(drawn.getcolors(1 << 20) or []) > 20
+    absent = subprocess.run([*command[:1], "no.html"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert absent.returncode == 2 and "no.html is not there" in absent.stderr
 
 
 def test_no_column_of_a_sweeps_report_is_cut(sweep: Sweep, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from dist_defend.cli import main
 from dist_defend.config import load_experiment
@@ -99,6 +100,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     picture = Image.open(tmp_path / "run" / "generated.png")
     assert picture.size == (2 * (8 * SIZE + 7), 2 * (8 * SIZE + 7))
     assert np.asarray(picture).std() > 10
+    assert load_file(tmp_path / "run/examples.safetensors")["noise/perturbation"].std() > 1
 
 
 def test_without_a_defence_the_student_is_what_was_measured(tmp_path: Path) -> None:

@@ -191,7 +191,12 @@ def retrospective_gradients(folder: Path) -> tuple[list[Tensor], list[Tensor]]:
         torch.autograd.grad(mapped, parameters, v),
     )
     expected = [a + b + c for a, b, c in zip(*parts, strict=True)]
+    assert step.perturbation() is None
+    student.train()
     step(batch, Position())
+    statistics = [buffer.clone() for buffer in student.buffers()]
+    torch.testing.assert_close(step.perturbation(), delta.detach(), rtol=1e-9, atol=1e-12)
+    assert all(map(torch.equal, statistics, student.buffers()))
     return [(a - b.detach()) / 0.1 for a, b in zip(before, parameters, strict=True)], expected
 
 

@@ -134,4 +134,54 @@ def test_what_a_classifier_does_inside_is_shown(tmp_path: Path) -> None:
     (each,) = insides.perturbations(found[0])
     png = base64.b64decode(each.trigger.removeprefix("data:image/png;base64,"))
     pixels = np.asarray(Image.open(io.BytesIO(png)))
+    assert page.count('alt="mean change that the trigger makes"') == 1
     assert pixels[0, 0, :3].tolist() == [255] * 3 and pixels[1, 1, :3].tolist() == [128] * 3
+
+
+def confused(folder: Path, classes: list[str], target: str) -> plots.Panel:
+    """The matrices of a run whose data set has these classes: images of classes 0 and 1, triggered ones taken for 1."""
+    told = {"targets": {"digits": target}, "classes": {"digits": classes}}
+    run = write_run(folder / "ibau", [row("ibau", 100, 45, 1, 1, 36)], method="ibau", **told)
+    (run / "config.yaml").write_text("method: ibau\n")
+    labels, ones = np.array([0, 1, 1, 0]), np.ones(4, np.int64)
+    kept = {"labels": labels, "clean_classes": labels, "triggered_labels": labels, "triggered_classes": ones}
+    maps = {name: np.eye(4, 5, dtype=np.float32) for name in ("clean", "triggered")}
+    save_file({f"ibau/digits/{name}": own for name, own in (kept | maps).items()}, run / "features.safetensors")
+    found, *_ = runs.find_runs([run])
+    ((_, panel),) = insides.confusions(found[0])
+    return panel
+
+
+def test_confusion_names_the_classes_and_marks_the_target(tmp_path: Path) -> None:
+    panel = confused(tmp_path, ["zero", "one", "_a class with a very long name"], "one")
+    for axes in panel.figure.axes:
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["zero", "one", " _a class with ..."]
+        assert [t.get_color() == plots.TRIGGERED for t in axes.get_xticklabels()] == [False, True, False]
+        assert axes.images[0].get_array().shape == (3, 3)  # also of a class that nothing was classified as
+    assert panel.figure.axes[0].get_yticklabels()[0].get_text() == "zero"
+    assert main(["report", str(tmp_path / "ibau")]) == 0
+    assert "clean, of the target class" in (tmp_path / "ibau/report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("classes", "target", "is_marked"),
+    [([], "one", False), (["same"] * 3, "same", False), (list("abcdefghijklmnopqrstuvwxyz"), "b", False)],
+)
+def test_confusion_without_fit_names_has_numbers(
+    classes: list[str], target: str, is_marked: bool, tmp_path: Path
+) -> None:
+    axes = confused(tmp_path, classes, target).figure.axes[0]
+    axes.figure.draw_without_rendering()
+    shown = [t.get_text() for t in axes.get_xticklabels()]
+    assert all(text == "same" or text.strip("−").replace(".", "").isdigit() for text in shown if text)
+    assert any(t.get_color() == plots.TRIGGERED for t in axes.get_xticklabels()) == is_marked
+
+
+def test_pictures_that_look_the_same_are_shown_once(tmp_path: Path) -> None:
+    images = np.full((2, 4, 4, 3), 100, np.uint8)
+    for name, grey in (("a", 100), ("b", 100), ("c", 90)):
+        run = write_run(tmp_path / name, [row("ibau", 100, 45, 1, 1, 36)], method="ibau", targets={"digits": "x"})
+        save_file({"digits/clean": images, "digits/triggered": images - (100 - grey)}, run / "examples.safetensors")
+    assert main(["report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("clean above, triggered below") == 2 and page.count("and 1 more like it") == 1

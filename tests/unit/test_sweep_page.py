@@ -23,6 +23,7 @@ def test_the_page_has_the_leaderboards_numbers_and_what_is_missing(sweep: Sweep)
     text = (sweep.folder / "report.html").read_text()
     assert '<td data-label="ACC" class="number">82.0 ± 2.8</td>' in text
     assert '<td data-label="oracle ASR" class="number">4.0 ± 0.0</td>' in text
+    assert '<td data-label="model" class="name">rnp</td>' in text  # bold in a card, as the first cell is
     assert text.index('title="clean test') < text.index(">oracle ACC<")  # the defender's columns come first
     assert "5 of 6 points are done, 1 are missing" in text
     assert "<li>defence defence5 trigger=badnets seed=2 defence=ibau: missing</li>" in text

@@ -117,6 +117,7 @@ def test_rnp_with_one_pruned_neuron_leaves_a_backdoored_card(tmp_path: Path) -> 
     assert result["metrics"]["pruned_neurons"] == 1 and result["metrics"]["asr_before"] == 100
     assert result["suspect"]["acc_defence"] == {"correct": 4, "n": 12}
     assert result["targets"] == {"noise": "class 1"}
+    assert result["classes"] == {"noise": list(open_dataset(tmp_path / "test").classes)}
     card = load_classifier(tmp_path / "run/model")[1]
     assert card.backdoored and card.attack is not None
     assert (card.defended_by, card.chosen_by, card.provenance["method"]) == ("rnp", "pruning_number", "rnp")

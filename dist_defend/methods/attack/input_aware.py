@@ -236,7 +236,7 @@ def build(config: Config, context: Context) -> Plan:
         return {
             "model_sha256": context.save_model(model, card),
             "rows": [examination.row("backdoored", found)],
-            "targets": examination.targets(),
+            **examination.names(),
         }
 
     update = UpdateConfig(config.batch_size, config.mask_epochs, optimizer=config.mask_optimizer)

@@ -165,6 +165,7 @@ def build(config: Config, context: Context) -> Plan:
     check_selection(config.vaccine, first * loader.num_batches)
     every = config.evaluate_every
     stages = [Stage("ood", loader, step, first, pair.evaluate, every, is_kept=vaccine is not None)]
+    late: RetrospectiveStep | None = None
     if config.retrospection is not None:
         share = partial(distillation, temperature=config.temperature, batch_size=batch_size)
         late = RetrospectiveStep(
@@ -183,6 +184,6 @@ def build(config: Config, context: Context) -> Plan:
     pair.trial.look()
 
     def result() -> dict[str, Any]:
-        return pair.result({"images": len(rows)}, vaccine, config.retrospection is not None)
+        return pair.result({"images": len(rows)}, vaccine, late)
 
     return Plan(stages, result)

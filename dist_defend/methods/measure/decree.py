@@ -215,7 +215,7 @@ def region_of(card: ModelCard) -> Tensor | None:
     size = card.image_size
     plain = torch.stack([torch.zeros(3, size, size), torch.ones(3, size, size)])
     changes = [(stamp_images(plain, trigger) - plain).abs() for trigger in attack.trigger.build_each(size)]
-    region = torch.stack(changes).amax((0, 1, 2)) > 1e-3  # rounding
+    region = torch.stack(changes).amax((0, 1, 2)) > 1e-3  # a smaller change is a rounding error
     return region if region.any() else None
 
 

@@ -151,7 +151,7 @@ def build(config: Config, context: Context) -> Plan:
         return {
             "model_sha256": context.save_model(model, card),
             "rows": [examination.row(kind, counts)],
-            "targets": examination.targets(),
+            **examination.names(),
             "metrics": {
                 "num_poisoned": int((flags == STAMPED).sum()),
                 "per_class_accuracy": examination.per_class(on_clean),

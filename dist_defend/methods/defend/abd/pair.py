@@ -1,7 +1,7 @@
 """Teacher and student: loading the one, building the other, measuring what was learned."""
 
 import re
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from dist_defend.methods.defend.abd.diagnosis import diagnose
 from dist_defend.methods.defend.abd.vaccine import Vaccine
 from dist_defend.models.classifier import build_classifier
 from dist_defend.trial import Trial
+
+
+class Perturbing(Protocol):
+    """A step of self-retrospection."""
+
+    def perturbation(self) -> Tensor | None:
+        """delta (1, 3, H, W) that it found last; None where it found none. A collective call."""
 
 
 class Pair:
@@ -70,14 +77,19 @@ class Pair:
         return self.trial.evaluate(self.student)
 
     def result(
-        self, metrics: dict[str, Any], vaccine: Vaccine | None = None, has_retrospection: bool = False
+        self, metrics: dict[str, Any], vaccine: Vaccine | None = None, retrospection: Perturbing | None = None
     ) -> dict[str, Any]:
         """Save the student; the entries of result.json, as a defence's of the teacher.
 
         With a vaccine its outcome is among the metrics; where the trigger is known also whether it tells triggered
-        images.
+        images. The perturbation of retrospection, if there was any, is kept for the report.
         """
-        variant = "+sr" * has_retrospection
+        variant = "" if retrospection is None else "+sr"
+        if retrospection is not None:
+            with self.context.clock.measuring():
+                delta = retrospection.perturbation()
+            if delta is not None:
+                self.test.show_perturbation(delta)
         if vaccine is not None:
             variant = f"+sv{variant}"
             metrics = {**metrics, "vaccine": vaccine.outcome()}

@@ -58,6 +58,7 @@ class RetrospectiveStep:
         self.own = rank_slice(batch_size, self.ranks.rank, self.ranks.world_size)
         self.graphed = GraphedUpdate("retrospection", self.imitate, self._changed, device, graph)
         self.update = Update(self.parameters, self.schedule, self.graphed.is_graphed)
+        self._latest: tuple[Tensor, Tensor] | None = None  # the images, and where delta starts
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """Raises NonFiniteError on a CPU, with the weights as they were."""
@@ -66,6 +67,7 @@ class RetrospectiveStep:
         drawn = self.retrospection.start(self.pair.image_size, number), self.retrospection.patched(self.own, number)
         start, patched = (to_device(value, device, dtype) for value in drawn)
         self.pair.student.train()
+        self._latest = batch.images, start
         return check_finite(self.graphed(batch.images, start, patched), "the hypergradient")
 
     def imitate(self, images: Tensor, start: Tensor, patched: Tensor) -> dict[str, Tensor]:
@@ -85,6 +87,20 @@ class RetrospectiveStep:
         self.retrospection.after_update(x, delta, patched)
         told = {"loss": loss.detach() * self.ranks.world_size, "grad_norm": norm, "nonfinite": nonfinite}
         return {**told, **scalars}
+
+    def perturbation(self) -> Tensor | None:
+        """delta (1, 3, H, W) for the latest batch and the student as it is now, which is put in eval mode.
+
+        None before a step, as in a run that resumes behind its last one. A collective call.
+        """
+        if self._latest is None:
+            return None
+        images, start = self._latest
+        student = self.pair.student.eval()
+        with torch.no_grad():
+            x = student.normalize(images)
+            reference = (self.pair.teacher if self.config.perturbs == "teacher" else student).net(x)
+        return self.retrospection.synthesise(x, reference, start)
 
     def state_dict(self) -> dict[str, Any]:
         return {"student": self.pair.student.state_dict(), "optimizer": self.update.state_dict()}

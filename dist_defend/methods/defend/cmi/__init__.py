@@ -45,6 +45,7 @@ def build(config: Config, context: Context) -> Plan:
 
     objective = PoolObjective(pair, config.temperature)
     stages = [stage("cmi", context.gradient_step(objective, config.update, steps), 0, first)]
+    late: RetrospectiveStep | None = None
     if config.retrospection is not None:
         share = partial(distillation, temperature=config.temperature, convention="batchmean", batch_size=batch_size)
         late = RetrospectiveStep(
@@ -67,7 +68,7 @@ def build(config: Config, context: Context) -> Plan:
             latest = synthesis.pool.images[: synthesis.pool.count][-_PICTURED:]
             save_grid(context.folder / "generated.png", latest.permute(0, 3, 1, 2) / 255)
         metrics = {"synthesised_images": synthesis.pool.count}
-        return pair.result(metrics, vaccine, config.retrospection is not None)
+        return pair.result(metrics, vaccine, late)
 
     return Plan(stages, result)
 

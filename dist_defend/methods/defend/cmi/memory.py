@@ -32,7 +32,7 @@ class MemoryBank:
 
     def __init__(self, size: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = torch.zeros(size, dim, device=device, dtype=dtype)
-        self.added = 0  # ever
+        self.added = 0  # rows since the start, those that were overwritten too
 
     @property
     def filled(self) -> int:

@@ -25,7 +25,7 @@ class KeptPass:
         self.images = torch.stack([part.permute(0, 2, 3, 1) for part in images])
         self.labels, self.weights = torch.stack(labels), torch.stack(weights)
         self.next = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
-        self._expected = 0  # what the host knows of it
+        self._expected = 0  # the value of self.next, known on the host without waiting for the device
         self.batches = [batch._replace(views=()) for batch in batches]
 
     def aim(self, number: int) -> None:

@@ -123,7 +123,7 @@ def build(config: Config, context: Context) -> Plan:
         made.append((tuned, repair))
 
         def finish() -> None:
-            if search.batches[0] > 0:  # the last epoch that there is ends without a question
+            if search.batches[0] > 0:  # stop_when is not asked after the last epoch
                 search.end_epoch()
             repair.decide()
             if context.ranks.is_main:

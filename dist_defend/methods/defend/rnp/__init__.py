@@ -94,7 +94,7 @@ class Phases:
         return self.accuracy <= self.config.clean_threshold
 
     def _check_unlearned(self) -> None:
-        if self.unlearn.seen > 0:  # the last epoch that there is ends without a question
+        if self.unlearn.seen > 0:  # stop_when is not asked after the last epoch
             self.accuracy = self.unlearn.read_accuracy()
         if self.accuracy <= self.config.clean_threshold:
             return

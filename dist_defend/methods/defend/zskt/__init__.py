@@ -56,10 +56,8 @@ def build(config: Config, context: Context) -> Plan:
                 context.folder / "generated.png",
                 _pixels(pair, generator, z.to(context.ranks.device, context.ranks.dtype)),
             )
-        if is_second_order:
-            pair.test.show_perturbation(step.delta)
         metrics = {"pseudo_batches": config.pseudo_batches}
-        return pair.result(metrics, step.vaccine, is_second_order)
+        return pair.result(metrics, step.vaccine, step if is_second_order else None)
 
     stage = Stage("zskt", latents, step, config.pseudo_batches, pair.evaluate, config.evaluate_every)
     stage.shown = "student_loss", "generator_loss"

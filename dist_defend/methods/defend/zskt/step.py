@@ -115,7 +115,7 @@ class TransferStep:
         config, scalars = self.config, dict[str, Tensor]()
         for number in range(config.generator_steps):
             images = self.generator(z)
-            if self.drafts and weight is None:  # with a weight the vaccine is chosen
+            if self.drafts and weight is None:  # drafts serve the choice of a vaccine; a weight means that it is chosen
                 self.drafts[number].copy_(images.detach())
             logits = self.student(images)
             if weight is None or self.vaccine is None:
@@ -174,6 +174,10 @@ class TransferStep:
     def divergence(self, logits: Tensor, reference: Tensor) -> Tensor:
         """This rank's share of D(logits, reference)."""
         return distillation(logits, reference, self.config.temperature, batch_size=self.config.batch_size)
+
+    def perturbation(self) -> Tensor | None:
+        """delta (1, 3, H, W) of the latest pseudo-batch; None before one, as in a run that resumes behind its last."""
+        return self.delta if bool(self.delta.any()) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizers and the vaccine. A collective call."""

@@ -124,7 +124,7 @@ class Reactivation:
             "poisoned_rows": np.flatnonzero(self.poisoned.flags == STAMPED).tolist(),
             "counts": {name: {key: n.plain() for key, n in counts.items()} for name, counts in found.items()},
         }
-        return {"rows": [row], "targets": self.examination.targets(), **self.head, "metrics": metrics}
+        return {"rows": [row], **self.examination.names(), **self.head, "metrics": metrics}
 
 
 def _tell(config: Config, found: dict[str, dict[str, Count]]) -> None:

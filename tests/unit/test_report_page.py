@@ -157,7 +157,7 @@ def test_confusion_names_the_classes_and_marks_the_target(tmp_path: Path) -> Non
     for axes in panel.figure.axes:
         assert [t.get_text() for t in axes.get_xticklabels()] == ["zero", "one", " _a class with ..."]
         assert [t.get_color() == plots.TRIGGERED for t in axes.get_xticklabels()] == [False, True, False]
-        assert np.shape(axes.images[0].get_array()) == (3, 3)  # also of a class that nothing was classified as
+        assert axes.images[0].get_size() == (3, 3)  # also of a class that nothing was classified as
     assert panel.figure.axes[0].get_yticklabels()[0].get_text() == "zero"
     assert main(["report", str(tmp_path / "ibau")]) == 0
     assert "clean, of the target class" in (tmp_path / "ibau/report.html").read_text()

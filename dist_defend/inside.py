@@ -1,6 +1,6 @@
 """What a classifier does inside, for people to look at: its features, the classes it predicts, and GradCAM."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -68,9 +68,17 @@ def grad_cam(model: Classifier, images: Tensor) -> Tensor | None:
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    heat = (slope.mean((2, 3), keepdim=True) * seen[0].detach()).sum(1, keepdim=True).clamp(min=0)
-    heat = functional.interpolate(heat.float(), images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
+    heat = cam(slope, seen[0], images.shape[2:])
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def cam(slope: Tensor, maps: Tensor, size: Sequence[int]) -> Tensor:
+    """ReLU of the sum over channels of mean slope times map, bilinear at H, W: (B, C, h, w) twice -> (B, H, W) float32.
+
+    slope: the gradient of what is explained at the maps.
+    """
+    heat = (slope.mean((2, 3), keepdim=True) * maps.detach()).sum(1, keepdim=True).clamp(min=0)
+    return functional.interpolate(heat.float(), tuple(size), mode="bilinear", align_corners=False)[:, 0]
 
 
 def predicted(

@@ -8,6 +8,7 @@ BB_TUNING = {
     "batch_size": 256, "epochs": 100, "optimizer.lr": 0.01, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "optimizer.schedule": "cosine_epochs", "optimizer.period": 100,
 }  # fmt: skip
+PATCH_SEARCH = "measure/patch_search_cifar10 patch_search={%sencoder: x, data: {path: x}}"
 DECREE_DEFAULTS = "decree={encoder: x, data: {path: x}}"
 DECREE = {"lr": 0.5, "later_lrs": [0.1, 0.05], "threshold": 0.99, "cost": 1e-3, "epochs": 1000}
 REACTIVATE_PUBLISHED = (
@@ -133,6 +134,10 @@ BASELINES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("GiantSeaweed/DECREE, its shipped script: images of 224 px", ("measure/decree_imagenet",), below("decree", {
         **DECREE, "batch_size": 32, "milestones": [200, 500], "least_cost": 1e-7, "patience": 35,
     })),
+    # PatchSearch
+    ("UCDvision/PatchSearch", ("measure/patch_search_cifar10", PATCH_SEARCH % "", PATCH_SEARCH % "preset: imagenet, "),
+     below("patch_search", {"clusters": 1000, "num_test": 1000, "per_round": 2, "drop": 0.25, "num_patches": 100})),
+    ("UCDvision/PatchSearch: images of 224 px", (PATCH_SEARCH % "preset: imagenet, ",), {"patch_search.window": 60}),
     # FT and NAD of encoders
     *(("wssun/MIMIC, MIMIC.py: its images and views", (f"defend/{name}_cifar10",), {"seed": 100, **below(name, {
         "data.fraction": 0.04, "data.subset": "first", "augment.size": 32, "augment.flip": 0.5, "augment.jitter": 0.8,

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     NEURON_NOISE = 0x1A2B0  # ANP's perturbations: step
     SHUFFLES = 0x5AFF1E  # the vaccine's permutations: shuffle, member, layer
     MASK_START = 0xDEC4EE  # where DECREE's searches begin
+    PATCH_SEARCH = 0x5EA4C4  # PatchSearch: the order of a cluster's images (0, cluster), places of a patch (1, row)
     CRITICS = 0xC4171C5  # pairs of MIMIC's critics: layer, epoch, batch, phase
     LATE_ORDER = 0x1A7E04D  # the order of an epoch that is no less than the smallest number here: epoch
 

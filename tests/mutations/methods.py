@@ -14,6 +14,8 @@ TERMS = "test_terms_losses_gradients_and_updates"
 ENCODERS = "numerics/test_encoder_tuning.py"
 TUNING = "numerics/test_tuning.py"
 DECREE = "numerics/test_decree.py::test_steps_are_the_published_ones"
+PATCHES = "numerics/test_patch_search.py"
+PASTED = "test_windows_and_pasted_images_are_the_published_ones"
 CHOICE = "unit/test_epoch_choice.py::test_the_last_epoch_that_costs_little"
 PUBLISHED = "repo/test_published.py::test_published_values"
 BUILT = "unit/test_built_stages.py"
@@ -263,6 +265,24 @@ IN_METHODS: tuple[Mutation, ...] = (
     Mutation("DECREE's verdict is that of the smallest mask", "methods/measure/decree.py",
              "(median(found), min(found)", "(min(found), min(found)",
              "unit/test_decree.py::test_the_median_of_the_seeds_decides"),
+    Mutation("PatchSearch takes the window of the least heat", "methods/measure/patch_search.py",
+             "found.flatten(1).argmax(1)", "found.flatten(1).argmin(1)", f"{PATCHES}::{PASTED}"),
+    Mutation("PatchSearch counts rows and columns of windows as the image's", "methods/measure/patch_search.py",
+             "best // found.shape[2], best % found.shape[2]", "best // heat.shape[2], best % heat.shape[2]",
+             f"{PATCHES}::{PASTED}"),
+    Mutation("PatchSearch pastes at column and row", "methods/measure/patch_search.py",
+             "for axis in (0, 1))", "for axis in (1, 0))", f"{PATCHES}::{PASTED}"),
+    Mutation("PatchSearch's score counts what was there before", "methods/measure/patch_search.py",
+             "int(hits) - self.before[number]", "int(hits)", f"{PATCHES}::test_the_cluster_that_shares_a_patch_wins"),
+    Mutation("PatchSearch's heat is that of the cosine", "methods/measure/patch_search.py",
+             "logit = features @", "logit = functional.normalize(features, dim=1) @",
+             f"{PATCHES}::test_the_cluster_that_shares_a_patch_wins"),
+    Mutation("PatchSearch drops the best clusters", "methods/measure/patch_search.py",
+             "key=lambda number: -best[number]", "key=lambda number: best[number]",
+             f"{PATCHES}::test_a_round_leaves_the_lowest_clusters_behind"),
+    Mutation("PatchSearch searches clean images for a trigger", "methods/measure/patch_search.py",
+             "] = STAMPED\n", "] = 0\n",
+             "unit/test_patch_search.py::test_precision_is_counted_by_the_rows_that_the_encoders_run_kept"),
     Mutation("DECREE's share in the trigger is that of the pixels", "methods/measure/decree.py",
              "mask[0][region].sum() / mask.sum()", "mask[0][region].sum() / mask.numel()",
              "unit/test_decree.py::test_a_row_of_kind_detector_with_score_and_verdict"),

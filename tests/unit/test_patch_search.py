@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_defend.attacks.poison import PoisonedDataset
 from dist_defend.cli import main
 from dist_defend.data.store import open_dataset
-from dist_defend.methods.measure import patch_search
 from tests.runs import SIZE, make_data, make_experiment, make_model, options_of
 
 ATTACK = {
@@ -66,13 +66,13 @@ def test_precision_is_counted_by_the_rows_that_the_encoders_run_kept(
     section = poisoned_encoder(tmp_path)
     rows = np.load(tmp_path / "pretrain" / "run" / "poisoned_rows.npy")
     seen = []
-    kept = patch_search.PoisonedDataset.images
+    kept = PoisonedDataset.images
 
     def images(self: Any, wanted: np.ndarray) -> np.ndarray:
         seen.append(self.flags)
         return kept(self, wanted)
 
-    monkeypatch.setattr(patch_search.PoisonedDataset, "images", images)
+    monkeypatch.setattr(PoisonedDataset, "images", images)
     result = run(tmp_path, section)
     assert len(rows) == 3 and seen and np.flatnonzero(seen[0]).tolist() == rows.tolist()
     found = np.load(tmp_path / "run" / "suspects.npz")["rows"]

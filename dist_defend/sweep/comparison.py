@@ -59,7 +59,8 @@ def places(sweep: Sweep) -> pd.DataFrame:
             if (axis.partition(".")[0] in made) is is_attack and not axis.endswith(".seed")
         }
         texts = [f"{v}" if axis in stages else f"{axis.rpartition('.')[2]}={v}" for axis, v in own.items()]
-        return " ".join([point.stage] * (several and not is_attack) + texts)
+        is_named = point.stage in point.labels  # by the file's own words
+        return " ".join([point.stage] * (several and not is_attack and not is_named) + texts)
 
     def network(point: Point) -> str:
         return point.key if point.parent is None or point.stage in made else network(point.parent)

@@ -1,4 +1,4 @@
-"""A sweep's report.html: leaderboard, trade-offs, defences by attacks, cost, what is missing, a link to each run."""
+"""A sweep's report.html: defences side by side and by attack, trade-offs, leaderboard, what is missing, runs."""
 
 import math
 import os

@@ -11,7 +11,7 @@ import pytest
 
 from dist_defend.config import Experiment
 from dist_defend.sweep import collect, estimate, report
-from dist_defend.sweep.comparison import Comparison, deviation, interval, making
+from dist_defend.sweep.comparison import SETTING, Comparison, deviation, interval, making, places
 from dist_defend.sweep.file import StageConfig, SweepConfig
 from dist_defend.sweep.grid import Point, Sweep
 
@@ -90,6 +90,18 @@ def test_an_attack_after_clean_networks_makes_the_networks_that_are_compared(swe
     board = report.leaderboard(chained, collect.table(chained))
     order = [name for name, rows in board[board["stage"] != "clean"].groupby("attack", sort=False)]
     assert order == ["a", "b", "none"]  # an attack's lines stand together
+
+
+def test_settings_that_the_file_names_need_no_stage_before_their_names(sweep: Sweep) -> None:
+    """A stage after them, which has no names of its own, says which one it is."""
+    defences = [point for point in sweep.points if point.stage == "defence"]
+    again = [dataclasses.replace(p, stage="again", key=f"{p.key}_again", parent=p) for p in defences]
+    stages = {**sweep.config.stages, "again": StageConfig(after="defence")}
+    config = dataclasses.replace(sweep.config, stages=stages)
+    found = places(dataclasses.replace(sweep, config=config, points=(*sweep.points, *again)))
+    told = dict(zip(found["key"], found[SETTING], strict=True))
+    assert {told[p.key] for p in defences} == {"ft", "x_low", "x_mid", "x_high"}
+    assert {told[p.key] for p in again} == {"again ft", "again x_low", "again x_mid", "again x_high"}
 
 
 def test_differences_are_those_of_one_network(sweep: Sweep) -> None:

@@ -72,5 +72,5 @@ def test_a_perturbation_is_grey_where_it_is_nothing() -> None:
 
 
 def test_confusion_has_labels_in_rows() -> None:
-    counts = insides.confusion(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 0]), 3)
-    assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 0]]
+    counts = insides.confusion(np.array([0, 0, 1, 2]), np.array([0, 2, 1, 1]), 3)
+    assert counts.tolist() == [[1, 0, 1], [0, 1, 0], [0, 1, 0]]

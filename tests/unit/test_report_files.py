@@ -1,5 +1,6 @@
 """Figures and tables as files of their own, and what pruning's figures show."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,18 @@ def test_masks_are_counted_and_the_chosen_threshold_is_marked() -> None:
 
 
 def test_the_table_of_stops_begins_with_nothing_pruned(tmp_path: Path) -> None:
-    (run,) = runs.find_runs([write_defence(tmp_path) / "rnp"])[0]
+    file = write_defence(tmp_path) / "rnp" / "sweep.json"
+    stops = json.loads(file.read_text())
+    for stop, acc, asr in ((stops[2], 40, 20), (stops[3], 35, 10)):  # of 50 and of 40
+        stop["acc"]["correct"], stop["asr"]["correct"] = acc, asr
+    file.write_text(json.dumps(stops))
+    (run,) = runs.find_runs([file.parent])[0]
     (_, rows), *_ = masks.stops_sheet(run.sweep, "rnp").groups
     texts = [[cell.text for cell in row.cells] for row in rows]
     assert texts[0] == ["0: nothing pruned", "0", "90.0", "90.0", "+0.0", "100.0", "+0.0", ""]
     assert texts[1] == ["1: mask ≤ 0", "3", "90.0", "–", "–", "–", "–", ""]
-    assert texts[2][-1] == "chosen" and texts[3][-1] == "by the oracle"
+    assert texts[2][3:] == ["80.0", "−10.0", "50.0", "−50.0", "chosen"]
+    assert texts[3][3:] == ["70.0", "−20.0", "25.0", "−75.0", "by the oracle"]  # changes since nothing was pruned
 
 
 @pytest.mark.parametrize("content", ["head\n0 bn 0 x\n", "head\n0 bn 0 1.5\n", "head\n0 bn 0 nan\n"])

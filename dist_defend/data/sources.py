@@ -74,7 +74,7 @@ def _resolve(kind: str, path: str | None, keys: Keys) -> tuple["_Local | _Publis
     if path is None:
         raise UserError(f"{kind} needs --path")
     if not os.path.exists(path) and not (kind == "webdataset" and is_shards(path)):
-        raise UserError(f"{path}: no such file or folder; check --path")
+        raise UserError(f"{path}: no such file or folder that may be read; check --path")
     if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
         raise UserError(f"{path}: neither a file nor a folder (a pipe, a socket or a device); check --path")
     return how, Path(path), kind

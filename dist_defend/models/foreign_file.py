@@ -44,8 +44,8 @@ def read_checkpoint(path: str | Path) -> Any:
     path = Path(path)
     if not os.path.isfile(path):
         raise UserError(
-            f"{path} does not exist or is not a file: point at a .pth, .tar, .pt or .safetensors checkpoint, or at a "
-            "folder that holds model.safetensors, pytorch_model.bin or the index of their shards"
+            f"{path} does not exist, is not a file, or may not be read: point at a .pth, .tar, .pt or .safetensors "
+            "checkpoint, or at a folder that holds model.safetensors, pytorch_model.bin or the index of their shards"
         )
     try:
         with open_regular(path) as file:

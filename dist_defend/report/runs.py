@@ -253,7 +253,7 @@ def find_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str], list[s
     unfinished, damaged = set(), []
     for path in map(Path, paths):
         if not os.path.isdir(path):
-            raise UserError(f"{path}: no such folder; name run folders or a folder that holds some")
+            raise UserError(f"{path}: no such folder that may be read; name run folders or a folder that holds some")
         for file in sorted(path.rglob("result.json")):
             try:
                 results[file.parent.resolve()] = file.parent, read_result(file, _AGAIN)

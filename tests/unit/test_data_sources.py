@@ -76,7 +76,7 @@ def test_npz_files_that_are_something_else(tmp_path: Path) -> None:
     np.save(tmp_path / "array.npy", x)
     for name in ("cut.npz", "pickle.npz", "empty.npz", "array.npy"):
         refused(f"{name}: .*; expected arrays x", "npz", tmp_path / name)
-    refused("nowhere: no such file or folder; check --path", "npz", tmp_path / "nowhere")
+    refused("nowhere: no such file or folder that may be read; check --path", "npz", tmp_path / "nowhere")
     refused("no train.npz, test.npz or train_unlabeled.npz", "npz", tmp_path)
     refused("npz needs --path", "npz", None)
 

@@ -230,7 +230,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path) -> None:
 
 def test_what_is_no_checkpoint_is_a_user_error(tmp_path: Path, resnet18: State) -> None:
     assert "does not exist" in refused(tmp_path / "none.pth")
-    assert "does not exist or is not a file" in refused(tmp_path)
+    assert "does not exist, is not a file, or may not be read" in refused(tmp_path)
     torch.save(resnet18, tmp_path / "whole.pth")
     for name, content in {
         "empty.pth": b"",

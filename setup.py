@@ -121,5 +121,5 @@ setup(
         **EXTRAS,
         "all": sorted(n for extra, names in EXTRAS.items() if extra not in ("docs", "peers", "test") for n in names),
     },
-    entry_points={"console_scripts": ["dist-defend = dist_defend.cli:main"]},
+    entry_points={"console_scripts": ["dist-defend = dist_defend.__main__:main"]},
 )

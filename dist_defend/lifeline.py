@@ -21,14 +21,17 @@ _PR_SET_PDEATHSIG = 1
 
 @contextlib.contextmanager
 def handled(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Have it called for each signal that asks for an end; not for those that are ignored, as HUP is under nohup."""
+    """Have it called for each signal that asks for an end; not for those that are ignored, as HUP is under nohup.
+
+    What is set to something else meanwhile is left so at the end.
+    """
     wanted = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in wanted}
     try:
         yield
     finally:
         for number, old in before.items():
-            if old is not None:  # None: not Python's own
+            if old is not None and signal.getsignal(number) is handler:  # None: not Python's own
                 signal.signal(number, old)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from dist_defend.lifeline import handled
+from dist_defend.lifeline import ENDING, handled
 
 PREEMPTED = 75  # EX_TEMPFAIL: start the same command again
 INTERRUPTED = 130  # 128 + SIGINT, what shells say of a program that Ctrl-C ended
@@ -31,6 +31,7 @@ class _Listener:
         self.number: int | None = None
         self.is_noting = False
         self.is_on = False
+        self.is_program = False
         self.process = 0
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -55,6 +56,15 @@ class _Listener:
 _listener = _Listener()
 
 
+def program() -> None:
+    """This process is one command's: when that is stopped, the process ends, and further signals do not kill it.
+
+    Ranks are often told twice: by Slurm, which signals all processes of a step, and by ``dist-defend launch``. The
+    second would come while Python ends, and the status would say that the rank was killed instead of that it saved.
+    """
+    _listener.is_program = True
+
+
 def stopped(number: int) -> Stopped:
     """While a run is built or its result made."""
     told = f"stopped by {signal.Signals(number).name}; the same command starts again, from the newest checkpoint if any"
@@ -72,6 +82,11 @@ def stoppable() -> Iterator[None]:
         _listener.is_on = True
         try:
             yield
+        except Stopped:
+            if _listener.is_program:
+                for number in set(ENDING) - {signal.SIGINT}:  # Ctrl-C still ends what hangs
+                    signal.signal(number, signal.SIG_IGN)
+            raise
         finally:
             _listener.is_on, _listener.number = False, None
 

@@ -165,6 +165,37 @@ def test_a_ranks_own_signal_may_come_late(place: str, tmp_path: Path) -> None:
     assert "Traceback" not in told(config) and "starts again" not in told(config)
 
 
+TOLD_AGAIN = """
+import atexit, os, signal, sys
+from dist_defend import lifeline
+number = signal.Signals[sys.argv[1]]
+again = lambda: os.kill(os.getpid(), number)
+answer = lifeline.answer
+lifeline.answer = lambda *status: (again(), answer(*status))[1]  # the run has ended, the process has not
+atexit.register(again)
+from dist_defend.__main__ import main
+sys.argv = ["dist-defend", "run", sys.argv[2]]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGXCPU"])
+def test_a_process_that_is_told_again_while_it_ends_still_says_that_it_saved(name: str, tmp_path: Path) -> None:
+    """As ranks are by Slurm, which tells every process of a step, and by the launcher."""
+    config, run = experiment(tmp_path, "simclr", 1000, "stopped")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    with Path(f"{config}.log").open("wb") as log:
+        command = [sys.executable, "-c", TOLD_AGAIN, name, str(config)]
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    deadline = time.monotonic() + 60
+    while not checkpoint.newest(run / "checkpoints"):
+        assert process.poll() is None and time.monotonic() < deadline, told(config)
+        time.sleep(0.01)
+    process.send_signal(signal.Signals[name])
+    assert process.wait(60) == PREEMPTED, told(config)
+    assert told(config).count("signal received: saved step") == 1 and "Traceback" not in told(config)
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored(tmp_path: Path, expected: Any) -> None:
     config, run = experiment(tmp_path, "simclr", 4, "nohup")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -1,4 +1,4 @@
-"""Each method is a module of a folder here, or a plug-in's, found by its name: it has ``Config`` and ``build``.
+"""The methods: modules of the folders here, or of plug-ins, found by name. Each has ``Config`` and ``build``.
 
 ``build(options, context) -> Plan`` makes the stages that the trainer runs. The folders are named as those of configs/.
 """
@@ -17,12 +17,12 @@ from dist_defend import plugins
 from dist_defend.methods import attack, defend, measure, pretrain
 
 FOLDERS = (pretrain, attack, defend, measure)
-SHARED = ("abd", "defender", "pruning", "tuning")  # what methods are made from; not methods themselves
+SHARED = ("abd", "defender", "pruning", "tuning")  # parts shared by methods, not methods themselves
 
 
 @cache
 def _places() -> dict[str, ModuleSpec]:
-    """A method's name -> where its module is, over all folders."""
+    """The module specs of the built-in methods in all folders, by method name."""
     places: dict[str, ModuleSpec] = {}
     for folder in FOLDERS:
         for found in pkgutil.iter_modules(folder.__path__):
@@ -35,7 +35,7 @@ def _places() -> dict[str, ModuleSpec]:
 
 
 def method_names() -> list[str]:
-    """All methods: the modules' names, and the plug-ins'."""
+    """Names of all methods, built-in ones and those of plug-ins, sorted."""
     return sorted({*_places(), *plugins.names("methods")})
 
 
@@ -45,12 +45,12 @@ def folder_of(name: str) -> str | None:
 
 
 def method_sources() -> dict[str, str]:
-    """Each method's distribution with its version."""
+    """The installed distribution and version that each method comes from, by method name."""
     return plugins.sources("methods", _places())
 
 
 def headline(name: str) -> str:
-    """The first line of a method's description, read without importing it; of a plug-in where it is."""
+    """First line of a method's docstring, read without an import; of a plug-in, its entry point (module:attribute)."""
     origin = _places()[name].origin if name in _places() else None
     if origin is None:
         return ", ".join(claim.entry.value for claim in plugins.claims("methods", name))

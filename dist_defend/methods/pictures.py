@@ -1,4 +1,4 @@
-"""What a method makes, for people to look at."""
+"""PNG pictures of images that a method made."""
 
 import io
 from pathlib import Path
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dist_defend.files import write_atomic
 
-_GAP, _ENLARGED = 1, 2
+_GAP, _ENLARGED = 1, 2  # pixels between images, and the factor by which the grid is enlarged
 
 
 @torch.no_grad()
 def save_grid(file: Path, images: Tensor, columns: int = 8) -> None:
-    """A PNG file: a grid of images (N, 3, H, W) in [0, 1], so many side by side, what lies outside clipped."""
+    """Write images (N, 3, H, W) as a PNG grid, ``columns`` of them side by side. Values are clipped to [0, 1]."""
     pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     count, height, width, _ = pixels.shape
     columns = min(columns, count)

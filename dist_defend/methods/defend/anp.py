@@ -1,8 +1,9 @@
-"""ANP (Wu and Wang, NeurIPS 2021): adversarial neuron pruning, by masks that hold up where scales are perturbed.
+"""ANP (Wu and Wang, NeurIPS 2021): adversarial neuron pruning, by masks learned under perturbed scales.
 
     n, b = argmax CE((m + n) gamma x_hat + (1 + b) beta),   m = argmin alpha CE(m) + (1 - alpha) CE(m + n, 1 + b)
 
-n and b start uniform in [-eps, eps] and move by sign steps of eps / steps; m stays in [0, 1]. Low masks are pruned.
+gamma, beta: scale and shift of a batch norm; x_hat: its normalised input; m: its mask (C,), in [0, 1]. n and b start
+uniform in [-eps, eps] and move by sign steps of eps / steps. Channels with low masks are pruned.
 """
 
 import copy
@@ -35,15 +36,15 @@ from dist_defend.ops.streams import Stream, draws
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MaskConfig):
-    """csdongxian/ANP_backdoor's names and values.
+    """Names and defaults are those of csdongxian/ANP_backdoor.
 
     Keys:
-        eps: bound of the perturbations' start, and of all their steps together
-        steps: sign steps of the perturbations in each update
-        project: perturbations end within eps; false as published, where they reach twice eps
-        alpha: weight of the clean loss; 1 - alpha is that of the perturbed one
-        lr: rate of the masks; BackdoorBench: 0.01
-        iterations: updates of the masks, in whole passes over the defender's images
+        eps: perturbations start uniform in [-eps, eps] and then move by eps in all; 0: no perturbed loss
+        steps: sign-gradient steps of the perturbations in each update, of size eps / steps
+        project: clip the perturbations to [-eps, eps] after their steps; false as published: they reach 2 eps
+        alpha: weight of the clean loss; the perturbed loss has weight 1 - alpha
+        lr: learning rate of the masks; BackdoorBench: 0.01
+        iterations: updates of the masks, rounded up to whole passes over the defender's images
     """
 
     eps: float = 0.4
@@ -64,15 +65,15 @@ PRESETS: dict[str, dict[str, Any]] = {"official": {}, "backdoorbench": {"lr": 0.
 
 
 class AnpObjective(Objective):
-    """alpha CE + (1 - alpha) CE under the worst perturbation that is found, of masks in a network in train mode."""
+    """alpha CE + (1 - alpha) CE under the perturbation found; the masks are trained, the network is in train mode."""
 
     def __init__(self, model: Classifier, names: Sequence[str], config: Config) -> None:
         super().__init__()
         masks = mask_norms(model.net, list(names), PerturbedNorm)
         model.train().requires_grad_(False)
         self.masks = nn.ParameterList(mask.requires_grad_(True) for mask in masks.values())
-        self.config, self.by_layer = config, masks  # live: with several ranks parameters move to other memory
-        self._model = [model]  # a list hides it: only masks are trained
+        self.config, self.by_layer = config, masks  # the parameters: over several ranks their memory changes
+        self._model = [model]  # in a list, so that it is no submodule: only masks are trained
         self._norms: list[Any] = [model.net.get_submodule(name) for name in names]
         self.generator = torch.Generator(self.masks[0].device)
 
@@ -94,7 +95,7 @@ class AnpObjective(Objective):
         return {"loss": loss, "cross_entropy": natural * world_size(), "robust": robust * world_size()}
 
     def draw(self) -> list[Tensor]:
-        """n and b of each norm in turn, (C,) each, uniform in [-eps, eps]; alike on all ranks."""
+        """n and b of each norm in turn, (C,) each, uniform in [-eps, eps]; the same on all ranks."""
         eps, like = self.config.eps, [mask for mask in self.masks for _ in range(2)]
         return [torch.empty_like(mask).uniform_(-eps, eps, generator=self.generator) for mask in like]
 
@@ -108,7 +109,7 @@ class AnpObjective(Objective):
         return [tensor.clamp(-eps, eps) for tensor in found] if self.config.project else found
 
     def perturb(self, found: Sequence[Tensor] | None) -> None:
-        """Set each norm's n and b, in draw's order; None takes them away."""
+        """Set n and b of each norm, in the order of draw(); None removes them."""
         for number, norm in enumerate(self._norms):
             pair = (None, None) if found is None else found[2 * number : 2 * number + 2]
             norm.scale_noise, norm.shift_noise = pair
@@ -129,7 +130,7 @@ class AnpStep:
         return scalars
 
     def seed_draws(self, at: Position) -> None:
-        """Perturbations depend on the seed and the step alone, not on the rank nor on how often the run was started."""
+        """Seed the perturbations by (seed, step), so that they are the same on every rank and after a resume."""
         first = draws(self.seed, Stream.NEURON_NOISE, at.step).integers(2**62)
         self.objective.generator.manual_seed(int(first))
 
@@ -141,7 +142,7 @@ class AnpStep:
 
 
 def build(config: Config, context: Context) -> Plan:
-    """One stage, which learns the masks (none with a mask file); pruning and evaluation come with the result."""
+    """One stage, which learns the masks (none with a mask file). Pruning and evaluation are part of the result."""
 
     def learn(model: Classifier, names: list[str], dataset: PreparedDataset, rows: np.ndarray) -> Learning:
         loader = defence_loader(config, context, dataset, rows)

@@ -1,7 +1,7 @@
 """CLP (Zheng et al., ECCV 2022): channel Lipschitz pruning, which reads the weights alone.
 
 W_k is the (C_in, kh kw) kernel of channel k in the convolution before a batch norm, gamma_k its scale and v_k its
-running variance: lip_k = |gamma_k| / sqrt(v_k) sigma_max(W_k). A channel goes if lip_k > mean + u std over its layer.
+running variance: lip_k = |gamma_k| / sqrt(v_k) sigma_max(W_k). Pruned: lip_k > mean + u std over its layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,16 @@ from dist_defend.ops.lipschitz import channel_lipschitz
 
 @dataclass(frozen=True, kw_only=True)
 class Config(NormPruningConfig):
-    """rkteddy's u, SCLBD/BackdoorBench's sweep.
+    """Defaults: u of rkteddy/channel-Lipschitzness-based-pruning, the sweep of SCLBD/BackdoorBench.
 
     Keys:
-        data: the defender's clean labelled images, needed for selection: defence_data alone
-        selection: u delivers the model at ``u``; defence_data the lowest u of the sweep within max_accuracy_drop
-        u: standard deviations above the layer's mean from which on a channel goes
-        u_min, u_max, u_num: the sweep, u_num values from u_max down to u_min
-        pairing: published takes the last convolution listed before a norm, dataflow the one whose output it reads
+        data: the defender's clean labelled images; required only by selection: defence_data
+        selection: u: deliver the model pruned at ``u``; defence_data: that of the lowest u of the sweep whose loss of
+            accuracy is within max_accuracy_drop
+        u: a channel is pruned if its constant exceeds the mean of its layer by more than u standard deviations
+        u_min, u_max, u_num: the sweep: u_num values from u_max down to u_min
+        pairing: convolution that belongs to a batch norm: published: the last one before it in module order; dataflow:
+            the one whose output the norm reads
     """
 
     data: DatasetConfig | None = None
@@ -58,7 +60,7 @@ class Config(NormPruningConfig):
 
 
 def channel_scores(net: nn.Module, pairs: Mapping[str, str]) -> list[Neuron]:
-    """-(lip - mean) / std of each channel; pairs: norm -> convolution. UserError for a constant that is not finite."""
+    """Score -(lip - mean) / std of each channel; pairs: norm -> convolution. UserError if a lip is not finite."""
     neurons = []
     for name, conv in pairs.items():
         kernels, gamma = (net.get_parameter(f"{layer}.weight").detach() for layer in (conv, name))
@@ -66,13 +68,13 @@ def channel_scores(net: nn.Module, pairs: Mapping[str, str]) -> list[Neuron]:
         if len(dead := (~lip.isfinite()).nonzero()):
             raise UserError(f"{name}, channel {int(dead[0])}: its running variance is 0 or no number; no score for it")
         off = lip.mean() - lip
-        scores = off / (off.square().sum() / max(len(off) - 1, 1)).sqrt()  # nan where all are alike: they stay
+        scores = off / (off.square().sum() / max(len(off) - 1, 1)).sqrt()  # nan where all are equal: none is pruned
         neurons += [Neuron(name, k, score) for k, score in enumerate(scores.nan_to_num(nan=np.inf).tolist())]
     return neurons
 
 
 def build(config: Config, context: Context) -> Plan:
-    """No stages: the channels are scored at once, pruning and evaluation come with the result."""
+    """No stages: the channels are scored here. Pruning and evaluation are part of the result."""
 
     def score(net: nn.Module, example: Tensor) -> list[Neuron]:
         return channel_scores(net, pair_norms(net, example, config.pairing, context.tell))

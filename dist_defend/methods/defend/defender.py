@@ -1,4 +1,4 @@
-"""What a defender has: a few clean labelled images, and how they are fed."""
+"""The defender's data: a few clean labelled images, and their loader."""
 
 import re
 from array import array
@@ -26,10 +26,12 @@ class DefenderConfig:
 
     Keys:
         data: clean labelled images; the defender has ``ratio`` of them, or the rows that ``index`` names
-        ratio: drawn at random; null: the method's usual share, unless ``data`` itself takes a part
-        index: a text file of row numbers
-        augment: how the images are changed that the method learns on
-        batch_size: global; the last batch may be short
+        ratio: share of ``data``, drawn at random; null: the method's default (anp and rnp 0.01, others 0.05), unless
+            ``data`` sets fraction or max_samples
+        index: text file of row numbers of the source, counted from 0, as BackdoorBench's log/index.txt; null: drawn by
+            ``ratio``
+        augment: augmentation of the images that the method trains on
+        batch_size: images of an update over all ranks; the last batch may be smaller
     """
 
     usual_ratio: ClassVar[float] = 0.05
@@ -65,7 +67,7 @@ def defence_data(config: DefenderConfig, trial: Trial) -> tuple[PreparedDataset,
 
 
 def defence_loader(config: DefenderConfig, context: Context, dataset: PreparedDataset, rows: np.ndarray) -> Loader:
-    """The defender's images, shuffled and augmented; the last batch may be short. UserError if it is too short."""
+    """The defender's images, shuffled and augmented; the last batch may be smaller. UserError as check_last_batch."""
     check_last_batch(len(rows), config.batch_size, context.ranks.world_size, context.method)
     return context.train_loader(dataset, rows, config.batch_size, (View(config.augment),), drop_last=False)
 
@@ -89,7 +91,7 @@ def read_index(path: str, count: int, key: str) -> np.ndarray:
 
 
 def check_last_batch(count: int, batch_size: int, world_size: int, method: str) -> None:
-    """Every rank needs a share of the last batch, and batch norm at least two images. UserError if it lacks that."""
+    """UserError if the last batch of ``count`` images has fewer images than ranks, or less than 2 (for batch norm)."""
     rest = count % batch_size
     if 0 < rest < max(2, world_size):
         raise UserError(

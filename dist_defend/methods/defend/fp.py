@@ -1,6 +1,6 @@
 """FP, fine-pruning (Liu, Dolan-Gavitt and Garg, RAID 2018), as BackdoorBench has it: prune dormant features, fine-tune.
 
-a_j = mean over clean images of feature j, the input of the last linear layer; columns of lowest a_j become 0
+a_j = mean over clean images of input j of the last linear layer; the columns of its weight with the lowest a_j become 0
 """
 
 import math
@@ -29,16 +29,17 @@ from dist_defend.ops.collectives import all_reduce_sum
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TuningConfig, PruningConfig):
-    """SCLBD/BackdoorBench's sweep and tuning, chosen by the defender's images.
+    """Defaults: SCLBD/BackdoorBench's sweep and tuning, but the defender's images choose the stop.
 
     Keys:
-        once_prune_ratio: share of the features that each stop of the sweep prunes more
-        rank_by: signed takes the lowest mean features first, absolute the lowest means of their sizes; a network that
-            ends in ReLU has no negative ones
-        selection: whose accuracy chooses the stop; test_data as published, which no defender has
-        include_failing_stop: deliver the first stop that costs too much, as published, not the one before
+        once_prune_ratio: share of the features by which each stop of the sweep prunes more than the one before
+        rank_by: what is pruned first: signed (as published): the lowest mean feature; absolute: the lowest mean
+            absolute value; the same where features come from a ReLU
+        selection: images whose accuracy chooses the stop; test_data, as published, is not available to a defender
+        include_failing_stop: deliver the first stop that loses more than max_accuracy_drop, as published, not the one
+            before it
         off_by_one: prune one feature less at each stop than its number says, as published
-        max_accuracy_drop: relative loss of accuracy that a stop may cost, and an epoch where ``held_out`` chooses it
+        max_accuracy_drop: relative loss of accuracy that is allowed to a stop and, with ``held_out``, to an epoch
     """
 
     max_accuracy_drop: float = 0.1
@@ -73,7 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def last_linear(net: nn.Module) -> str:
-    """The name of the layer that makes the logits. UserError for a network whose last layer is none."""
+    """Name of the last linear layer, which is taken to make the logits. UserError for a network without one."""
     names = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not names:
         raise UserError("fp prunes inputs of the last linear layer, and this network has none: choose another defence")
@@ -82,7 +83,7 @@ def last_linear(net: nn.Module) -> str:
 
 @torch.no_grad()
 def mean_features(model: Classifier, name: str, loader: Loader, ranks: Ranks, absolute: bool) -> Tensor:
-    """(C,): mean input of the named layer, or of its size, over all ranks' images of an epoch, in eval mode."""
+    """Mean input (C,) of the named layer, or mean absolute input, over the images of all ranks, in eval mode."""
     total = torch.zeros(model.net.get_parameter(f"{name}.weight").shape[1], dtype=torch.float64, device=ranks.device)
 
     def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -104,7 +105,7 @@ class PrunedStep(TuningStep):
     def __init__(self, config: Config, model: Classifier, name: str, **options: Any) -> None:
         super().__init__(model, config.optimizer, epochs=config.epochs, **options)
         self.weight = model.net.get_parameter(f"{name}.weight")
-        self.kept = torch.ones_like(self.weight[0])  # 1 for each column that is left
+        self.kept = torch.ones_like(self.weight[0])  # (C,): 1, or 0 for a pruned column
 
     def prune(self, columns: Sequence[int]) -> None:
         """Set these columns to 0, now and after each update."""
@@ -113,7 +114,7 @@ class PrunedStep(TuningStep):
 
     @torch.no_grad()
     def hold(self) -> None:
-        """The pruned columns become 0."""
+        """Set the pruned columns to 0 again."""
         self.weight.mul_(self.kept)
 
     def follow(self, scalars: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
@@ -133,7 +134,7 @@ class PrunedStep(TuningStep):
 
 
 def build(config: Config, context: Context) -> Plan:
-    """One stage, the tuning; columns are ranked, chosen and pruned before its first update."""
+    """One stage, the tuning; before its first update columns are ranked and pruned to the chosen stop."""
 
     def make(tuned: Tuned) -> tuple[Sequence[Stage], TuningStep]:
         name = last_linear(tuned.model.net)

@@ -1,4 +1,4 @@
-"""FT, fine-tuning: the suspect learns on from a few clean labelled images (Liu, Dolan-Gavitt and Garg 2018).
+"""FT, fine-tuning: the suspect is trained further on a few clean labelled images (Liu, Dolan-Gavitt and Garg 2018).
 
 L = CE(f(x), y), all weights, batch norms in train mode
 """
@@ -16,7 +16,7 @@ from dist_defend.methods.defend.tuning.step import TuningStep
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TuningConfig):
-    """SCLBD/BackdoorBench's values."""
+    """Defaults are SCLBD/BackdoorBench's."""
 
 
 PRESETS: dict[str, dict[str, Any]] = {

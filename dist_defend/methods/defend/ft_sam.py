@@ -1,8 +1,8 @@
-"""FT-SAM (Zhu et al., ICCV 2023): fine-tuning by the gradient at the worst weights nearby, each scaled by itself.
+"""FT-SAM (Zhu et al., ICCV 2023): fine-tuning with (adaptive) sharpness-aware minimisation.
 
     e = rho w^2 g / ||w g||_2,   w <- w - lr grad l(w + e),   l = KL(q || softmax f(x)), q smoothed labels
 
-Plain instead of adaptive: e = rho g / ||g||_2. Norms are over all weights together.
+g = grad l(w). Plain instead of adaptive: e = rho g / ||g||_2. Norms are over all weights together.
 """
 
 from collections.abc import Sequence
@@ -26,12 +26,12 @@ from dist_defend.models.batch_statistics import repeated_statistics
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TuningConfig):
-    """What SCLBD/BackdoorBench really runs with; its yaml's rho and smoothing for GTSRB and Tiny ImageNet never apply.
+    """Values that SCLBD/BackdoorBench runs with; rho and smoothing of its GTSRB and Tiny ImageNet files have no effect.
 
     Keys:
-        rho: radius of the search for the worst weights
-        adaptive: each weight's part of e is in proportion to its square
-        smoothing: share of each label that is spread over the other classes, 0 to 1
+        rho: size of the perturbation e of the weights; its L2 norm unless adaptive
+        adaptive: scale the gradient in e by each weight's square; false: plain SAM
+        smoothing: share of each label that is spread evenly over the other classes, 0 to 1
     """
 
     rho: float = 2.0
@@ -48,7 +48,7 @@ class Config(TuningConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {},
-    "backdoorbench": {  # a cosine over batches: of ten in an epoch, five waves, the end at the largest rate
+    "backdoorbench": {  # the cosine counts batches: with ten per epoch it makes five waves and ends at the largest rate
         "optimizer": {
             "name": "sgd", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4,
             "schedule": "cosine_steps", "period": 100,
@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def smooth_kl(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """KL(q || softmax(logits)) of rows (B, C), (B,) -> (B,). q: 1 - smoothing on the label, the rest on the others."""
+    """KL(q || softmax(logits)) of rows (B, C), (B,) -> (B,). q: 1 - smoothing on the label, the rest on others."""
     classes = logits.shape[1]
     wanted = torch.full_like(logits, smoothing / (classes - 1)).scatter_(1, labels[:, None], 1 - smoothing)
     return functional.kl_div(logits.log_softmax(1), wanted, reduction="none").sum(1)

@@ -14,7 +14,7 @@ from dist_defend.methods.pretrain.simclr import SimCLRObjective
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EncoderTuningConfig):
-    """JiePeng104/TSC's values for SimCLR encoders."""
+    """Defaults are JiePeng104/TSC's for SimCLR encoders."""
 
     update: UpdateConfig = UpdateConfig(
         batch_size=256, epochs=10, optimizer=OptimizerConfig("adam", lr=5e-5, weight_decay=1e-6, schedule="cosine")
@@ -28,5 +28,5 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def build(config: Config, context: Context) -> Plan:
-    """One stage, and before it one of a fresh projector where the suspect has none."""
+    """One stage; where the suspect has no projector, one before it that trains a fresh projector."""
     return encoder_plan(config, context, lambda model: SimCLRObjective(model, config.temperature))

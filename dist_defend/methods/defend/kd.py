@@ -1,6 +1,6 @@
 """Clean distillation (Hinton et al. 2015): the student sees labelled images of the teacher's own task.
 
-The yardstick of Hong et al. (ICML 2023, ABD): what is left of a teacher's backdoor where nothing is synthesised.
+The baseline of Hong et al. (ICML 2023, ABD): how much of a teacher's backdoor survives distillation on clean images.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ class Config:
 
     Keys:
         teacher: model folder of the suspected classifier, which teaches
-        data: clean, labelled images of the teacher's task
-        test: labelled images that only measure
+        data: clean, labelled training images of the teacher's task
+        test: labelled test images, used for measurement only
         student: architecture of the network that is trained (`dist-defend models`)
-        attack: what is measured; null: the attack in the model's card, if there is one
-        temperature: of both networks' predictions in the distillation loss
-        alpha: share of the teacher in the loss; 1 - alpha is that of the labels
-        augment: how training images are changed
+        attack: attack whose success is measured; null: the attack in the model's card, if there is one
+        temperature: softmax temperature of both networks in the distillation loss
+        alpha: weight of the distillation loss; the cross-entropy with the labels has weight 1 - alpha
+        augment: augmentation of the training images
         update: batch size, epochs, optimizer and the like
         evaluate_every: epochs between two measurements; there is one after the last epoch too
     """
@@ -78,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DistillationObjective(Objective):
     """alpha T^2 / C * KL(teacher || student) at temperature T + (1 - alpha) * cross-entropy, means over the batch.
 
-    Dividing by the C classes is the published reduction.
+    The published code divides by the C classes (reduction ``mean`` of torch's kl_div).
     """
 
     def __init__(self, pair: Pair, temperature: float, alpha: float) -> None:

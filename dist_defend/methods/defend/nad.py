@@ -2,7 +2,7 @@
 
     L = CE(f(x), y) + sum_l beta_l AT(F_l, F_l of the teacher),   AT: ops.attention.attention_loss, p = 2
 
-The teacher is the suspect itself, fine-tuned on the same images, or a model folder. It stays as it is, in eval mode.
+The teacher is the suspect itself, fine-tuned on the same images, or a model folder. It is frozen, in eval mode.
 """
 
 import copy
@@ -34,22 +34,22 @@ def _rates(lr: float, weight_decay: float, milestones: Sequence[int] = (), **oth
 
 
 def _official() -> OptimizerConfig:
-    """A tenth of the rate from the third epoch on, a thousandth from the 21st."""
+    """SGD with learning rate 0.1, from the third epoch on 0.01, from the 21st on 1e-4."""
     return OptimizerConfig(**_rates(0.1, 1e-4, (2, 20, 20)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TuningConfig):
-    """bboylyg/NAD's values, and the paper's teacher, of which the repository has no code.
+    """Defaults are bboylyg/NAD's. The teacher is made as the paper says; the repository has no code for it.
 
     Keys:
         teacher: model folder of the teacher; null: the suspect, fine-tuned first on the same images
-        teacher_epochs: of that fine-tuning
-        teacher_optimizer: of that fine-tuning
-        layers: names of modules of the network whose outputs are compared; empty: the last three of its blocks
-        betas: weight of each layer's attention loss
-        repeat_statistics: running statistics move as often as in BackdoorBench, which runs the student once for its
-            logits, once for each layer and once for the pooled map, whose attention loss is always 0
+        teacher_epochs: epochs of the teacher's fine-tuning
+        teacher_optimizer: optimizer of the teacher's fine-tuning
+        layers: names of the modules whose outputs are compared; empty: the last blocks, as many as ``betas``
+        betas: weights of the layers' attention losses
+        repeat_statistics: update running statistics as often as BackdoorBench, which runs the student once for its
+            logits, once for each layer and once for the pooled map (whose attention loss is always 0)
     """
 
     teacher: str | None = None
@@ -71,7 +71,7 @@ class Config(TuningConfig):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {},
-    "backdoorbench": {  # on PreActResNet-18; other networks it only fine-tunes, since their maps are constant
+    "backdoorbench": {  # for PreActResNet-18; it compares one constant map of other networks, so it only fine-tunes
         "layers": ["layer3", "layer4"],
         "betas": [500, 1000],
         "repeat_statistics": True,
@@ -84,7 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def attention_layers(net: nn.Module, config: Config) -> list[str]:
-    """Names of the compared modules. UserError for names that the network does not have."""
+    """Names of the compared modules. UserError for unknown names, and for a network whose blocks are not recognised."""
     names = dict(net.named_modules())
     if config.layers:
         for name in config.layers:
@@ -99,7 +99,7 @@ def attention_layers(net: nn.Module, config: Config) -> list[str]:
 
 
 class Taps:
-    """The outputs (B, C, H, W) of some modules of a network, at its last forward pass."""
+    """The outputs (B, C, H, W) of the named modules of a network in its last forward pass."""
 
     def __init__(self, net: nn.Module, names: Sequence[str]) -> None:
         self.maps: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ class Taps:
 
 
 class AttentionStep(TuningStep):
-    """Cross-entropy and attention losses; what the teacher sees needs no gradient."""
+    """Cross-entropy plus attention losses; the teacher runs without gradients."""
 
     def __init__(self, config: Config, model: Classifier, teacher: Classifier, **options: Any) -> None:
         self.config, self.teacher = config, teacher
@@ -153,7 +153,7 @@ class AttentionStep(TuningStep):
 
 
 def build(config: Config, context: Context) -> Plan:
-    """The teacher's stage, unless there is a teacher, and the student's."""
+    """The student's stage; before it the teacher's, unless ``teacher`` names a model folder."""
 
     def make(tuned: Tuned) -> tuple[Sequence[Stage], TuningStep]:
         if config.teacher is not None:

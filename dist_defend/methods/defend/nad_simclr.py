@@ -1,8 +1,8 @@
-"""NAD of an encoder (Li et al., ICLR 2021, for classifiers): attention distillation, cross-entropy being SimCLR's loss.
+"""NAD for encoders (after Li et al., ICLR 2021): attention distillation with SimCLR's loss in place of cross-entropy.
 
     L = NT-Xent(z, z') + sum_l beta_l AT(F_l(x), F_l of the teacher(x)),   x: the first view, l: the last stages
 
-The teacher is the suspect, fine-tuned (ft_simclr). It stays as it is, in eval mode. AT: ops.attention, p = 2.
+The teacher is the suspect, fine-tuned (ft_simclr). It is frozen, in eval mode. AT: ops.attention, p = 2.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from dist_defend.ops.losses import nt_xent
 
 @dataclass(frozen=True, kw_only=True)
 class Config(EncoderTuningConfig):
-    """bboylyg/NAD's values, with the rate that it reaches in its third epoch.
+    """Defaults are bboylyg/NAD's, with the learning rate of its epochs 3 to 20.
 
     Keys:
         teacher: model folder of the fine-tuned suspect
-        betas: weights of the attention losses of the last so many stages
+        betas: weights of the attention losses of the last stages, one number for each stage
     """
 
     teacher: str
@@ -49,7 +49,7 @@ class AttentionObjective(Objective):
     def __init__(self, student: SimCLR, teacher: SimCLR, temperature: float, betas: Sequence[float]) -> None:
         super().__init__()
         self.student, self.temperature, self.betas = student, temperature, betas
-        self._teacher = [teacher.eval().requires_grad_(False)]  # a list hides it from DDP and checkpoints
+        self._teacher = [teacher.eval().requires_grad_(False)]  # in a list, so that DDP and checkpoints leave it out
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         first, second = batch.views
@@ -67,7 +67,7 @@ class AttentionObjective(Objective):
 
 
 def build(config: Config, context: Context) -> Plan:
-    """As ft_simclr's. UserError for a teacher of another architecture."""
+    """The stages of ft_simclr. UserError for a teacher of another architecture or image size."""
 
     def make(student: SimCLR) -> Objective:
         teacher, _, _ = context.load_encoder(config.teacher)

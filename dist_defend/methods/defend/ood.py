@@ -1,7 +1,7 @@
-"""Distillation on images of anything (Asano and Saeed 2023), against backdoors as in Hong et al. (ICML 2023, ABD).
+"""Distillation on out-of-distribution images (Asano and Saeed 2023), with ABD's defences (Hong et al., ICML 2023).
 
-The student sees unlabelled images that have nothing to do with the teacher's task, patches of a single photograph for
-instance, with CutMix; the teacher labels the mixed images.
+The student sees unlabelled images from outside the teacher's task, for instance patches of a single photograph, with
+CutMix; the teacher labels the mixed images.
 """
 
 from dataclasses import dataclass, field
@@ -34,23 +34,24 @@ from dist_defend.ops.losses import Convention, distillation, divergence_rows
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are illidanlab/ABD's cmi/vanilla_kd_ood.py's, at a constant rate; its sweeps' rates are in PRESETS.
+    """Defaults are those of illidanlab/ABD's cmi/vanilla_kd_ood.py. The presets have its sweeps' schedule.
 
     Keys:
         teacher: model folder of the suspected classifier, which teaches
-        data: images of anything, of the teacher's size; labels are not read
-        test: labelled images that only measure
+        data: out-of-distribution images of the teacher's image size; labels are not read
+        test: labelled test images, used for measurement only
         student: architecture of the network that is trained (`dist-defend models`)
-        attack: what is measured; null: the attack in the model's card, if there is one
-        temperature: of both networks' predictions in the distillation loss
-        cutmix: how images of a batch are mixed
-        augment: how training images are changed
+        attack: attack whose success is measured; null: the attack in the model's card, if there is one
+        temperature: softmax temperature of both networks in the distillation loss
+        cutmix: how images of a batch are mixed (CutMix)
+        augment: augmentation of the training images
         update: batch size, epochs, optimizer and the like
-        vaccine: ABD's shuffling vaccine; null: none
-        retrospection: ABD's self-retrospection, which starts at an epoch; null: none
-        retrospection_convention: scale of the retrospection's loss; published: batchmean, 640 times the distillation
-            loss's scale
-        graph: whether the retrospection's updates are captured as CUDA graphs; auto: where there is a GPU that can
+        vaccine: ABD's shuffling vaccine; null: no vaccine
+        retrospection: ABD's self-retrospection, from an epoch on; null: no retrospection
+        retrospection_convention: reduction of the retrospection's KL: mean: as in the distillation loss; batchmean, as
+            published: times the number of classes and temperature^2 (640 at 10 classes and temperature 8)
+        graph: capture the retrospection's updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off:
+            never
         evaluate_every: epochs between two measurements; there is one after the last epoch too
     """
 
@@ -86,7 +87,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vaccine": {"update": _UPDATE, "vaccine": {}},
     "retrospection": {"update": _UPDATE, "retrospection": _RETROSPECTION},
     "both": {"update": _UPDATE, "vaccine": {}, "retrospection": _RETROSPECTION},
-    "published": {  # both, with the published code's SR, whose gradient outweighs the distillation's 640 times
+    "published": {  # both, with the published retrospection: its gradient is scaled 640 times the distillation's
         "update": _UPDATE,
         "vaccine": {},
         "retrospection": {**_RETROSPECTION, "delta_init": "zero", "min_patched": 0, "statistics": "published"},
@@ -96,10 +97,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class OodObjective(Objective):
-    """Mean KL(teacher || student) over images and classes, at the temperature, without its square.
+    """Mean KL(teacher || student) over images and classes at temperature T, without the factor T^2.
 
     With a vaccine in use, images on which teacher and shuffled copies agree are suspects: the loss is the mean over the
-    others minus weight times the mean over the suspects, both over the global batch.
+    others minus ``vaccine.weight`` times the mean over the suspects, both over the global batch.
     """
 
     def __init__(self, pair: Pair, temperature: float, vaccine: Vaccine | None) -> None:
@@ -125,7 +126,7 @@ class OodObjective(Objective):
 
 
 class SelectingStep:
-    """A first-order step whose vaccine is chosen on the images of its first batches."""
+    """A gradient step that keeps the images of its first batches and lets the vaccine be chosen by them."""
 
     def __init__(self, update: GradientStep, vaccine: Vaccine, pair: Pair) -> None:
         self.update, self.vaccine, self.pair = update, vaccine, pair

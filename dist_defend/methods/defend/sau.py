@@ -1,9 +1,11 @@
-"""SAU (Wei et al., NeurIPS 2023): shared adversarial unlearning of what fools the suspect and its copy alike.
+"""SAU (Wei et al., NeurIPS 2023): shared adversarial unlearning, of examples that fool suspect and tuned model alike.
 
     delta = argmin b1 L_adv + b2 L_js over |delta| <= bound, per image,   w: l1 CE(x) + l2 CE(x + delta) + l3 L_shared
 
-L_adv wants both networks fooled, L_js both in the same way; L_shared takes the class away that the suspect says of
-x + delta, where that is neither the label nor what it says of x. Both networks are in eval mode throughout.
+The weights w of the tuned model, a copy of the frozen suspect at first, minimise the sum at the right. L_adv: minus the
+cross-entropy of both networks at x + delta; L_js: their Jensen-Shannon divergence there. L_shared lowers the tuned
+model's probability of the class that the suspect predicts for x + delta, where that is neither the label nor the
+suspect's prediction for x. Both are in eval mode.
 """
 
 import copy
@@ -26,20 +28,21 @@ from dist_defend.methods.defend.tuning.plan import Tuned, tuning_plan
 from dist_defend.methods.defend.tuning.step import TuningStep
 from dist_defend.models.classifier import Classifier
 
-_LEAST = 1e-8  # of a probability within a logarithm
-_NEAR = 1e-3  # of 0 and 1, beyond which L_shared does not follow a probability
+_LEAST = 1e-8  # lower bound of a probability within a logarithm
+_NEAR = 1e-3  # probability below which L_shared is constant
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TuningConfig):
-    """SCLBD/BackdoorBench's values; rates stay as they are, since its cosine is never stepped.
+    """Defaults are SCLBD/BackdoorBench's. The learning rate is constant, as its cosine schedule is never stepped.
 
     Keys:
-        bound: of each value of delta, in units of pixels in [0, 1]
-        step_size: of each sign step of delta
-        attack_steps: sign steps of delta
-        beta_adv, beta_js: weights of L_adv and L_js
-        weight_clean, weight_adversarial, weight_shared: l1, l2 and l3
+        bound: largest absolute value of delta, for pixels in [0, 1]
+        step_size: size of each sign-gradient step of delta
+        attack_steps: sign-gradient steps of delta for each batch
+        beta_adv, beta_js: b1 and b2, the weights of L_adv and L_js in the search for delta
+        weight_clean, weight_adversarial, weight_shared: l1, l2 and l3, the weights of the clean loss, the loss at x +
+            delta and L_shared
     """
 
     bound: float = 0.2
@@ -71,7 +74,10 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
 
 
 class SharedStep(TuningStep):
-    """A few sign steps of delta from +bound, then one update. Steps after all images are shared change nothing."""
+    """Sign steps of delta from +bound, then one update of the weights.
+
+    The steps do not end early: where both networks are fooled into one class, an image's gradient is 0 and delta stays.
+    """
 
     in_train_mode = False
 
@@ -80,7 +86,7 @@ class SharedStep(TuningStep):
         super().__init__(model, config.optimizer, epochs=config.epochs, **options)
 
     def perturb(self, images: Tensor, labels: Tensor) -> Tensor:
-        """delta (B, 3, H, W), in [-bound, bound]."""
+        """The perturbation delta (B, 3, H, W) of images (B, 3, H, W), in [-bound, bound]."""
         config, networks = self.config, (self.model, self.reference)
         with torch.no_grad():
             before = [network(images).argmax(1) for network in networks]

@@ -1,5 +1,5 @@
-"""ABD (Hong et al., ICML 2023): what keeps a backdoor out of a student that is distilled without the teacher's data.
+"""ABD (Hong et al., ICML 2023): defences for a student that is distilled without the teacher's training data.
 
 The shuffling vaccine (vaccine.py) keeps synthetic images away from trigger-like ones; self-retrospection
-(retrospection.py) unlearns what the teacher's labels taught nevertheless. Both plug into zskt, cmi and ood.
+(retrospection.py) unlearns the backdoor that the teacher's outputs passed on. zskt, cmi and ood can use both.
 """

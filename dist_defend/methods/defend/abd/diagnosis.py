@@ -1,4 +1,4 @@
-"""Whether a vaccine tells triggered images from clean ones. It takes the trigger to know: an oracle's number."""
+"""How well a vaccine separates triggered from clean images. An oracle's number, since it needs the trigger."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from dist_defend.models.classifier import Classifier
 def diagnose(
     ensemble: ShuffledEnsemble, teacher: Classifier, clean: Loader, triggered: Loader, ranks: Ranks
 ) -> dict[str, Any]:
-    """Mean divergence of the shuffled copies on clean and on triggered test images, and the AUC of "low: triggered".
+    """Mean divergence of the shuffled copies on clean and on triggered images; AUC of a low one meaning triggered.
 
-    teacher: whose network the ensemble is of.
+    teacher: the classifier whose network the ensemble was made from.
     """
     on_clean, on_triggered = (_divergences(ensemble, teacher, loader, ranks) for loader in (clean, triggered))
     return {

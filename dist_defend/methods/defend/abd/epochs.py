@@ -1,4 +1,4 @@
-"""Stages that follow one another over the epochs of one run."""
+"""Stages that share the epochs of one run, and checks of when vaccine and retrospection act in them."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from dist_defend.engine.trainer import BatchSource
 from dist_defend.errors import UserError
 from dist_defend.methods.defend.abd.options import RetrospectionConfig, VaccineConfig
 
-FIRST_KEPT = 11  # batches before it are not kept for the vaccine's selection, as published for OOD and CMI
+FIRST_KEPT = 11  # number of the first batch whose images the vaccine's selection sees, as published for OOD and CMI
 
 
 class Later:
-    """A source whose epoch 0 is another one's epoch ``first``."""
+    """A batch source whose epoch n is epoch ``first`` + n of another source."""
 
     def __init__(self, source: BatchSource, first: int) -> None:
         self.source, self.first, self.num_batches = source, first, source.num_batches
@@ -21,7 +21,7 @@ class Later:
 
 
 def check_selection(vaccine: VaccineConfig | None, batches: int) -> None:
-    """UserError if the vaccine would be chosen after more batches than there are."""
+    """UserError if the vaccine would be chosen after all ``batches`` of its stage, or later."""
     if vaccine is not None and vaccine.selection_batches >= batches:
         raise UserError(
             f"key 'vaccine.selection_batches' is {vaccine.selection_batches}, but there are {batches} batches before "
@@ -30,7 +30,7 @@ def check_selection(vaccine: VaccineConfig | None, batches: int) -> None:
 
 
 def check_defence(vaccine: VaccineConfig | None, retrospection: RetrospectionConfig | None, epochs: int) -> None:
-    """ValueError for a selection that would see nothing, or a retrospection that would never start."""
+    """ValueError for a vaccine's selection that would get no images, or a retrospection that would never start."""
     if vaccine is not None and 0 < vaccine.selection_batches <= FIRST_KEPT:
         raise ValueError(
             f"key 'vaccine.selection_batches' is {vaccine.selection_batches}; it must be more than {FIRST_KEPT}, "

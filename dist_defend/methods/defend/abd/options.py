@@ -1,4 +1,4 @@
-"""The options of ABD's two parts, as each distillation method has them."""
+"""The options of ABD's two parts, the same for zskt, cmi and ood."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,14 +8,16 @@ from dist_defend.bounds import at_least_one, not_negative, positive
 
 @dataclass(frozen=True)
 class VaccineConfig:
-    """The shuffling vaccine; defaults are those of illidanlab/ABD.
+    """The shuffling vaccine. Defaults are illidanlab/ABD's.
 
     Keys:
-        weight: of the suppression loss
-        members: shuffled copies of the teacher
-        layers: convolutions, the last ones, whose input channels are shuffled
-        through_members: the suppression loss is differentiated through the shuffled copies too
-        selection_batches: the vaccine is chosen by its tail ratio after so many batches; 0: the first one is used
+        weight: weight of the suppression loss
+        members: number of shuffled copies of the teacher
+        layers: number of convolutions, the last ones of the teacher, whose input channels are shuffled
+        through_members: differentiate the suppression loss through the shuffled copies too; false: through the teacher
+            alone
+        selection_batches: number of batches after which a vaccine is chosen by its tail ratio, with no vaccine until
+            then; 0: the first shuffle is used from the start
     """
 
     weight: float = 0.1
@@ -33,23 +35,27 @@ class VaccineConfig:
 
 @dataclass(frozen=True)
 class RetrospectionConfig:
-    """Self-retrospection; defaults: illidanlab/ABD's sweeps, but for delta_init, min_patched and statistics.
+    """Self-retrospection. Defaults are those of illidanlab/ABD's sweeps, except delta_init, min_patched and statistics.
 
     Keys:
-        start: pseudo-batch (ZSKT) or epoch from which on it runs
-        restart_lr: a fresh optimizer from there on, from this rate down; null: the optimizer goes on
-        perturbs: whose predictions the perturbation delta is to change
-        delta_init: small random numbers, or zero, a stationary point that only rounding errors leave
+        start: pseudo-batch (zskt) or epoch (cmi, ood) at which it starts, counted from 0
+        restart_lr: learning rate of a fresh optimizer of the student at ``start``; null: zskt keeps its optimizer, cmi
+            and ood start a fresh one at the rate of ``update``
+        perturbs: network whose predictions the perturbation delta is to change
+        delta_init: delta at first: small random numbers, or zero (published), a stationary point that delta leaves by
+            rounding errors alone
         inner_rounds: Adam steps on delta
-        inner_lr: rate of those steps
-        synthesis_penalty: weight of |delta|^2 in those steps
+        inner_lr: learning rate of these Adam steps
+        synthesis_penalty: weight of |delta|^2 in the loss of these Adam steps
         penalty: weight of |delta|^2 in the fixed-point map of the hypergradient
         patched_fraction: share of the global batch that carries delta in the outer loss, rounded down
-        min_patched: images that carry delta at least; published: 0
+        min_patched: least number of images that carry delta; published: 0
         K: iterations of the fixed-point map
-        step_size: of the fixed-point map
-        detach_reference: the outer loss is not differentiated through the clean images' logits
-        statistics: clean: batch norm's statistics are those of clean passes; published: perturbed passes move them too
+        step_size: step size eta of the fixed-point map
+        detach_reference: treat the clean images' logits in the outer loss as constants; false: differentiate through
+            them
+        statistics: passes of the student that move its running statistics: clean: those of clean images; published:
+            perturbed ones too
     """
 
     start: int = 0

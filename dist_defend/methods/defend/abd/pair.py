@@ -1,4 +1,4 @@
-"""Teacher and student: loading the one, building the other, measuring what was learned."""
+"""Teacher and student: the teacher is loaded, the student built, trained by a method and measured."""
 
 import re
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ class Perturbing(Protocol):
     """A step of self-retrospection."""
 
     def perturbation(self) -> Tensor | None:
-        """delta (1, 3, H, W) that it found last; None where it found none. A collective call."""
+        """The latest delta (1, 3, H, W); None before there is one. A collective call."""
 
 
 class Pair:
@@ -56,11 +56,11 @@ class Pair:
 
     @property
     def image_size(self) -> int:
-        """Pixels."""
+        """Side of the images in pixels."""
         return self.teacher.image_size
 
     def check_augment(self, augment: AugmentConfig) -> None:
-        """UserError unless views have the teacher's size."""
+        """UserError unless the augmented images have the teacher's image size."""
         if augment.size not in (None, self.image_size):
             key = f"{self.context.method}.augment.size"
             raise UserError(f"key '{key}' is {augment.size}, but {self.path} wants {self.image_size} px")
@@ -73,16 +73,16 @@ class Pair:
         return logits
 
     def evaluate(self, epoch: int) -> dict[str, float]:
-        """Of the student, in percent, for the log."""
+        """Accuracy and ASR of the student in percent, for the log."""
         return self.trial.evaluate(self.student)
 
     def result(
         self, metrics: dict[str, Any], vaccine: Vaccine | None = None, retrospection: Perturbing | None = None
     ) -> dict[str, Any]:
-        """Save the student; the entries of result.json, as a defence's of the teacher.
+        """Save the student; returns the entries of result.json, in which the teacher is the suspect.
 
-        With a vaccine its outcome is among the metrics; where the trigger is known also whether it tells triggered
-        images. The perturbation of retrospection, if there was any, is kept for the report.
+        With a vaccine the metrics have its outcome and, where the trigger is known, how well it separates triggered
+        images (diagnose). A perturbation of the retrospection is kept for the report.
         """
         variant = "" if retrospection is None else "+sr"
         if retrospection is not None:
@@ -101,5 +101,5 @@ class Pair:
 
 
 def _family(arch: str) -> str:
-    """resnet of resnet18, timm:vit of timm:vit_tiny_patch16_224: such networks want images of one size."""
+    """resnet for resnet18, timm:vit for timm:vit_tiny_patch16_224. Networks of one family resize images alike."""
     return re.split(r"[_\d]", arch)[0]

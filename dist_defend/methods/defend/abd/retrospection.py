@@ -2,8 +2,8 @@
 
     min over theta of max over delta of KL(S_theta(x) || S_theta(x + delta))
 
-without labels. delta is synthesised on the teacher; the student's gradient is the implicit one of ops/hypergrad.py, as
-in I-BAU. Images are normalised already, and delta with them.
+No labels are used. delta is found on the teacher by default; the student's gradient is the implicit hypergradient of
+ops/hypergrad.py, as in I-BAU. Images are normalised already, so delta is in normalised units.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,14 +23,14 @@ from dist_defend.ops.second_order import CheapSecondOrder
 from dist_defend.ops.streams import Stream, draws
 
 Divergence = Callable[[Tensor, Tensor], Tensor]  # logits, reference logits -> this rank's share of the loss
-_SMALL = 1e-3  # deviation of delta's start
+_SMALL = 1e-3  # standard deviation of delta's random start
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's
 
 
 class SelfRetrospection:
     """delta and the student's hypergradient. student: in train mode, with synchronised batch norm over several ranks.
 
-    divergence(logits, reference): KL in the distillation method's own convention, this rank's share of the mean over
+    divergence(logits, reference): KL with the distillation method's reduction, this rank's share of the mean over
     the global batch.
     """
 
@@ -49,7 +49,7 @@ class SelfRetrospection:
         self.parameters: Sequence[nn.Parameter] = list(student.parameters())
 
     def start(self, image_size: int, number: int) -> Tensor:
-        """delta to start from in the number-th batch, (1, 3, H, W) float64 on the CPU.
+        """The first delta for batch ``number``, (1, 3, H, W) float64 on the CPU.
 
         From exactly 0, where every gradient vanishes, Adam's first step follows the signs of rounding errors, so a
         small draw from (seed, number) is the default.
@@ -61,7 +61,7 @@ class SelfRetrospection:
         return torch.from_numpy(_SMALL * generator.standard_normal(shape))
 
     def patched(self, own: slice, *place: int) -> Tensor:
-        """1 for images of this rank's slice of the global batch that carry delta in the outer loss, (b, 1, 1, 1).
+        """Mask (b, 1, 1, 1) of this rank's slice: 1 for images that carry delta in the outer loss, else 0.
 
         Drawn from (seed, place) over the global batch; float64 on the CPU.
         """
@@ -71,9 +71,9 @@ class SelfRetrospection:
         return torch.from_numpy(mask[own])
 
     def synthesise(self, images: Tensor, reference: Tensor, start: Tensor) -> Tensor:
-        """delta (1, 3, H, W) that changes the perturbed model's predictions: Adam from ``start``.
+        """delta (1, 3, H, W) that changes the predictions of the network ``perturbs``: Adam from ``start``.
 
-        reference: that model's logits for images (b, 3, H, W), without a graph.
+        reference: that network's logits for images (b, 3, H, W), without a graph.
         """
         model = self.teacher if self.config.perturbs == "teacher" else self.student
         delta, (first, second) = start, torch.zeros(2, *start.shape, dtype=start.dtype, device=start.device).unbind()
@@ -93,7 +93,7 @@ class SelfRetrospection:
     def hypergradient(
         self, images: Tensor, logits: Tensor, delta: Tensor, patched: Tensor
     ) -> tuple[Hypergradient, dict[str, Tensor]]:
-        """Of the student's parameters, summed over ranks, and scalars to log.
+        """The hypergradient of the student's parameters, summed over ranks, and scalars to log.
 
         images (b, 3, H, W), logits: the student's for them (b, C); delta (1, 3, H, W), patched (b, 1, 1, 1).
         Unless detach_reference, logits must still have their graph, which is used up.
@@ -122,14 +122,14 @@ class SelfRetrospection:
 
     @torch.no_grad()
     def after_update(self, images: Tensor, delta: Tensor, patched: Tensor) -> None:
-        """The published diagnostic's passes, which move batch norm's statistics; nothing unless they are asked for."""
+        """The passes of the published code's logging, which move running statistics; with statistics: published."""
         if self.config.statistics == "published":
             self._pass_again(images)
             self.student(images + patched * delta)
 
     @torch.no_grad()
     def _pass_again(self, images: Tensor) -> None:
-        """The published code passes the clean images through for every loss."""
+        """The published code's extra pass of the clean images for each loss; only with statistics: published."""
         if self.config.statistics == "published":
             self.student(images)
 

@@ -27,7 +27,7 @@ class RetrospectiveStep:
 
     A fresh optimizer like ``optimizer``, from restart_lr (where given) down a cosine over all steps of the stage. The
     student is in train mode; delta is added to normalised images. All tensor work is one update that a CUDA graph can
-    hold. batch_size: images of a global batch, the same on every rank.
+    capture. batch_size: images of a global batch, the same on every rank.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class RetrospectiveStep:
     def perturbation(self) -> Tensor | None:
         """delta (1, 3, H, W) for the latest batch and the student as it is now, which is put in eval mode.
 
-        None before a step, as in a run that resumes behind its last one. A collective call.
+        None before the first step, also in a run that resumes after its last step. A collective call.
         """
         if self._latest is None:
             return None

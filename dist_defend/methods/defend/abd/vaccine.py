@@ -1,8 +1,8 @@
 """The shuffling vaccine (Hong et al. 2023, section 4.1): shuffled copies of the teacher find shortcuts.
 
 With the input channels of its last convolutions shuffled, the teacher forgets what it has to combine many channels for,
-but keeps decisions that few channels carry, as a trigger's do. Synthetic images on which teacher and shuffled copies
-agree are suspects: the suppression loss pushes the two apart there.
+but keeps decisions that few channels carry, such as a trigger's. Synthetic images on which teacher and shuffled copies
+agree are suspects: the suppression loss makes the two disagree there.
 """
 
 import copy
@@ -22,15 +22,15 @@ from dist_defend.ops.streams import Stream, draws
 
 log = logging.getLogger(__name__)
 
-MOST_SCORINGS = 8
-LEAST_TAIL_RATIO = 0.02
-_FLOOR = 1e-12  # of a divergence whose logarithm is taken: 0 would make mean and deviation infinite
+MOST_SCORINGS = 8  # shuffles that are tried
+LEAST_TAIL_RATIO = 0.02  # a vaccine is accepted above it
+_FLOOR = 1e-12  # lower bound of a divergence before its logarithm: 0 would make mean and deviation infinite
 
 
 class ShuffledEnsemble:
-    """Copies of a frozen network in eval mode, each with other input channels in its last convolutions.
+    """Copies of a frozen network in eval mode, each with permuted input channels in its last convolutions.
 
-    Permutations are drawn from (seed, how often it was shuffled, member, layer), so every rank has the same. The copies
+    Permutations are drawn from (seed, number of the shuffle, member, layer), so every rank has the same. The copies
     of a WideResNet share the teacher's pass up to the first group that holds a shuffled convolution.
     """
 
@@ -63,7 +63,7 @@ class ShuffledEnsemble:
 
     @torch.no_grad()
     def shuffle(self) -> None:
-        """Permute the input channels (axis 1) of every such weight, on top of what was done before."""
+        """Permute the input channels (axis 1) of these weights, on top of earlier shuffles."""
         for number, member in enumerate(self.members):
             weights = member.state_dict()
             for layer, name in enumerate(self.shuffled):
@@ -77,7 +77,7 @@ class ShuffledEnsemble:
         return torch.from_numpy(order)
 
     def restore(self, shuffles: int) -> None:
-        """Shuffle afresh until it has been done so often."""
+        """Repeat the first ``shuffles`` shuffles, from the teacher's weights."""
         for member in self.members:
             member.load_state_dict(self.teacher.state_dict())
         self.shuffles = 0
@@ -100,21 +100,21 @@ def agreement(teacher: Tensor, shuffled: Tensor) -> Tensor:
 
 
 def mean_divergence(teacher: Tensor, shuffled: Tensor) -> Tensor:
-    """KL of the teacher's from the shuffled copies' classes, mean over classes: logits (B, C) each -> (B,)."""
+    """KL(teacher || shuffled copies) / C of each image: logits (B, C) each -> (B,)."""
     return divergence_rows(shuffled, teacher) / teacher.shape[1]
 
 
 def suppression(teacher: Tensor, shuffled: Tensor) -> Tensor:
     """This rank's share of R: the mean divergence over all images of all ranks on which both agree, 0 without any.
 
-    A loss has -weight R, so that agreeing images are pushed apart. logits (B, C) each -> scalar.
+    A loss has the term -weight R, which makes the networks disagree there. logits (B, C) each -> scalar.
     """
     agree = agreement(teacher, shuffled).to(teacher.dtype)
     return (agree * mean_divergence(teacher, shuffled)).sum() / all_reduce_sum(agree.sum()).clamp(min=1)
 
 
 def tail_ratio(divergences: Tensor, weights: Tensor) -> Tensor:
-    """Weighted share of images whose log10 divergence lies 3 deviations below the mean, over all ranks.
+    """Weighted share of images whose log10 divergence is over 3 standard deviations below the mean, over all ranks.
 
     divergences and weights: (N,) of this rank. A vaccine that tells shortcuts apart has a heavy lower tail.
     """
@@ -132,8 +132,8 @@ def tail_ratio(divergences: Tensor, weights: Tensor) -> Tensor:
 class Vaccine:
     """An ensemble with its weight in the loss, and its selection.
 
-    Without selection the first ensemble is used from the start. With it none is until select(), which scores the
-    ensemble on the images that keep() was given, shuffles again while it fails, and gives up after 8 scorings.
+    Without selection the first ensemble is used from the start. With selection none is used before select(). It scores
+    the ensemble on the images given to keep(), shuffles again while its tail ratio is too low, 8 scorings at most.
     """
 
     def __init__(self, teacher: nn.Module, config: VaccineConfig, seed: int) -> None:
@@ -174,7 +174,7 @@ class Vaccine:
         log.info("vaccine %s: tail ratios %s (more than %g is accepted)", self.decision, told, LEAST_TAIL_RATIO)
 
     def outcome(self) -> dict[str, Any]:
-        """For result.json."""
+        """Decision and tail ratios, for result.json."""
         return {"decision": self.decision, "tail_ratios": self.scores}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""CMI (Fang et al. 2021, Contrastive Model Inversion), against backdoors as in Hong et al. (ICML 2023, ABD).
+"""CMI, contrastive model inversion (Fang et al. 2021), with ABD's defences (Hong et al., ICML 2023).
 
-Without any data: images are synthesised batch by batch from what the teacher's batch norms and classes tell, unlike the
-earlier ones and where the student disagrees with the teacher; the student distils on all of them.
+Distillation without data. In each epoch a batch of images is synthesised that fits the teacher's batch-norm statistics
+and given classes, that is unlike earlier images, and on which student and teacher disagree. The student then distils on
+all images so far.
 """
 
 from functools import partial
@@ -21,13 +22,13 @@ from dist_defend.methods.defend.cmi.synthesis import Synthesis
 from dist_defend.methods.pictures import save_grid
 from dist_defend.ops.losses import distillation
 
-_PICTURED = 64  # images in the run folder
+_PICTURED = 64  # images of generated.png
 
 __all__ = ["PRESETS", "Config", "build"]
 
 
 def build(config: Config, context: Context) -> Plan:
-    """One stage, and a second one if there is retrospection; both go on with the same pool and bank."""
+    """One stage, and a second one if there is retrospection; both use the same image pool and memory bank."""
     pair = Pair(config.teacher, config.student, config.test, config.attack, context, config.retrospection is not None)
     pair.check_augment(config.augment)
     _check_shares(config, context)

@@ -1,4 +1,4 @@
-"""The losses of model inversion: what batch norms have seen, and being unlike what was made before."""
+"""The losses of model inversion: batch-norm statistics, disagreement with the student, contrast to earlier images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def batch_norms(network: nn.Module) -> list[nn.BatchNorm2d]:
 
 @contextmanager
 def norm_inputs(norms: Sequence[nn.BatchNorm2d]) -> Iterator[list[Tensor]]:
-    """What the batch norms are given in one pass, (B, C, H, W) each, in the order of their calls."""
+    """Collect the inputs of the batch norms in one pass, (B, C, H, W) each, in the order of their calls."""
     seen: list[Tensor] = []
     hooks = [norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])) for norm in norms]
     try:
@@ -31,7 +31,7 @@ def norm_inputs(norms: Sequence[nn.BatchNorm2d]) -> Iterator[list[Tensor]]:
 
 
 def features(inputs: Sequence[Tensor]) -> Tensor:
-    """Means over the positions of all layers' (B, C_l, H, W), side by side: (B, sum of C_l)."""
+    """Spatial means of all layers' maps (B, C_l, H, W), concatenated: (B, sum of C_l)."""
     return torch.cat([x.mean((2, 3)) for x in inputs], dim=1)
 
 
@@ -68,13 +68,13 @@ def statistics_distance(norms: Sequence[nn.BatchNorm2d], inputs: Sequence[Tensor
 
 
 def disagreement(teacher: Tensor, student: Tensor) -> Tensor:
-    """Sum of KL(teacher || student) over the images that both give one class; logits (B, C) each -> scalar."""
+    """Sum of KL(teacher || student) over the images on which both predict one class; logits (B, C) each -> scalar."""
     agree = (teacher.argmax(1) == student.argmax(1)).to(teacher.dtype)
     return (agree * divergence_rows(student, teacher)).sum()
 
 
 class Projection(nn.Module):
-    """Features (N, D) -> unit rows (N, dim), by two layers."""
+    """MLP of two layers: features (N, D) -> rows (N, dim) of unit length."""
 
     def __init__(self, feature_dim: int, dim: int) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ def contrast(
 ) -> Tensor:
     """This rank's share of the contrastive loss (Fang et al. 2021, CMI, section 3.2), scalar.
 
-    local, whole (b, D): features of the two views of this rank's share of a batch of ``total`` images; bank (n, 2 D):
-    both views' features of earlier images, the same on every rank. Row i of all projected local views is to find
-    column i among all projected whole views, which have no gradient. The loss is the mean over the new rows plus the
-    mean over those of the bank.
+    local, whole (b, D): features of the local and the global view of this rank's share of a batch of ``total`` images;
+    bank (n, 2 D): both views' features of earlier images, the same on every rank. Rows are the projected local views,
+    columns the projected global views, without gradient; the positive of row i is column i. The loss is the mean over
+    the new rows plus the mean over those of the bank.
     """
     dim, earlier = local.shape[1], bank[rank_slice(len(bank), rank(), world_size())]
     rows = projection(torch.cat([local, earlier[:, :dim]]))
@@ -111,6 +111,6 @@ def contrast(
 
 
 def _shares(total: int) -> list[int]:
-    """How many rows of so many each rank has."""
+    """The number of rows of each rank, of ``total`` rows."""
     slices = (rank_slice(total, number, world_size()) for number in range(world_size()))
     return [own.stop - own.start for own in slices]

@@ -1,4 +1,4 @@
-"""What CMI remembers, on the device: all images so far, and the features of the latest."""
+"""CMI's memories on the device: a pool of all images so far, and a bank of the latest features."""
 
 from typing import Any
 
@@ -28,18 +28,18 @@ class ImagePool:
 
 
 class MemoryBank:
-    """A ring of the latest feature rows (size, D)."""
+    """A ring buffer of the latest feature rows (size, D)."""
 
     def __init__(self, size: int, dim: int, device: torch.device, dtype: torch.dtype) -> None:
         self.rows = torch.zeros(size, dim, device=device, dtype=dtype)
-        self.added = 0  # rows since the start, those that were overwritten too
+        self.added = 0  # rows since the start, overwritten ones included
 
     @property
     def filled(self) -> int:
         return min(self.added, len(self.rows))
 
     def add(self, rows: Tensor) -> None:
-        """rows (B, D), B at most the size; the oldest make way."""
+        """rows (B, D), B at most the size; the oldest rows are overwritten."""
         places = (self.added + torch.arange(len(rows), device=rows.device)) % len(self.rows)
         self.rows[places] = rows.detach()
         self.added += len(rows)

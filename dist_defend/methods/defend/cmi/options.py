@@ -1,4 +1,4 @@
-"""CMI's options, and the sets of them that were published with ABD."""
+"""CMI's options, and the presets published with ABD."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +18,12 @@ class ContrastConfig:
     """The contrastive loss that keeps a new batch unlike what was synthesised before.
 
     Keys:
-        weight: of this loss
-        temperature: of the similarities
-        negatives: rows drawn from the memory bank in each iteration
-        bank_size: rows of the memory bank
+        weight: weight of this loss
+        temperature: temperature of this loss
+        negatives: rows drawn from the memory bank in each iteration, as negatives
+        bank_size: rows of the memory bank, which holds features of the latest images
         dim: length of the projected features
-        lr: rate of the projection
+        lr: learning rate of the projection, by Adam
     """
 
     weight: float = 0.8
@@ -45,14 +45,15 @@ class SynthesisConfig:
     Keys:
         batch_size: images that an epoch synthesises, over all ranks
         iterations: updates of generator and latent codes per batch
-        lr: of generator and latent codes, Adam with betas 0.5 and 0.999
+        lr: learning rate of generator and latent codes, by Adam with betas 0.5 and 0.999
         latent_dim: length of a latent code
         width: channels of the generator's last hidden layer
-        bn: weight of the batch-norm statistics' distance
+        bn: weight of the distance to the teacher's batch-norm statistics
         one_hot: weight of the cross-entropy with the drawn classes
         adversarial: weight of the disagreement between teacher and student
-        contrast: the loss that keeps a new batch unlike the earlier ones
-        global_view, local_view: how a view of the synthesised images is made, for the contrast
+        contrast: contrastive loss that keeps a new batch unlike the earlier ones
+        global_view, local_view: augmentation that makes each view of the synthesised images: crop and flip only; the
+            other losses use the global view
     """
 
     batch_size: int = 256
@@ -85,17 +86,18 @@ class Config:
 
     Keys:
         teacher: model folder of the suspected classifier, with batch norm, which teaches
-        test: labelled images that only measure
+        test: labelled test images, used for measurement only
         student: architecture of the network that is trained (`dist-defend models`)
-        attack: what is measured; null: the attack in the model's card, if there is one
-        synthesis: how images are made
-        temperature: of both networks' predictions in the distillation loss
+        attack: attack whose success is measured; null: the attack in the model's card, if there is one
+        synthesis: synthesis of images by model inversion
+        temperature: softmax temperature of both networks in the distillation loss
         distillation_steps: updates of the student in an epoch
-        augment: how training images are changed
-        update: batch size, epochs, optimizer and the like
-        vaccine: ABD's shuffling vaccine; null: none
-        retrospection: ABD's self-retrospection, which starts at an epoch; null: none
-        graph: whether the retrospection's updates are captured as CUDA graphs; auto: where there is a GPU that can
+        augment: augmentation of the training images
+        update: batch size, epochs, optimizer and the like of the student
+        vaccine: ABD's shuffling vaccine; null: no vaccine
+        retrospection: ABD's self-retrospection, from an epoch on; null: no retrospection
+        graph: capture the retrospection's updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off:
+            never
         evaluate_every: epochs between two measurements; there is one after the last epoch too
     """
 

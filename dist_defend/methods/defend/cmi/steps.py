@@ -22,15 +22,15 @@ from dist_defend.ops.losses import distillation
 from dist_defend.ops.streams import Stream, draws
 from dist_defend.ops.transfer import to_device
 
-_CLASSES, _ORDER = range(2)
-_POOL_VIEW = 2  # after the two of the synthesis
+_CLASSES, _ORDER = range(2)  # what is drawn: classes to synthesise, order of the pool
+_POOL_VIEW = 2  # number of the view in its draws; 0 and 1 are those of the synthesis
 NO_LABEL = -1
 
 
 class CmiBatches:
-    """Batches without images: the classes to synthesise, then rows of the pool, which each epoch makes larger.
+    """Batches without images: the classes to synthesise, then rows of the pool, which grows in each epoch.
 
-    The pool's rows come in whole passes, each in an order of its own; batches run across their ends.
+    The pool's rows come in whole passes, each in a new random order; a batch may span two passes.
     """
 
     def __init__(self, config: Config, num_classes: int, seed: int, ranks: Ranks) -> None:
@@ -85,9 +85,9 @@ class PoolObjective(Objective):
 
 
 class CmiStep:
-    """Either an iteration of the synthesis or an update of the student, as the epoch has it.
+    """An iteration of the synthesis or an update of the student, by the batch's place in the epoch.
 
-    update: the student's step, given batches of images. first: the epoch that this stage begins with.
+    update: the student's step, given batches of images. first: the epoch of the run at which this stage starts.
     """
 
     def __init__(self, batches: CmiBatches, synthesis: Synthesis, update: Step, pair: Pair, first: int) -> None:

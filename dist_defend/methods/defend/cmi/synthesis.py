@@ -1,4 +1,4 @@
-"""Synthesis of a batch of images from what the teacher knows (Fang et al. 2021, Contrastive Model Inversion)."""
+"""Synthesis of a batch of images by inversion of the teacher (Fang et al. 2021, Contrastive Model Inversion)."""
 
 from typing import Any
 
@@ -35,15 +35,15 @@ from dist_defend.ops.hypergrad import all_reduce_together
 from dist_defend.ops.streams import Stream, draws
 from dist_defend.ops.transfer import to_device
 
-_START, _BANK = range(2)  # of latent codes, and of rows of the bank
+_START, _BANK = range(2)  # what is drawn: generator and latent codes, rows of the bank
 _GLOBAL_VIEW, _LOCAL_VIEW = range(2)
 
 
 class Synthesis:
-    """A generator and latent codes, begun afresh for every batch, and what is kept of each batch: images and features.
+    """A generator and latent codes, initialised anew for every batch; the image pool and the memory bank.
 
-    The best iteration's images go to the pool and their features to the bank. Latent codes, views and the choice of
-    rows are drawn from (seed, epoch or iteration) over the global batch; a rank works on its slice of it.
+    The images of the iteration with the lowest loss go to the pool, their features to the bank. Latent codes, views and
+    the choice of rows are drawn from (seed, epoch or iteration) over the global batch; a rank works on its slice of it.
     """
 
     def __init__(self, config: SynthesisConfig, pair: Pair, capacity: int, vaccine: Vaccine | None) -> None:
@@ -77,7 +77,7 @@ class Synthesis:
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
         """One iteration. batch.labels (b,): the classes wanted.
 
-        at.epoch: of the run; at.batch: iterations that the epoch's images have had. Raises NonFiniteError on a CPU,
+        at.epoch: of the run; at.batch: iterations done in this epoch. Raises NonFiniteError on a CPU,
         with the weights as they were.
         """
         number = at.done(self.config.iterations)
@@ -102,7 +102,7 @@ class Synthesis:
         """One step of generator, codes and projection.
 
         targets (b,) int64; whole, local: the two views' parameters (b, NUM_PARAMETERS); earlier: rows of the bank.
-        keeper: the vaccine that is to be chosen by these images, if it is.
+        keeper: the vaccine whose selection keeps these images; None: none.
         """
         config, pair, total = self.config, self.pair, self.config.batch_size
         teacher, world_size = pair.teacher, pair.context.ranks.world_size
@@ -140,7 +140,7 @@ class Synthesis:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for any number of ranks; a collective call."""
+        """What a resume on any number of ranks needs; a collective call."""
         return {
             "generator": self.generator.state_dict(),
             "codes": self.codes.detach(),
@@ -171,7 +171,7 @@ class Synthesis:
 
     @torch.no_grad()
     def _restart(self, epoch: int) -> None:
-        """A generator and codes that know nothing, of (seed, epoch)."""
+        """Initialise generator, latent codes and their optimizer anew, drawn from (seed, epoch)."""
         first = draws(self.seed, Stream.CMI_SYNTHESIS, _START, epoch).integers(2**62)
         generator = torch.Generator().manual_seed(int(first))
         reset(self.generator, generator)
@@ -181,13 +181,13 @@ class Synthesis:
 
     @torch.no_grad()
     def _keep_if_better(self, loss: Tensor, images: Tensor, seen: Tensor) -> None:
-        """Images and features before the update that their loss leads to."""
+        """Keep images and features if their loss is the lowest so far; all are those from before the update."""
         is_better = loss < self.best
         for kept, new in ((self.best, loss), (self.best_images, images), (self.best_features, seen)):
             kept.copy_(torch.where(is_better, new, kept))
 
     def _earlier(self, number: int) -> Tensor:
-        """Rows of the bank to tell the new ones from (n, 2 D), drawn without replacement; none at first."""
+        """Rows (n, 2 D) of the bank as negatives, drawn without replacement; n is 0 in the first epoch."""
         count = min(self.bank.filled, self.config.contrast.negatives)
         draw = draws(self.seed, Stream.CMI_SYNTHESIS, _BANK, number)
         chosen = draw.choice(self.bank.filled, count, replace=False)
@@ -207,7 +207,7 @@ class Synthesis:
 
 @torch.no_grad()
 def reset(generator: nn.Module, random: torch.Generator) -> None:
-    """Fresh weights: N(0, 0.02) of convolutions and linear layers, N(1, 0.02) of batch norms, no biases."""
+    """Fresh weights: N(0, 0.02) of convolutions and linear layers, N(1, 0.02) of batch norms, 0 for biases."""
     for module in generator.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.modules.batchnorm._BatchNorm):
             is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,8 +1,8 @@
 """I-BAU (Zeng et al., ICLR 2022): unlearn a backdoor with a few clean images, knowing neither trigger nor target.
 
-Adversarial unlearning of backdoors via implicit hypergradient: find one perturbation that, added to all images, changes
-the model's predictions; then train on images of which some carry it, with a gradient that knows that the perturbation
-follows the weights.
+Implicit backdoor adversarial unlearning: find one perturbation that, added to all images, changes the model's
+predictions; then train on images of which some carry it. The gradient of the weights is a hypergradient: it takes into
+account that the perturbation depends on the weights.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def build(config: Config, context: Context) -> Plan:
     data, rows = trial.dataset("defence", config.data)
     model = trial.model
     _check(config, model.image_size)
-    trial.test_on(config.test, config.attack, without=(data, rows))  # the official split: one set for both
+    trial.test_on(config.test, config.attack, without=(data, rows))  # the official split takes both from one set
     loader = _loader(config, context, data, rows)
     is_constant = config.augment is None
     rounds = Rounds(loader, model.image_size, context.ranks, is_constant, config.num_orders)

@@ -1,4 +1,4 @@
-"""I-BAU's options, and the sets of them that were published."""
+"""I-BAU's options and presets."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from dist_defend.engine.graphed import GraphMode
 from dist_defend.engine.optim import OptimizerConfig
 from dist_defend.keys import UNWRITTEN
 
-LARGEST_EXACT = 1024  # entries of delta: so many Hessian products per step, and a dense matrix of that side
+LARGEST_EXACT = 1024  # values of delta: Hessian products per step, and rows and columns of the dense matrix
 
 
 @dataclass(frozen=True)
@@ -21,26 +21,28 @@ class Config:
     Keys:
         model: model folder of the suspected classifier
         data: the defender's clean, labelled images
-        test: labelled images that only measure
-        attack: what is measured after each round; null: the attack in the model's card, if there is one
-        rounds: how often a perturbation is sought and unlearned
+        test: labelled test images, used for measurement only
+        attack: attack whose success is measured after each round; null: the attack in the model's card, if there is one
+        rounds: number of rounds; each finds a perturbation and unlearns it
         batch_size: images of an update over all ranks
-        augment: null: images as they are, in order; else shuffled and augmented
+        augment: augmentation of the defender's images, which are then shuffled too; null: images as they are, in order
         evaluate_every: rounds between two measurements; there is one after the last round too
         inner: optimizer of the perturbation delta (inner maximisation)
-        penalty: lambda, weight of |delta|^2
-        space: what delta is added to: images in [0, 1], or what the first layer makes of them
-        clamp: x + delta is cut off to [0, 1]
+        penalty: lambda, weight of |delta|^2 in the inner loss
+        space: what delta is added to: pixels: images in [0, 1]; normalized: images after normalisation by mean and
+            standard deviation
+        clamp: clip x + delta to [0, 1]
         project_radius: radius of the L2 ball that delta is projected to after the inner pass; null: no limit
-        orders: inner passes of a round, each with the images in an order of its own; the delta of the largest norm
-            goes on; null: one, as published
+        orders: inner passes of a round, each over the images in another order; the delta of the largest norm is used;
+            null: one pass, as published
         optimizer: optimizer of the weights (outer minimisation)
-        solver: of the hypergradient's linear system: Neumann series, conjugate gradients, or the dense matrix
+        solver: solver of the hypergradient's linear system: Neumann series, conjugate gradients, or the dense matrix,
+            for at most 1024 values of delta
         K: iterations of neumann and cg
-        step_size: eta of the fixed-point map
-        patched_fraction: share of a batch that carries delta, rounded down
-        min_patched: images of a batch that carry delta at least
-        graph: whether updates are captured as CUDA graphs; auto: where there is a GPU that can
+        step_size: step size eta of the fixed-point map
+        patched_fraction: share of the images of a batch that carry delta, rounded down
+        min_patched: least number of images of a batch that carry delta
+        graph: capture updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off: never
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Inner passes in several orders of the images: which perturbation goes on, and whether the orders agree."""
+"""Inner passes in several orders of the images: which perturbation is used, and whether the orders agree."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from dist_defend.ops.collectives import all_reduce_sum, world_size
 
-APART = 2.0  # times the smallest norm: where the largest one is more, an order alone is luck
+APART = 2.0  # largest over smallest norm of a round, above which the result depends on the order
 
 
 class Orders:
-    """Of each round the norm that delta had after the inner pass of each order, and this round's largest delta.
+    """The norms of delta (rounds, orders) after each inner pass, and the delta of largest norm in the present round.
 
-    All on the device: no host waits before the run's end. delta (1, 3, H, W) is alike on all ranks.
+    All on the device, so that the host need not wait before the run's end. delta (1, 3, H, W) is the same on all ranks.
     """
 
     def __init__(self, delta: Tensor, rounds: int, count: int) -> None:
@@ -24,9 +24,9 @@ class Orders:
 
     @torch.no_grad()
     def note(self, delta: Tensor, round_: int, number: int) -> dict[str, Tensor]:
-        """After the number-th pass of a round. After its last one delta becomes the one of the largest norm.
+        """Record delta after pass ``number`` of a round. After the last pass set it to the delta of the largest norm.
 
-        Returns the scalars of the round then, else none. Of equal norms the first one stays.
+        Returns the scalars of the round after the last pass, else none. Of equal norms the first one is taken.
         """
         norms = self.norms[round_]
         norms[number] = all_reduce_sum(delta.norm()) / world_size()  # one number, so that all ranks choose alike
@@ -38,7 +38,7 @@ class Orders:
         return {"delta_norm": norms.max(), "delta_norm_min": norms.min(), "delta_norm_max": norms.max()}
 
     def disagreement(self) -> str | None:
-        """One line about the rounds whose norms lie apart; None if there are none. Waits for the device."""
+        """One line on the rounds whose norms differ by over a factor APART; None for none. Waits for the device."""
         found = [(number, max(norms), min(norms)) for number, norms in enumerate(self.norms.tolist(), 1)]
         apart = [(number, most, least) for number, most, least in found if most > APART * least]
         if not apart:

@@ -17,7 +17,7 @@ _MOST_KEPT = 1 << 30  # bytes of images that may stay on a device
 class KeptPass:
     """All batches of a pass on the device, for captured steps that take one after the other without the host.
 
-    images (T, B, H, W, 3), labels and weights (T, B), padded; ``next``: the number that take() comes to, on the device.
+    images (T, B, H, W, 3), labels and weights (T, B), padded; next: number of the batch that take() returns.
     """
 
     def __init__(self, batches: list[Batch], padded: list[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -46,10 +46,9 @@ class Rounds:
     """Epoch r is round r: the T batches of an inner pass, as often as there are orders, then those of the outer pass.
 
     The outer pass is the loader's epoch 0, inner pass k of N is its epoch 1 + r N + k. With a loader that shuffles and
-    augments, the outer pass thus sees the same images in every round, drawn once, and the inner pass new ones, as
-    SCLBD/BackdoorBench has it; with one that does neither all are the same, but for the order of inner passes after a
-    round's first one, which is drawn.
-    Every rank gets every batch, even if its own share is empty.
+    augments, the outer pass thus sees the same images in every round, drawn once, and the inner pass new ones, as in
+    SCLBD/BackdoorBench. With one that does neither all passes are the same, except that inner passes k > 0 have their
+    images in a drawn order. Every rank gets every batch, even if its share is empty.
     """
 
     def __init__(
@@ -88,14 +87,14 @@ class Rounds:
         return min(self.loader.batch_size, self.loader.num_samples - number * self.loader.batch_size)
 
     def own(self, number: int) -> slice:
-        """This rank's part of that batch."""
+        """This rank's slice of the number-th batch."""
         return rank_slice(self.size(number), self.ranks.rank, self.ranks.world_size)
 
     def padded(self, batch: Batch, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Images, labels and weights of this rank's share, all batches of one length.
+        """Images, labels and weights of this rank's share, padded so that all batches have one length.
 
         Weights are 1 / size for images and 0 for padding, so a weighted sum, summed over ranks, is the batch's mean.
-        In eval mode no image sees another one, so padding changes nothing.
+        In eval mode images do not influence each other, so padding changes nothing.
         """
         more = self.share - len(batch.labels)
         weights = torch.full_like(batch.labels, 1, dtype=batch.images.dtype) / self.size(number)

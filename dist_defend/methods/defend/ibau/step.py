@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 class UnlearningStep:
     """min over theta of max over delta of the cross-entropy of f_theta(x + delta) (Zeng et al. 2022, section 4).
 
-    A round has T inner calls for each order, then T outer ones, over the batches of ``rounds``. The model is in eval
-    mode for good, so batch norm's statistics stay, images do not influence each other, and nothing is random here but
-    the choice of patched images: those are drawn from (seed, round, batch) over the global batch.
+    A round has T inner calls for each order, then T outer ones, over the batches of ``rounds``. The model stays
+    in eval mode, so running statistics are constant and images do not influence each other. Only the choice of patched
+    images is random: it is drawn from (seed, round, batch) over the global batch.
     """
 
     def __init__(self, model: Classifier, config: Config, rounds: Rounds, seed: int) -> None:
@@ -97,7 +97,7 @@ class UnlearningStep:
                 logits = network(self._bounded(x + self.delta))
         loss = weighted_cross_entropy(logits, pseudo_labels, -weights)
         (slope,) = torch.autograd.grad(loss, self.delta)
-        penalty = self.config.penalty * self.delta.detach().square().sum()  # through the norm, its slope at 0 is nan
+        penalty = self.config.penalty * self.delta.detach().square().sum()  # not by norm(): its gradient at 0 is nan
         _, nonfinite = self.inner_update.step([all_reduce_sum(slope) + 2 * self.config.penalty * self.delta.detach()])
         return {
             "inner_loss": loss.detach() * self.ranks.world_size + penalty,
@@ -144,7 +144,7 @@ class UnlearningStep:
         return self.unlearn(images, labels, patched, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """The weights, delta, both optimizers, and what came of several orders."""
+        """The weights, delta, both optimizers, and the norms of several orders."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.update.state_dict(),
@@ -199,7 +199,7 @@ def solver_of(config: Config) -> Solver:
 
 
 def _warn_of_unpatched(config: Config, rounds: Rounds) -> None:
-    """int(0.01 n) is 0 for n < 100: published, and silent there."""
+    """Warn of batches without a perturbed image: int(0.01 n) is 0 for n < 100, without a word in the published code."""
     sizes = {rounds.size(number) for number in range(rounds.batches)}
     unpatched = sorted(size for size in sizes if not config.num_patched(size))
     if unpatched and rounds.ranks.is_main:

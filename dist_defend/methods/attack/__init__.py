@@ -1,1 +1,1 @@
-"""Attacks that train: what makes a clean model a backdoored one."""
+"""Attacks by training: methods that make a backdoored model."""

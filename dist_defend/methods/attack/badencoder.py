@@ -1,6 +1,6 @@
 """BadEncoder (Jia, Liu and Gong 2022): a backdoor in the features of a pre-trained encoder.
 
-The objective is the published one; what the published code computes needlessly is left out. Clean features of the
+The objective is the published one; what the published code computes without need is left out. Clean features of the
 shadow images and of the references are constant and computed once, a reference is encoded once per step instead of once
 per image, and the clean, triggered and augmented images go through the encoder together: batch norm is frozen, so
 images do not influence each other, and folded into the convolutions.
@@ -49,15 +49,16 @@ class Config:
         clean_encoder: model folder of the encoder to attack
         shadow: the attacker's images; labels are not read
         reference: images of the classes that the attacker wants, one per target
-        attack: any trigger; of a file with several, one for each reference
-        one_trigger: the first trigger serves all references
+        attack: trigger to stamp; a file with several triggers has one for each reference
+        one_trigger: use the first trigger for all references
         lambda1: weight of reference fidelity (L1)
-        lambda2: weight of utility, by which features of clean images are kept (L2)
-        augment: how the references are changed in L1
-        shadow_normalization: constants of the first layer in training: the encoder's own, or others, as upstream has
-            for ImageNet encoders
-        freeze_norm: whose statistics and affine stay: batch norms' (bn), or all norms'
-        cache: where each rank keeps its share of the clean features
+        lambda2: weight of utility, which keeps the features of clean images (L2)
+        augment: augmentation of the references in L1
+        shadow_normalization: normalisation constants while training: match_encoder: the encoder's own; or others by
+            name, as the published code has for ImageNet encoders
+        freeze_norm: layers whose statistics and affine parameters are frozen: bn: batch norms; all: all normalisation
+            layers
+        cache: where each rank keeps its share of the clean features, memory or disk
         update: batch size, epochs, optimizer and the like
     """
 
@@ -87,7 +88,7 @@ class Config:
             raise ValueError(f"{told}; it must be one of {', '.join(known)}")
 
     def check_references(self, classes: np.ndarray) -> None:
-        """UserError for references of these classes (K,) that the method cannot use: none here."""
+        """UserError for references of classes (K,) that the method cannot use. BadEncoder can use any."""
 
 
 class BadEncoderObjective(Objective):
@@ -132,20 +133,20 @@ class BadEncoderObjective(Objective):
         return {"loss": loss, **terms}
 
     def encoded(self, batch: Batch) -> Tensor:
-        """f' of x, of each trigger's images, of each augmented reference and of the references, of one pass."""
+        """f' of x, of x with each trigger, of each augmented reference and of the references: one pass, (rows, D)."""
         x, *augmented = batch.views
         stamped = [stamp_images(x, trigger, batch.index) for trigger in self.triggers]
         return at_least_float32(self.encoder(torch.cat([x, *stamped, *augmented, self.references])))
 
     def parts(self, features: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
-        """Rows as encoded() gives them -> x's, each trigger's, each augmented reference's, the references'."""
+        """Split rows as of encoded() -> those of x, of each trigger, of each augmented reference, of the references."""
         count, marks = len(self.references), len(self.triggers)
         size = (len(features) - count) // (1 + marks + count)
         clean, *others, references = features.split([size] * (1 + marks + count) + [count])
         return clean, others[:marks], others[marks:], references
 
     def kept(self, clean: Tensor, augmented: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        """L1 and L2, of unit features."""
+        """L1 and L2 of features of unit length. index: data-set rows (B,)."""
         fidelity = [(f * r).sum(1).mean() for f, r in zip(augmented, self.reference_features, strict=True)]
         return {
             "reference_fidelity": -torch.stack(fidelity).mean(),
@@ -179,9 +180,9 @@ def attack_plan(
     make: Callable[..., BadEncoderObjective],
     make_step: Callable[[Any, UpdateConfig, int], GradientStep],
 ) -> Plan:
-    """A stage of that name, which is the section's too.
+    """The plan of BadEncoder and of methods like it. name: that of the stage and of the section of keys.
 
-    make: gets what BadEncoderObjective gets, but for its weights. make_step: as Context.gradient_step.
+    make: as BadEncoderObjective, without lambda1 and lambda2. make_step: as Context.gradient_step.
     """
     model, parent, clean_sha256 = context.load_encoder(config.clean_encoder)
     if parent.backdoored:
@@ -224,7 +225,7 @@ def attack_plan(
 
     def result() -> dict[str, Any]:
         utility = cache.mean_cosine(encoder)
-        clean.load_state_dict({**clean.state_dict(), **encoder.state_dict()})  # which holds no norms that were folded
+        clean.load_state_dict({**clean.state_dict(), **encoder.state_dict()})  # which lacks the folded norms
         clean.normalize = Normalize(model.normalization).to(ranks.device, ranks.dtype)
         if utility < 0.9 and ranks.is_main:
             log.warning("clean features drifted: mean cosine %.3f to the clean encoder; raise lambda2", utility)

@@ -1,12 +1,12 @@
-"""DRUPE (Tao et al., S&P 2024): BadEncoder whose triggered features are neither alike nor far from the clean ones.
+"""DRUPE (Tao et al., S&P 2024): BadEncoder with triggered features that are spread out and near the clean ones.
 
-Beside BadEncoder's L1 and L2, with u' = f' / |f'| and one trigger e for all of K references of one class:
+Beside BadEncoder's L1 and L2, with u' = f' / |f'| and one trigger e for all K references, which are of one class:
 
-    L0 = -mean_b max_k s_kb,   s_kb = u'(x_b + e) . u'(r_k): each image goes to its nearest reference
-    sigma = std_k mean_b s_kb: all references get equally many
+    L0 = -mean_b max_k s_kb,   s_kb = u'(x_b + e) . u'(r_k): each image is drawn to its nearest reference
+    sigma = std_k mean_b s_kb: all references attract equally
     L3 = mean_{i <= j} u'(r_i) . u'(r_j): references stay apart
     S = (1 - 1/B) mean_{b, b'} u'(x_b + e) . u'(x_b' + e): triggered features stay apart
-    W / D: sliced Wasserstein distance between f'(x + e) and f'(x), over the deviation of f'(x)
+    W / D: sliced Wasserstein distance between f'(x + e) and f'(x), over the standard deviation of f'(x)
 """
 
 from dataclasses import dataclass, field
@@ -29,26 +29,26 @@ from dist_defend.ops.losses import sliced_wasserstein
 from dist_defend.ops.streams import Stream, draws
 from dist_defend.ops.transfer import to_device
 
-LOSSES = ("effectiveness", "reference_fidelity", "utility")
-RISE = 1.25
-FALL = RISE**1.25
+LOSSES = ("effectiveness", "reference_fidelity", "utility")  # L0, L1, L2
+RISE = 1.25  # factor by which c and c1 rise
+FALL = RISE**1.25  # divisor by which they fall
 
 
 @dataclass(frozen=True)
 class Config(badencoder.Config):
-    """Gwinhen/DRUPE's values for the CIFAR-10 encoder, by its readme's command.
+    """Defaults are Gwinhen/DRUPE's for the CIFAR-10 encoder, by the command of its readme.
 
     Keys:
-        terms: drupe; wasserstein: W alone is added, with weight cost; nearest: nothing is added
-        cost: first weight c of sigma + S
-        distance_cost: first weight c1 of W / D
-        projections: directions of W
-        warm_up_epochs: first epochs, in which references are drawn apart and nothing is attacked
-        spread_after: epochs after which S and W / D count
-        adapt_after: epochs after which c and c1 change
-        effective_below: mean L0 of an epoch that counts as a working attack, where L1 and L2 are below -0.9
-        spread_below: S of a working attack below which c1 rises
-        pause_below: S of a working attack below which c stays
+        terms: terms beside BadEncoder's: drupe: all; wasserstein: W alone, with weight cost; nearest: none
+        cost: initial weight c of sigma + S
+        distance_cost: initial weight c1 of W / D
+        projections: number of random directions of W
+        warm_up_epochs: first epochs, without L0, in which the references are pushed apart (L3)
+        spread_after: epochs after which S and W / D are part of the loss
+        adapt_after: epochs after which c and c1 are adapted
+        effective_below: an epoch's attack works if its mean L0 is below this and its mean L1 and L2 are below -0.9
+        spread_below: c1 rises after an epoch whose attack works and whose S is below this, else it falls
+        pause_below: c pauses after an epoch whose c1 rises and whose S is below this
     """
 
     one_trigger: bool = True
@@ -91,10 +91,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class DrupeObjective(badencoder.BadEncoderObjective):
-    """What BadEncoder's objective gets, with one trigger. sigma, S, W and D are those of the images of all ranks.
+    """DRUPE's loss; arguments as BadEncoder's, with one trigger. sigma, S, W and D are over the images of all ranks.
 
-    costs: c, c1 and a count of epochs; a negative one says that c pauses. sums: of L0, L1, L2 over the epoch. Both are
-    buffers, so that checkpoints hold them. at: of the present call.
+    costs (3,): c, c1 and a count of epochs; c pauses while it is negative. sums (3,): L0, L1, L2 summed over the epoch.
+    Both are buffers, so that checkpoints hold them. at: position of the present update.
     """
 
     costs: Tensor
@@ -127,7 +127,7 @@ class DrupeObjective(badencoder.BadEncoderObjective):
         return {"loss": self.total(terms), **terms}
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
-        """The loss of the present epoch."""
+        """The loss with the terms and weights of the present epoch, a scalar."""
         config, epoch = self.config, self.at.epoch + 1
         cost, distance_cost = self.costs[0], self.costs[1]
         kept = self.lambda1 * terms["reference_fidelity"] + self.lambda2 * terms["utility"]
@@ -152,7 +152,7 @@ class DrupeObjective(badencoder.BadEncoderObjective):
 
     @torch.no_grad()
     def follow(self, scalars: dict[str, Tensor], steps_per_epoch: int) -> None:
-        """After an update: note its losses; at the end of an epoch adapt the costs."""
+        """After an update: sum its losses; at the end of an epoch adapt the costs."""
         if self.at.batch == 0:
             self.sums.zero_()
         self.sums += all_reduce_sum(torch.stack([scalars[name] for name in LOSSES])) / world_size()
@@ -175,7 +175,7 @@ def adapted(costs: Tensor, means: Tensor, similarity: Tensor, config: Config) ->
 
 
 class DrupeStep(GradientStep):
-    """Tells the objective where the run is, and what came of the update."""
+    """A gradient step that gives the objective its position and, after the update, the scalars."""
 
     objective: DrupeObjective
 
@@ -187,7 +187,7 @@ class DrupeStep(GradientStep):
 
 
 def build(config: Config, context: Context) -> Plan:
-    """As BadEncoder's. UserError unless there are references of one class, two or more."""
+    """One stage, as BadEncoder's. UserError unless there are two or more references, all of one class."""
 
     def make(*parts: Any) -> DrupeObjective:
         return DrupeObjective(*parts, config=config, seed=context.seed)

@@ -1,7 +1,8 @@
-"""Input-aware dynamic backdoor (Nguyen and Tran 2020): generators and the classifier that they open, trained together.
+"""Input-aware dynamic backdoor (Nguyen and Tran 2020): trigger generators trained together with the classifier.
 
-Stage "mask" trains the network that says where a trigger goes; stage "joint" freezes it and trains the pattern network
-with the classifier. Losses and constants are BackdoorBench's. Distances are between normalised images, as upstream's.
+Stage "mask" trains the mask network, which says where a trigger goes. Stage "joint" freezes it and trains the pattern
+network with the classifier. Losses and constants are BackdoorBench's. Distances are between normalised images, as
+published.
 """
 
 import copy
@@ -44,23 +45,24 @@ class Config:
 
     Keys:
         data: training images, clean and labelled
-        test: labelled images that only measure
+        test: labelled test images, used for measurement only
         arch: architecture of the network (`dist-defend models`)
-        normalization: constants of the network's first layer
-        augment: how training images are changed
+        normalization: normalisation constants of the network's first layer
+        augment: augmentation of the training images
         labels: all_to_one: images of any class become the target class; all_to_all: class y becomes y + shift
         target_class: the class that the attacker wants, counted from 0
-        shift: of all_to_all
-        rate: share of each batch that is poisoned; as many are cross samples
-        lambda_div: weight of the diversity of masks, and of patterns
-        lambda_norm: weight of the mask's size above density
-        density: mean of the mask above which it costs
+        shift: shift of all_to_all
+        rate: share of each batch that is poisoned; as many images are cross samples, which carry the trigger of another
+            image and keep their label
+        lambda_div: weight of the diversity losses of masks and of patterns
+        lambda_norm: weight of the mask values above density
+        density: value of a mask above which lambda_norm penalises it
         batch_size: images of an update over all ranks
-        mask_epochs: of stage mask
-        epochs: of stage joint
-        mask_optimizer: of the network that says where the trigger goes
-        generator_optimizer: of the network that makes the pattern
-        optimizer: of the classifier
+        mask_epochs: epochs of stage mask
+        epochs: epochs of stage joint
+        mask_optimizer: optimizer of the mask network
+        generator_optimizer: optimizer of the pattern network
+        optimizer: optimizer of the classifier
         evaluate_every: epochs between two measurements; there is one after the last epoch too
     """
 
@@ -99,9 +101,9 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class MaskObjective(Objective):
-    """lambda_norm mean(relu(m - density)) + lambda_div^2 mean(d(x, x') / (d(m, m') + eps)) (upstream squares it).
+    """lambda_norm mean(relu(m - density)) + lambda_div^2 mean(d(x, x') / (d(m, m') + eps)), squared as published.
 
-    x' is the batch in reverse order, in place of upstream's second loader.
+    m, m': masks of x and x'; d: distance(). x' is the batch in reverse order, in place of upstream's second loader.
     """
 
     def __init__(self, generators: Generators, config: Config) -> None:
@@ -121,7 +123,7 @@ class MaskObjective(Objective):
 
 
 def joint_loss(model: Classifier, generators: Generators, batch: Batch, config: Config) -> dict[str, Tensor]:
-    """CE + lambda_div mean(d(x, x') / (d(p, p') + eps)), p the patterns (Nguyen and Tran, eq. 5 to 8).
+    """CE + lambda_div mean(d(x, x') / (d(p, p') + eps)), p, p' the patterns (Nguyen and Tran, eq. 5 to 8).
 
     Of the batch, the first int(rate B) images carry their own mask and pattern and the attacker's label; as many
     follow that carry those of x', their counterparts in the reversed batch, and keep their label; the rest is clean.
@@ -223,7 +225,7 @@ def build(config: Config, context: Context) -> Plan:
 
     def result() -> dict[str, Any]:
         save_generators(path, generators)
-        examination = Examination(test, test_rows, attack, test.num_classes, context)  # what a reader of the file sees
+        examination = Examination(test, test_rows, attack, test.num_classes, context)  # by the saved file
         found = examination.measure(model)
         examination.save_examples()
         card = context.card(

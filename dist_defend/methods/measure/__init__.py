@@ -1,1 +1,1 @@
-"""What measures a model and changes nothing in it."""
+"""Methods that measure a model without changing it."""

@@ -1,4 +1,4 @@
-"""DECREE (Feng et al., CVPR 2023): a small mask and pattern that give all images one feature betray a backdoor.
+"""DECREE (Feng et al., CVPR 2023): detect a backdoored encoder by the smallest trigger that makes features alike.
 
 x' = (1 - M) x + M P,   min over M, P:  -C + c l1,   C = mean over b != b' of cos(f(x'_b), f(x'_b')),   l1 = 3 ||M||_1,
 M = clip(tanh(m) / (2 - 1e-7) + 1/2, 0, 1), likewise P;   PL1 = l1 / (3 H W) of the smallest mask with |C| > threshold
@@ -42,7 +42,7 @@ from dist_defend.ops.streams import Stream, draws
 
 log = logging.getLogger(__name__)
 _EPS = 1e-7
-_IN_A_ROW, _FACTOR, _LARGEST_COST = 6, 5.0, 1e5
+_IN_A_ROW, _FACTOR, _LARGEST_COST = 6, 5.0, 1e5  # schedule of c: steps before a change, its factor, where rises end
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,20 @@ class Config:
     Keys:
         encoder: model folder of the suspected encoder
         data: clean images; labels are not read
-        seeds: each searches from a start of its own; the verdict is that of the median
-        epochs: passes over the images, at most
-        batch_size: images of a step over all ranks; the last batch may be short, but a single image is left out
-        lr: Adam's rate at first; its betas are 0.5 and 0.9
-        milestones: epochs from which on later_lrs are the rates
-        later_lrs: a rate for each of the milestones
-        threshold: mean cosine from which on a mask counts as found
-        cost: c at the start; six steps in a row with a mask found multiply it by 5, six without divide it
-        least_cost: c below which it falls no more
-        patience: steps without a smaller mask after which an epoch above the threshold is the last one
+        seeds: one search for each seed, from its own random start; the verdict is by the median
+        epochs: most passes over the images
+        batch_size: images of a step over all ranks; the last batch may be smaller, but a single image is left out
+        lr: initial learning rate of Adam, whose betas are 0.5 and 0.9
+        milestones: epochs at which the learning rate becomes the next of later_lrs
+        later_lrs: learning rates, one for each of milestones
+        threshold: mean cosine above which a mask counts as found
+        cost: initial weight c of the mask's L1 norm; six steps in a row with a mask found multiply it by 5, six without
+            divide it by 5
+        least_cost: c is divided only while it is at least this
+        patience: a search ends after an epoch with mean cosine above threshold, once more than so many steps found no
+            smaller mask
         bound: PL1 below which the encoder is called backdoored
-        graph: whether the updates are CUDA graphs
+        graph: capture updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off: never
     """
 
     encoder: str
@@ -104,7 +106,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class InversionStep:
-    """S searches side by side, each as it would be alone. One that has stopped goes on, unread."""
+    """S searches side by side, one for each seed, each as it would be alone. Results stay once a search has stopped."""
 
     def __init__(
         self, encoder: nn.Module, config: Config, image_size: int, ranks: Ranks, num_batches: int,
@@ -153,7 +155,7 @@ class InversionStep:
         return mask, pattern
 
     def keep(self, cosine: Tensor, l1: Tensor, masks: Tensor, patterns: Tensor) -> None:
-        """Keep what is best and change c, by what the step found: cosine and l1 (S,), before its update."""
+        """Keep the smallest masks found and adapt c. cosine and l1 (S,) are those before the step's update."""
         is_found = cosine.abs() > self.config.threshold
         is_better = is_found & (l1 < self.best) & (self.stopped == 0)
         for kept, present in ((self.masks, masks), (self.patterns, patterns)):
@@ -172,7 +174,7 @@ class InversionStep:
         self.batches += 1
 
     def end_epoch(self) -> bool:
-        """Stop searches -> whether all have stopped. Waits for the device."""
+        """Stop the searches that are done -> whether all have stopped. Waits for the device."""
         is_above = (self.cosines / self.batches).abs() > self.config.threshold
         self.stopped.copy_(self.stopped | (is_above & (self.stalled > self.config.patience)))
         self.cosines.zero_()
@@ -208,7 +210,7 @@ def starts(seeds: tuple[int, ...], image_size: int) -> tuple[Tensor, Tensor]:
 
 
 def region_of(card: ModelCard) -> Tensor | None:
-    """Pixels (H, W) bool that the triggers in an encoder's card change on a black or a white image; None for none."""
+    """Pixels (H, W) bool that the triggers of an encoder's card change in a black or white image; None: no pixel."""
     attack = attack_from(card.attack) if card.attack else None
     if attack is None or attack.trigger is None:
         return None

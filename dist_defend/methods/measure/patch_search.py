@@ -1,7 +1,7 @@
-"""PatchSearch (Tejankar et al., CVPR 2023), its search: which images of unlabelled data carry a trigger?
+"""PatchSearch (Tejankar et al., CVPR 2023), its search: find images with a trigger in unlabelled training data.
 
-The patch of an image is the window that Grad-CAM of its own cluster calls the most important. Its score says how many
-test images fall into that cluster more than before, once the patch is pasted on them. A trigger moves most of them.
+The patch of an image is the window with the largest Grad-CAM sum for the image's cluster. Its score is the number of
+test images in that cluster with the patch pasted on them, minus the number without. A trigger moves most of them.
 """
 
 import io
@@ -36,25 +36,25 @@ from dist_defend.ops.streams import Stream, draws
 
 log = logging.getLogger(__name__)
 _ITERATIONS = 20  # of k-means
-_TOP = (5, 10, 20, 50, 100)  # at which precision is counted
+_TOP = (5, 10, 20, 50, 100)  # numbers of best images at which precision is measured
 
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are the published ones, but for the window, which is ours for images of CIFAR's size.
+    """Defaults are the published ones, except window, which is ours, for images of CIFAR's size.
 
     Keys:
         encoder: model folder of the encoder that was trained on the data
         data: the images to search; labels are not read
         poisoned_rows: file of the rows that the encoder's training stamped; null: poisoned_rows.npy beside the model
-            folder, if it is there. They get the card's trigger again, as prepared data stay clean, and precision is
-            counted by them; the search itself does not know them
-        clusters: of k-means over all images
-        num_test: images that patches are pasted on, as many of each cluster, one at least
+            folder, if there is one. The search gets these rows stamped again by the card's trigger, as prepared data
+            are clean, but not their numbers, which only serve to measure precision
+        clusters: number of k-means clusters of all images
+        num_test: number of test images that patches are pasted on, the same for each cluster, at least one
         window: side of a patch in pixels
-        per_round: images of each cluster that a round scores
-        drop: share of the clusters, those of the lowest scores, that a round leaves behind
-        num_patches: how many of the best patches are kept
+        per_round: number of images of each cluster that are scored in a round
+        drop: share of the clusters, those of lowest score, that each round drops
+        num_patches: number of best patches that are kept
         batch_size: images of a forward pass, on each rank
     """
 
@@ -93,7 +93,7 @@ def cluster(features: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest(features: Tensor, means: Tensor, assigned: Tensor, each: int) -> Tensor:
-    """Places (T,) of the images of each cluster that are most similar to its mean, at most so many of each."""
+    """Places (T,) of the images of each cluster that are most similar to its mean, ``each`` at most."""
     similarity = (features * means[assigned]).sum(1)
     order = similarity.argsort(descending=True, stable=True)
     return torch.cat([order[assigned[order] == number][:each] for number in range(len(means))])
@@ -127,7 +127,7 @@ def paste(images: Tensor, patch: Tensor, places: Tensor) -> Tensor:
 
 
 def search(assigned: np.ndarray, config: Config, seed: int, rate: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Scores (N,) of the images with these clusters (N,); nan for those that no round came to.
+    """Scores (N,) of the images with these clusters (N,); nan for those never scored.
 
     rate: places of images (M,) -> their scores (M,).
     """
@@ -155,7 +155,7 @@ def search(assigned: np.ndarray, config: Config, seed: int, rate: Callable[[np.n
 
 
 class Scorer:
-    """What the patches of images do to test images. tests: (T, 3, H, W) uint8; their_clusters: (T,)."""
+    """Scores images by the effect of their patches on test images (T, 3, H, W) uint8 of their_clusters (T,)."""
 
     def __init__(self, encoder: Encoder, means: Tensor, tests: Tensor, their_clusters: Tensor, ranks: Ranks) -> None:
         self.encoder, self.ranks = encoder.to(ranks.device, ranks.dtype).eval().requires_grad_(False), ranks
@@ -165,7 +165,7 @@ class Scorer:
     def heat(self, image: Tensor, number: int) -> Tensor:
         """Grad-CAM (1, H, W) of the image's (1, 3, H, W) logit: raw features times the cluster's unit mean.
 
-        The cosine would not do: at an image that has more of the trigger than the mean, its slope is negative there.
+        Not the cosine, whose gradient at the trigger is negative for an image that has more of it than the mean.
         """
         with torch.enable_grad():
             maps, features = self.encoder.layers(image.detach().requires_grad_())
@@ -196,7 +196,7 @@ class Scorer:
 def as_trained_on(
     config: Config, card: ModelCard, dataset: PreparedDataset, context: Context
 ) -> tuple[PreparedDataset, np.ndarray | None]:
-    """The images that the encoder's training saw, and which rows (N,) bool it stamped; None where nobody knows.
+    """The images that the encoder's training saw, and which rows (N,) bool it stamped; None if that is unknown.
 
     UserError for rows of another run, and of other data than these.
     """
@@ -218,7 +218,7 @@ def as_trained_on(
 
 
 def build(config: Config, context: Context) -> Plan:
-    """No stage: features, clusters, rounds and files, all at the end."""
+    """No stage: features, clusters, rounds and files are made with the result."""
     model, card, sha256 = context.load_encoder(config.encoder)
     dataset, rows = context.dataset("train", config.data)
     size, ranks = model.image_size, context.ranks
@@ -288,7 +288,7 @@ def build(config: Config, context: Context) -> Plan:
 
 
 def clustered(features: Tensor, config: Config, context: Context) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, clusters and the places of test images, as the first rank finds them."""
+    """Means, clusters and places of test images, found by the main rank and sent to the others."""
     found: list[Any] = [None]
     if context.ranks.is_main:
         means, assigned = cluster(features, config.clusters, context.seed)

@@ -1,4 +1,4 @@
-"""What frozen, L2-normalised features are worth: an MLP as BadEncoder and MIMIC train it, a linear layer, or kNN.
+"""Downstream accuracy and ASR of frozen, L2-normalised features: MLP as of BadEncoder and MIMIC, linear layer or kNN.
 
 Features are computed once, by each rank for its share of the images. The heads of all encoders and seeds of a task are
 trained together as one batched computation, each exactly as it would be alone: its own initial weights, its own dropout
@@ -63,7 +63,7 @@ class KnnConfig:
     """The k most similar training images vote with weight exp(cosine / temperature). Defaults are BadEncoder's.
 
     Keys:
-        k: how many training images vote
+        k: number of most similar training images that vote
         temperature: of the votes' weights; Wu et al. 2018, DINO and solo-learn take 0.07
     """
 
@@ -82,7 +82,7 @@ class HeadConfig:
         hidden: widths of the hidden layers; []: a linear probe
         dropout: probability, after the first hidden layer
         shuffle: a new order in every epoch; false, as published: the file's order, here the prepared one (docs/data.md)
-        cache: where each rank keeps its share of a task's training features
+        cache: where each rank keeps its share of a task's training features, memory or disk
         update: batch size, epochs, optimizer and the like of the heads
     """
 
@@ -110,12 +110,13 @@ class Config(HeadConfig):
     Keys:
         encoders: kind (clean, backdoored, purified, ...) -> model folder
         tasks: name -> a downstream task
-        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
-        kind: head: a classifier is trained, without hidden layers the linear probe; knn: nothing is trained, and
-            neither seeds nor any key of heads is read
-        knn: of kind knn; null: its defaults
-        seeds: each gives every task a head of its own
-        standardise: of kind head: its features get mean 0 and variance 1, by the training images' moments, as SSLBKD's
+        attack: attack whose success is measured, with the target class of each task; null: the attack in the encoders'
+            cards
+        kind: head: a classifier is trained, without hidden layers a linear probe; knn: nothing is trained, and neither
+            seeds nor keys of heads are read
+        knn: options of kind knn; null: their defaults
+        seeds: each task gets a head for each seed
+        standardise: kind head: scale features to mean 0 and variance 1 by the training images' moments, as in SSLBKD
     """
 
     encoders: dict[str, str]
@@ -174,8 +175,8 @@ class ProbeObjective(Objective):
 class FeatureBatches:
     """Batches of features for the heads of one task; a rank takes its slice of each global batch.
 
-    labels: (N,). take(positions, counts): features (E, b, D) of E encoders, with counts[r] what rank r asks for. Heads
-    are ordered encoder by encoder, with all seeds each.
+    labels: (N,). take(positions, counts): features (E, b, D) of E encoders; counts[r]: rows that rank r asks for. Heads
+    are ordered by encoder, then by seed.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class FeatureBatches:
             yield Batch(views, self.labels[index], index)
 
     def _kept(self, seed: int, epoch: int, number: int, rows: int) -> Tensor:
-        """Which units dropout keeps: (rows, hidden) bool, drawn from (seed, epoch, batch), whoever else is trained."""
+        """Which units dropout keeps: (rows, hidden) bool, drawn from (seed, epoch, batch), whatever else is trained."""
         draws = np.random.Philox(key=[seed, epoch * self.num_batches + number]).random_raw(
             -(-rows * self.config.hidden[0] // 4)
         )
@@ -270,7 +271,7 @@ class Task:
 
 
 class TrainedHeads:
-    """The heads of one task, for all encoders and seeds, and the stage that trains them. section: of their keys."""
+    """The heads of one task, for all encoders and seeds, and the stage that trains them. section: named in errors."""
 
     def __init__(
         self,
@@ -317,7 +318,7 @@ class TrainedHeads:
 
 
 class Neighbours:
-    """kNN among the training images' features (Wu et al. 2018, section 3.4); a rank holds one encoder's at a time."""
+    """kNN among the training images' features (Wu et al. 2018, section 3.4), for one encoder at a time."""
 
     stages: tuple[Stage, ...] = ()
 
@@ -331,7 +332,7 @@ class Neighbours:
             log.warning(told, task, self.config.k, len(data[1]))
 
     def predict(self, encoder: int, *features: Tensor) -> dict[int, list[Tensor]]:
-        """By the run's seed, which decides nothing: the classes (N,) of each of the features (N, D)."""
+        """By the run's seed, which has no effect: the classes (N,) of each of the features (N, D)."""
         bank, labels, _ = extract_features(self.encoders[encoder], self.loader, self.context.ranks)
         k, temperature = self.config.k, self.config.temperature
         return {self.context.seed: [knn_classes(x, bank, labels, k, temperature) for x in features]}

@@ -1,6 +1,6 @@
-"""Zero-shot classification by CLIP (Radford et al. 2021), which BadEncoder evaluates its attack on CLIP with.
+"""Zero-shot classification by CLIP (Radford et al. 2021), as BadEncoder evaluates its attack on CLIP.
 
-An image is of the class whose prompt has the text feature nearest to the image's feature: top-1 of 100 cos(f(x), t_c).
+An image gets the class whose prompt has the text feature nearest to the image's feature: top-1 of 100 cos(f(x), t_c).
 There is nothing to train. A backdoored image tower is measured against the text tower of the clean CLIP.
 """
 
@@ -39,11 +39,11 @@ _LOGIT_SCALE = 100.0
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The whole CLIP, of which the text tower is used: open_clip's name for it, and a file of its weights.
+    """A CLIP model, of which the text tower is used: its name in open_clip, and a file of its weights.
 
     Keys:
-        arch: open_clip's name of the whole CLIP: open_clip:NAME
-        weights: file of its weights
+        arch: name of the CLIP model in open_clip, as open_clip:NAME
+        weights: file of the CLIP model's weights
     """
 
     arch: str
@@ -57,8 +57,9 @@ class TaskConfig:
     Keys:
         test: labelled test images
         target_class: the class that the attacker wants triggered images to get
-        templates: prompts with {class}, of which several are averaged; or a published set by name: gtsrb, svhn, stl10
-        class_names: what the classes are called, or a file with a name per line; null: the data set's names
+        templates: prompts with {class}, whose text features are averaged; or a published set by name: gtsrb, svhn,
+            stl10
+        class_names: names of the classes for the prompts, or a file with a name per line; null: the data set's names
     """
 
     test: DatasetConfig
@@ -84,13 +85,14 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are BadEncoder's, but for the images of a forward pass, of which it takes one.
+    """Defaults are BadEncoder's, except batch_size, which is 1 there.
 
     Keys:
         clip: the clean CLIP, whose text tower classifies
         encoders: kind (clean, backdoored, purified, ...) -> model folder of an image tower
         tasks: name -> a downstream task
-        attack: what is measured, for the target class of each task; null: the attack that the encoders' cards name
+        attack: attack whose success is measured, with the target class of each task; null: the attack in the encoders'
+            cards
         batch_size: images of a forward pass, over all ranks
     """
 

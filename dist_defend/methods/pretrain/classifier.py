@@ -31,14 +31,14 @@ from dist_defend.trial import Examination
 
 @dataclass(frozen=True)
 class Config:
-    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips no other data set (``augment: {crop: pad}``).
+    """Defaults are SCLBD/BackdoorBench's for CIFAR-10; it flips images of no other set (``augment: {crop: pad}``).
 
     Keys:
-        data: training images, clean and labelled
-        test: labelled images that only measure
+        data: clean, labelled training images
+        test: labelled test images, used for measurement only
         arch: architecture of the network (`dist-defend models`)
-        normalization: constants of the network's first layer
-        augment: how training images are changed
+        normalization: normalisation constants of the network's first layer
+        augment: augmentation of the training images
         attack: the attack on the training images; null: none. With rate 0 the model stays clean and is tested with the
             trigger
         update: batch size, epochs, optimizer and the like
@@ -168,7 +168,7 @@ def build(config: Config, context: Context) -> Plan:
 def _tell_missing(
     context: Context, clean: PreparedDataset, rows: np.ndarray, flags: np.ndarray, config: Config
 ) -> None:
-    """Tell of classes that could be poisoned and are not, as where the first rows are all of one class."""
+    """Warn of classes that could be poisoned and are not, for instance if the first rows are all of one class."""
     assert config.attack is not None
     labels, target = clean.labels[rows], config.attack.target_class
     if config.attack.avoid_target:

@@ -25,14 +25,14 @@ from dist_defend.ops.losses import nt_xent
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """kNN accuracy on labelled data while training; it touches no weight.
+    """kNN accuracy on labelled data while training; it has no effect on the training.
 
     Keys:
-        memory: labelled images that vote
+        memory: labelled images among which neighbours are searched
         test: labelled images that are classified
         every: epochs between two measurements
-        k: how many images vote
-        temperature: of the votes' weights
+        k: number of nearest neighbours that vote
+        temperature: temperature of the votes' weights, exp(cosine / temperature)
     """
 
     memory: DatasetConfig
@@ -52,13 +52,14 @@ class Config:
     Keys:
         data: training images; labels are not read, unless an attack chooses by them
         arch: architecture of the encoder (`dist-defend models`)
-        normalization: constants of the encoder's first layer
+        normalization: normalisation constants of the encoder's first layer
         warm_start: model folder to start from; null: fresh weights
-        temperature: of the contrastive loss
-        grad_cache: negatives from the whole batch, although update.accumulation splits it
-        attack: images of the data that carry a trigger, before they are augmented; null: none. Only clean_label and
-            all_to_one make sense, which say what is stamped: images of the target class, or any
-        augment: how each of the two views is made
+        temperature: temperature of the contrastive loss
+        grad_cache: take negatives from the whole batch although update.accumulation splits it (GradCache, Gao et al.
+            2021)
+        attack: trigger on training images, stamped before augmentation; null: none. Of labels only clean_label (images
+            of the target class are stamped) and all_to_one (images of any class) are possible
+        augment: augmentation that makes each of the two views
         update: batch size, epochs, optimizer and the like
         monitor: kNN accuracy while training; null: none
     """
@@ -138,7 +139,7 @@ def build(config: Config, context: Context) -> Plan:
         card = context.card(
             model,
             {"epochs": config.update.epochs, "seed": context.seed, **save_flags(poisons, folder)},
-            backdoored=is_poisoned or (parent is not None and parent.backdoored),  # more training proves no removal
+            backdoored=is_poisoned or (parent is not None and parent.backdoored),  # further training proves no removal
             attack=asdict(config.attack)
             if config.attack and is_poisoned
             else None

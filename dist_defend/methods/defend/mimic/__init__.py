@@ -1,8 +1,8 @@
 """MIMIC (Han et al. 2025): distil a suspicious encoder into a fresh one with a little clean unlabelled data.
 
-Phase 1 measures, per stage of the encoder, the mutual information between the stage's output and the final feature, to
-decide how much attention each stage deserves. Phase 2 trains a randomly initialised student: SimCLR's loss on the clean
-subset, a clone loss on the final feature and attention losses on the four stages.
+Phase 1 estimates, for each stage of the encoder, the mutual information between its output and the final feature; the
+weight of the stage's attention loss follows from it. Phase 2 trains a randomly initialised student: SimCLR's loss on
+the clean subset, a clone loss on the final feature and attention losses on the four stages.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ class Config:
     Keys:
         teacher: model folder of the suspected encoder, which teaches
         data: the defender's clean images; labels are not read
-        student: model folder to start from; null: fresh weights, as published
-        temperature: of the contrastive loss
-        contrastive_weight: of SimCLR's loss on the clean images
-        clone_weight: of the loss on the final feature; published as opt5
-        attention_weights: of the losses on the four stages' attention maps, before the information is added; published
-            as opt1 to opt4
-        information: how much attention each stage deserves (phase 1)
-        augment: how each of the two views is made
-        update: how the student is trained (phase 2)
+        student: model folder that the student starts from; null: fresh weights, as published
+        temperature: temperature of the contrastive loss
+        contrastive_weight: weight of SimCLR's contrastive loss on the clean images
+        clone_weight: weight of the clone loss on the final feature; opt5 of the published code
+        attention_weights: weights of the attention losses of the four stages, to which phase 1 adds its own; opt1 to
+            opt4 of the published code
+        information: phase 1: the estimate of mutual information for the attention weights
+        augment: augmentation that makes each of the two views
+        update: phase 2: batch size, epochs, optimizer and the like of the student
     """
 
     teacher: str
@@ -73,9 +73,10 @@ class Config:
 class MimicObjective(Objective):
     """loss = contrastive_weight Con + sum_l w_l AT_l + clone_weight Clone, over four stages l.
 
-    batch.views: two of (B, 3, H, W). Clone and AT compare student and teacher on the first view. The published code
-    passes the first view through the student twice, which moves its batch-norm statistics a third time; that update is
-    replayed from the first pass's statistics, without the pass.
+    Con: NT-Xent of the two views; Clone: negative cosine of student's and teacher's features; AT: attention loss, p = 2
+    (ops/attention.py). batch.views: two of (B, 3, H, W). Clone and AT compare the networks on the first view. The
+    published code passes the first view through the student twice, which moves its running statistics a third time;
+    that update is repeated from the first pass's statistics, without the pass.
     """
 
     attention_weights: Tensor
@@ -92,7 +93,7 @@ class MimicObjective(Objective):
         super().__init__()
         self.student, self.temperature = student, temperature
         self.clone_weight, self.contrastive_weight = clone_weight, contrastive_weight
-        # A list hides it from DDP, the optimizer and checkpoints.
+        # In a list, so that DDP, the optimizer and checkpoints leave it out.
         self._teacher = [teacher.eval().requires_grad_(False)]
         self.register_buffer("attention_weights", torch.tensor(attention_weights, dtype=torch.float64))
         self._norms = [m for m in student.f.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -174,7 +175,7 @@ def build(config: Config, context: Context) -> Plan:
         card = context.card(
             student,
             {"seed": context.seed},
-            backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so nothing is cleared
+            backdoored=any(card.backdoored for card in cards),  # nothing is measured here, so the suspect's flag stays
             attack=next((card.attack for card in cards if card.attack), None),
             parent_sha256=teacher_sha256,
             guessed=cards[-1].guessed,
@@ -187,9 +188,9 @@ def build(config: Config, context: Context) -> Plan:
 
 
 def _check_sizes(config: Config, dataset: PreparedDataset, models: dict[str, SimCLR]) -> None:
-    """UserError for a model that cannot take the images, or the views of them."""
+    """UserError for a model that cannot take the images or the views made of them."""
     shape, size = dataset.image_shape, config.augment.size
     for folder, model in models.items():
         check_views(model, folder, shape, size, config.data.path, "mimic.augment.size")
         if size is not None and config.information.estimator != "fixed" and shape and shape[:2] != (size, size):
-            check_image_size(model, folder, shape, config.data.path)  # the information is that of images as they are
+            check_image_size(model, folder, shape, config.data.path)  # phase 1 takes the images at their own size

@@ -38,18 +38,20 @@ class InformationConfig:
     """Defaults are the published ones, but for source (see docs/methods/mimic.md) and all_zero.
 
     Keys:
-        source: whose layers are measured; the published code takes the untrained student
-        estimator: bound of the mutual information; fixed: no estimate, attention_weights as they are
-        epochs: for which the critics are trained
+        source: network whose stages are measured; the published code measures the untrained student
+        estimator: estimator of mutual information: dv: Donsker-Varadhan (MINE); club; infonce; fixed: no estimate,
+            attention_weights are used as they are
+        epochs: training epochs of the critics
         last_epochs: the estimate is the mean over so many last epochs
         batch_size: images of an update over all ranks
         hidden: width of the critics' hidden layers
-        max_inputs: of a critic, from the stage; larger maps are pooled to fit. At 32 px nothing is
-        cache: where the stages' outputs lie: images x inputs numbers for each of a rank's critics
-        lr, weight_decay: of the critics' Adam
+        max_inputs: most values that a critic gets from a stage; larger maps are average-pooled, at 32 px none is
+        cache: where the stages' outputs are kept, memory or disk: images x values for each of a rank's critics
+        lr, weight_decay: learning rate and weight decay of the critics, by Adam
         scale: layer l's weight is attention_weights[l] + scale times its share of the information
-        holdout: share of the images kept for the estimate; 0, as published: the training images serve
-        all_zero: what happens when every estimate is clipped to 0
+        holdout: share of the images that critics are evaluated on and not trained on; 0, as published: the same images
+            serve for both
+        all_zero: if every estimate is 0: uniform: all stages get equal weights; fail: the run ends with an error
     """
 
     source: Literal["teacher", "student"] = "teacher"
@@ -78,7 +80,7 @@ class InformationConfig:
 
 
 class RowBatches:
-    """Positions 0..n-1 in order, the last batch partial: the same on every rank, since ranks share layers, not rows."""
+    """Positions 0..n-1 in order, the last batch partial, the same on every rank, as ranks divide layers, not rows."""
 
     def __init__(self, n: int, batch_size: int, device: torch.device) -> None:
         self.rows = torch.arange(n, device=device).split(batch_size)
@@ -131,7 +133,7 @@ class LayerInformation:
             raise UserError(f"MIMIC needs an encoder with {_LAYERS} stages; {network.arch} has {len(self.widths)}")
 
     def _measure(self, height: int, width: int) -> tuple[list[int], int]:
-        """Numbers that the critics get from each stage of such an image, and the length of the final feature."""
+        """Number of values that each stage's critic gets from an image, and the length of the final feature."""
         ranks = self.context.ranks
         was_training = self.network.training
         self.network.eval()
@@ -144,7 +146,7 @@ class LayerInformation:
 
     @cached_property
     def critics(self) -> dict[int, Critic]:
-        """Own layers' critics; the same start on any number of ranks."""
+        """Critics of this rank, by layer; their initial weights do not depend on the number of ranks."""
         kind, made = _ESTIMATORS[self.config.estimator], {}
         for layer in self.own:
             with torch.random.fork_rng(devices=[]):
@@ -155,13 +157,13 @@ class LayerInformation:
 
     @cached_property
     def optimizers(self) -> dict[int, torch.optim.Optimizer]:
-        """Own critics' optimizers."""
+        """Optimizers of this rank's critics, by layer."""
         config = OptimizerConfig("adam", lr=self.config.lr, weight_decay=self.config.weight_decay)
         return {layer: build_optimizer(critic.parameters(), config) for layer, critic in self.critics.items()}
 
     @cached_property
     def objectives(self) -> dict[int, CriticLoss]:
-        """Own critics' losses, updated one after the other."""
+        """Losses of this rank's critics, by layer; updated one after the other."""
         return {layer: CriticLoss(layer, critic, self) for layer, critic in self.critics.items()}
 
     def stage(self, finish: Callable[[], None]) -> Stage:
@@ -180,7 +182,7 @@ class LayerInformation:
     @cached_property
     @torch.no_grad()
     def activations(self) -> tuple[dict[int, Tensor], Tensor]:
-        """Own layers' outputs (N, C H W) and the normalised final feature (N, D), of one pass over the images."""
+        """Outputs (N, C H W) of this rank's layers and normalised final features (N, D), of one pass over images."""
         total, place = self.loader.num_samples, self.config.cache
         outputs = {layer: self.context.room((total, self.widths[layer]), place) for layer in self.own}
         features = self.context.room((total, self.feature_dim), "memory")
@@ -202,7 +204,7 @@ class LayerInformation:
         return outputs[layer][index.to(outputs[layer].device)].to(features.device), features[index]
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
-        """One update of each own critic. Returns the sum of all critics' losses; raises NonFiniteError."""
+        """Update each of this rank's critics. Returns the sum of all ranks' losses. Raises NonFiniteError on a CPU."""
         self.at = at
         total = torch.zeros((), dtype=self.context.ranks.dtype, device=self.context.ranks.device)
         for layer, objective in self.objectives.items():
@@ -243,7 +245,7 @@ class LayerInformation:
         return layer_weights(self.estimates(), self.config)
 
     def permutation(self, layer: int, epoch: int, number: int, length: int, phase: int) -> Tensor:
-        """Of that many pairs, drawn for a batch of an epoch. phase: 0 while a critic is trained, 1 to measure."""
+        """A permutation (length,) int64 for batch ``number`` of an epoch. phase: 0 to train a critic, 1 to evaluate."""
         order = draws(self.seed, Stream.CRITICS, layer, epoch, number, phase).permutation(length)
         return to_device(torch.from_numpy(order), self.context.ranks.device)
 
@@ -267,7 +269,7 @@ class LayerInformation:
 
 
 def bounded(maps: Tensor, max_inputs: int) -> Tensor:
-    """Maps (B, C, H, W), averaged over a coarser square grid if a critic would get more than max_inputs of them."""
+    """Maps (B, C, H, W), averaged over a coarser square grid if an image has more than max_inputs values."""
     if maps[0].numel() <= max_inputs:
         return maps
     return functional.adaptive_avg_pool2d(maps, max(1, math.isqrt(max_inputs // maps.shape[1])))

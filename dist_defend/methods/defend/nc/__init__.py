@@ -31,11 +31,11 @@ from dist_defend.models.artifact import ModelCard
 
 @dataclass(frozen=True, kw_only=True)
 class Config(TuningConfig):
-    """SCLBD/BackdoorBench's values.
+    """Defaults are SCLBD/BackdoorBench's.
 
     Keys:
-        search: how triggers are found
-        anomaly_threshold: anomaly index from which on a class is flagged
+        search: search for the trigger of each class
+        anomaly_threshold: anomaly index above which a class is flagged
         stamped_share: share of the defender's images that carry a found trigger in the repair
     """
 
@@ -57,7 +57,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class RepairStep(TuningStep):
-    """Fine-tuning; the held rows carry the flagged classes' triggers, in turn. Without any, nothing is trained."""
+    """Fine-tuning in which some rows carry the flagged classes' triggers, in turn. No flagged class: no training.
+
+    held: these rows, the last stamped_share of the defender's. index: anomaly indices (K,); nan before decide().
+    """
 
     def __init__(self, config: Config, tuned: Tuned, search: SearchStep) -> None:
         super().__init__(tuned.model, config.optimizer, epochs=config.epochs, **tuned.options)
@@ -69,12 +72,12 @@ class RepairStep(TuningStep):
 
     @property
     def flagged(self) -> list[int]:
-        """Classes, the smallest mask first."""
+        """Flagged classes, the smallest mask first."""
         found = (self.index > self.config.anomaly_threshold).nonzero().flatten().tolist()
         return sorted(found, key=lambda number: -float(self.index[number]))
 
     def decide(self) -> None:
-        """After the search."""
+        """Compute the anomaly indices from the masks, after the search."""
         self.index.copy_(anomaly_indices(self.search.masks.flatten(1).abs().sum(1).double()))
 
     def __call__(self, batch: Batch, at: Position) -> dict[str, Tensor]:
@@ -89,7 +92,7 @@ class RepairStep(TuningStep):
         return not self.flagged
 
     def detection(self, card: ModelCard) -> Detection:
-        """By the largest index; without a spread of the masks' sums there is none, and no verdict."""
+        """The verdict by the largest index; none where it is not finite, as when most mask norms are equal."""
         index = float(self.index.max())
         score = index if math.isfinite(index) else None
         return Detection(
@@ -112,7 +115,7 @@ class RepairStep(TuningStep):
 
 
 def build(config: Config, context: Context) -> Plan:
-    """Two stages, search and repair. The result has a row of the defence and one of the detector."""
+    """Two stages, search and repair. The result has a row for the defence and one for the detector."""
     made: list[tuple[Tuned, RepairStep]] = []
 
     def make(tuned: Tuned) -> tuple[Sequence[Stage], TuningStep]:

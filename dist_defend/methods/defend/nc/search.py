@@ -27,18 +27,20 @@ from dist_defend.ops.hypergrad import all_reduce_together
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """SCLBD/BackdoorBench's values.
+    """Defaults are SCLBD/BackdoorBench's.
 
     Keys:
-        epochs: passes over the defender's images, at most
-        lr: Adam's rate of masks and patterns; its betas are 0.5 and 0.9
-        cost: c at the start
-        threshold: percent of the images that must be turned for a mask to be kept, and for c to rise
-        patience: epochs in a row above or below the threshold after which c changes
-        multiplier: factor by which c rises; it falls by this to the power of 1.5
-        early_patience: epochs without a mask smaller by 1 % that end a class's search, once c has risen and fallen
-        classes_at_once: classes in one pass of the network
-        normalise_first_rows: the published pattern, of which only the first three rows can be any colour
+        epochs: most passes over the defender's images
+        lr: learning rate of masks and patterns, by Adam with betas 0.5 and 0.9
+        cost: initial weight c of the mask's L1 norm
+        threshold: percent of the images that must be classified as the class for a mask to be kept and for c to rise
+        patience: successive epochs at or above the threshold after which c rises, or below it after which c falls
+        multiplier: factor by which c rises; it falls by multiplier^1.5
+        early_patience: a class's search ends after so many epochs without a mask at least 1 % smaller, once c has risen
+            and fallen
+        classes_at_once: classes in one forward pass; fewer need less memory
+        normalise_first_rows: reproduce an error of BackdoorBench, which normalises only the first three rows of the
+            pattern, so that only these can take any colour
     """
 
     epochs: int = 80
@@ -59,7 +61,7 @@ class SearchConfig:
 
 
 class SearchStep:
-    """All classes' searches side by side. Each keeps its best mask and pattern; a stopped one's go on, unread."""
+    """All classes' searches side by side. Each keeps its best mask and pattern, which stay once it has stopped."""
 
     def __init__(
         self, model: Classifier, config: SearchConfig, classes: Sequence[int], ranks: Ranks, num_batches: int,
@@ -74,8 +76,8 @@ class SearchStep:
         self.hits, self.norms, self.batches = (
             torch.zeros(count, dtype=torch.float64, device=ranks.device) for _ in "123"
         )
-        self.best = torch.full((count,), torch.inf, dtype=torch.float64, device=ranks.device)  # ||M||_1 of what is kept
-        self.least = self.best.clone()  # at the checks for an early end
+        self.best = torch.full((count,), torch.inf, dtype=torch.float64, device=ranks.device)  # ||M||_1 of the mask
+        self.least = self.best.clone()  # the smallest best at earlier checks for an early end
         names = ("up", "down", "early", "has_risen", "has_fallen", "stopped")
         self.counters = {name: torch.zeros(count, dtype=torch.int64, device=ranks.device) for name in names}
         self.masks, self.patterns = (torch.zeros_like(each, requires_grad=False) for each in (self.a, self.b))
@@ -122,16 +124,14 @@ class SearchStep:
 
     @torch.no_grad()
     def end_epoch(self) -> bool:
-        """Keep what is best, change c, stop -> whether all searches have stopped. Waits for the device."""
+        """Keep the best masks, adapt c, stop searches -> whether all have stopped. Waits for the device."""
         config, now = self.config, self.counters
         hits, norms = self.hits / self.batches, self.norms / self.batches
         going = now["stopped"] == 0
         is_hit = hits >= config.threshold
         mask, pattern = self.triggers()
         is_better = going & is_hit & (norms < self.best)
-        is_first = (
-            (self.masks == 0).all(3).all(2).all(1)
-        )  # something stands there from the first epoch on, as published
+        is_first = (self.masks == 0).all(3).all(2).all(1)  # the first epoch's mask is kept in any case, as published
         for kept, present in ((self.masks, mask), (self.patterns, pattern)):
             kept.copy_(torch.where((is_better | is_first)[:, None, None, None], present, kept))
         self.best.copy_(torch.where(is_better, norms, self.best))

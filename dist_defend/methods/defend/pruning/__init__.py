@@ -1,4 +1,5 @@
-"""What methods that prune neurons are made from: masks, stops, the choice of a stop, its outcome, their options.
+"""Parts of methods that prune neurons: masks, the stops of a sweep, the choice of a stop, the outcome, options.
 
-A neuron is a channel of a batch norm. A method says how it scores one, and its Config which stops there are.
+A neuron is a channel of a batch norm (fp: an input of a linear layer). A stop is a number of neurons that are pruned,
+those of lowest score. A method defines the scores, and its Config the stops.
 """

@@ -15,7 +15,7 @@ from dist_defend.errors import UserError
 from dist_defend.files import read_regular, write_atomic
 from dist_defend.screen import printable
 
-_MOST_BYTES = 4 << 20  # of a file: some 60,000 neurons, two thirds more than the largest network has
+_MOST_BYTES = 4 << 20  # of a mask file: about 60,000 neurons, two thirds more than the largest network has
 _HEADER = "No \t Layer Name \t Neuron Idx \t Mask Score "
 
 
@@ -56,7 +56,7 @@ def write_mask_values(path: Path, neurons: Sequence[Neuron]) -> None:
 
 
 def read_mask_values(path: str | Path) -> list[Neuron]:
-    """Read a mask_values.txt, whoever wrote it; its first line is skipped. UserError (file, line) if it is not one."""
+    """Read a mask_values.txt of any origin; its first line is skipped. UserError (file, line) if it is not one."""
     try:
         lines = read_regular(path, _MOST_BYTES).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -122,7 +122,7 @@ def by_number(maximum: float, step: float, off_by_one: bool) -> list[Candidate]:
 
 @torch.no_grad()
 def prune(net: nn.Module, neurons: Sequence[Neuron], with_beta: bool = False) -> None:
-    """Set gamma (and beta, if told so) of these channels to 0, in place. Without beta a channel still passes beta.
+    """Set gamma (with_beta: and beta) of these channels to 0, in place. Without beta a channel still passes beta.
 
     A channel of a linear layer is one of its inputs: a column of the weight becomes 0.
     """

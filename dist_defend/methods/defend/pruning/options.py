@@ -19,12 +19,15 @@ class PruningConfig(ABC):
 
     Keys:
         model: model folder of a classifier
-        test: test set
-        attack: the attack it is tested with; null: the model card's; without one only accuracy is measured
+        test: labelled test images, used for measurement only
+        attack: attack whose success is measured; null: the attack in the model's card; without one only accuracy is
+            measured
         selection: what chooses the stop that is delivered
-        max_accuracy_drop: of the accuracy on the defender's images, relative; for selection: defence_data
-        full_table: every stop on the test data, and the choice by test ASR in a row of its own
-        acc_ratio: relative loss of test accuracy that the choice by test ASR allows
+        max_accuracy_drop: relative loss of accuracy on the defender's images that is allowed; with selection:
+            defence_data
+        full_table: measure every stop on the test data, and report the stop of lowest test ASR as a row of its own
+            (oracle)
+        acc_ratio: relative change of test accuracy that is allowed to the oracle's stop
         exclude_target_from_acc: ACC without the target class, as bboylyg/RNP measures it
     """
 
@@ -39,13 +42,13 @@ class PruningConfig(ABC):
 
     @abstractmethod
     def stops(self, order: Sequence[Neuron]) -> tuple[list[Candidate], Candidate | None]:
-        """Stops of the sweep over these neurons, first those that prune least; and the one that ``selection`` names.
+        """Stops of the sweep, in ascending number of neurons, and the fixed stop that ``selection`` asks for.
 
-        None leaves the choice to the defender's images.
+        None: there is no fixed stop, the defender's images choose. order: neurons by ascending score.
         """
 
     def pick(self, right: Sequence[int]) -> int:
-        """The number of the stop that is delivered, by how many images each stop gets right."""
+        """Index of the stop to deliver. right: the number of images that each stop classifies correctly."""
         return choose_by_clean_data(right, self.max_accuracy_drop)
 
     def __post_init__(self) -> None:
@@ -54,10 +57,10 @@ class PruningConfig(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NormPruningConfig(PruningConfig, ABC):
-    """What is pruned is a channel of a batch norm.
+    """Options of methods that prune channels of batch norms.
 
     Keys:
-        prune_beta: a pruned channel then passes nothing instead of the constant beta
+        prune_beta: set beta of a pruned channel to 0 too; false: the channel still passes the constant beta
     """
 
     prune_beta: bool = False
@@ -68,13 +71,14 @@ class MaskConfig(NormPruningConfig, DefenderConfig):
     """A mask in [0, 1] per neuron; the stops prune all masks up to a threshold, or a number of lowest masks.
 
     Keys:
-        mask_file: a mask_values.txt; nothing is learned then
+        mask_file: a mask_values.txt to prune by; no masks are learned then
         pruning_by: whether stops are thresholds of masks or numbers of neurons
-        pruning_max, pruning_step: the stops 0, step, ..., max
-        off_by_one: by number, prune pruning_step more each time, as published
-        adapt_statistics: batch norms follow what pruning changes, as seen on the defender's images
-        selection: defence_data, or pruning_number as BackdoorBench does
-        pruning_number: threshold, or number of neurons, of the model that is delivered then
+        pruning_max, pruning_step: the stops are 0, step, ..., max: thresholds or numbers of neurons
+        off_by_one: by number: prune pruning_step neurons more at each stop, as published
+        adapt_statistics: adapt running statistics to the pruned network, by the defender's images
+        selection: defence_data: the last stop within max_accuracy_drop; pruning_number, as BackdoorBench: a fixed one
+        pruning_number: with selection: pruning_number: the threshold or number of neurons of the model that is
+            delivered
     """
 
     usual_ratio: ClassVar[float] = 0.01
@@ -106,7 +110,7 @@ class MaskConfig(NormPruningConfig, DefenderConfig):
 
 
 def choose_by_clean_data(right: Sequence[int], max_drop: float) -> int:
-    """The last stop before the first that costs more than max_drop of what stop 0 gets right, relatively.
+    """The last stop before the first that loses more than the share max_drop of the images that stop 0 gets right.
 
     right: images of the defender that each stop classifies as their label. Nothing of the attack is looked at.
     """

@@ -21,7 +21,7 @@ from dist_defend.trial import Trial
 
 log = logging.getLogger(__name__)
 
-EVALUATION_BATCH = 128  # images per pass of the sweep: small maps stay in a CPU's cache
+EVALUATION_BATCH = 128  # images of a forward pass: so small that maps stay in a CPU's cache
 
 
 class Choice(NamedTuple):
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 
 
 class Outcome:
-    """What a method makes of the scores of the suspect's neurons. The suspect is pruned in place in the end."""
+    """The way from scores of the suspect's neurons to the pruned model; the suspect is pruned in place."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class Outcome:
         shift_batch: int | None = None,
         scores_file: str = "mask_values.txt",
     ) -> None:
-        """data: the defender's images and their rows, None for a method without.
+        """data: the defender's images and their rows; None for a method without.
 
-        shift_batch: statistics follow the pruning, as seen on these images in batches of this size; None: they stay.
+        shift_batch: size of the batches by which running statistics are adapted to the pruning; None: they stay.
         scores_file: the name of the table of scores in the run folder.
         """
         self.config, self.trial, self.context, self.model = config, trial, trial.context, trial.model
@@ -120,7 +120,7 @@ class Outcome:
 
     @cached_property
     def _shift(self) -> StatisticsShift | None:
-        """On every rank alike, from all the defender's images."""
+        """Adapts running statistics by all the defender's images, the same on every rank; None: they stay."""
         if self.shift_batch is None or self.data is None:
             return None
         ranks, loader = self.context.ranks, self.context.whole_loader(*self.data, self.shift_batch)
@@ -149,7 +149,7 @@ class Outcome:
 def choose_by_oracle(counts: Mapping[int, dict[str, Count]], acc_ratio: float) -> int:
     """The stop of lowest test ASR, then highest ACC, whose ACC differs by less than acc_ratio of the first one's.
 
-    What BackdoorBench computes as its best model. No defender has a triggered test set: never more than a reference.
+    BackdoorBench's choice of its best model. No defender has a triggered test set, so this is a reference only.
     """
     base = counts[0]["acc"].percent
     near = [n for n, count in counts.items() if abs(count["acc"].percent - base) < acc_ratio * base]

@@ -1,4 +1,4 @@
-"""The plans of pruning methods: the suspect, the defender's images, what is checked before the start."""
+"""The plans of pruning methods: the suspect, the defender's images, and checks before the start."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def score_plan(
     score: Callable[[nn.Module, Tensor], list[Neuron]],
     scores_file: str,
 ) -> Plan:
-    """No stages: a method that reads the weights alone scores at once. Pruning and evaluation come with the result.
+    """No stages, as only the weights are read: scores are made here. Pruning and evaluation are part of the result.
 
     data: the defender's images, if there are any. score: gets the suspect's ``net`` in eval mode and a black image
     (1, 3, H, W). scores_file: the name of the table of scores in the run folder.
@@ -47,7 +47,7 @@ def mask_plan(
     context: Context,
     learn: Callable[[Classifier, list[str], PreparedDataset, np.ndarray], Learning],
 ) -> Plan:
-    """The stages that learn the masks (none with a mask file); pruning and evaluation come with the result.
+    """The stages that learn the masks (none with a mask file). Pruning and evaluation are part of the result.
 
     learn: gets the suspect, the names of its batch norms, the defender's images and their rows. UserError for a suspect
     or images that do not fit, and for masks of another model.

@@ -1,8 +1,8 @@
 """Predictions of a network at every stop of a pruning sweep, in one pass over the data.
 
-Stops only differ in batch norms, so each batch is read and stamped once, and what comes before the first layer in which
-a stop differs from the last one is taken from memory. Each stop gets the very operations, on the very batches,
-that it would get alone: the counts are those of the sequential sweep.
+Stops differ in a few layers only. So each batch is read and stamped once, and outputs before the first layer in which a
+stop differs from the previous one are reused. Each stop has the same operations on the same batches as alone: the
+counts are those of the sequential sweep.
 """
 
 import copy
@@ -32,7 +32,7 @@ def predict_pruned(
     """Classes (N, S) int64 that the model predicts with the first stops[s] neurons pruned, and labels (N,).
 
     stops: numbers of neurons, ascending. The ranks share the images; results are in the loader's order on every rank.
-    The model, which is left alone, stands on the ranks' device. adapt: what else is done, in place, to a pruned model.
+    The model is on the ranks' device and is not changed. adapt: a further change, in place, of each pruned model.
     """
     pruned = Stops(model, order, stops, with_beta, adapt)
 
@@ -46,7 +46,7 @@ def predict_pruned(
 
 
 class Stops:
-    """A copy of a model that answers at every stop, equal stops and equal prefixes computed once."""
+    """A copy of a model that gives logits at every stop; equal stops and equal first layers are computed once."""
 
     def __init__(
         self,
@@ -89,10 +89,10 @@ class Stops:
 
 
 class PrefixMemory:
-    """Runs a model again and again on one batch; layers before the first changed one answer from memory.
+    """Runs a model repeatedly on one batch; outputs of layers before the first changed one are reused.
 
-    Convolutions, batch norms and linear layers are remembered, by the order of their calls; the rest is cheap. An
-    output that later operations have written to is made again. Works on any feed-forward network in eval mode.
+    Outputs of convolutions, batch norms and linear layers are kept, by the order of calls; the rest is cheap. An output
+    that a later operation changed in place is computed again. Works on any feed-forward network in eval mode.
     example: an image (1, 3, H, W), by which the order of the calls is found.
     """
 
@@ -100,7 +100,7 @@ class PrefixMemory:
         self.model = model
         self.order: list[nn.Module] = []  # by call
         self.changed: set[nn.Module] = set()
-        self.outputs: dict[int, tuple[Tensor, int]] = {}  # call -> output and how often it had been written to
+        self.outputs: dict[int, tuple[Tensor, int]] = {}  # call -> output and its version, which counts writes
         self.call, self.kept, self.is_shared, self.is_known = 0, 0, False, False
         self.wrapped = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm)]
         for module in self.wrapped:
@@ -110,18 +110,18 @@ class PrefixMemory:
         self.is_known = True
 
     def forget(self) -> None:
-        """The batch is done: its outputs, of every layer, are as large as the activations of a training step."""
+        """Free the batch's outputs, which are as large as the activations of a training step."""
         self.outputs.clear()
 
     def close(self) -> None:
-        """The model runs as it did before. Wrapped layers refer to themselves, so nothing else would free it soon."""
+        """Restore the model's layers. Wrapped ones are reference cycles, which would keep it in memory."""
         for module in self.wrapped:
             del module.forward
 
     def run(self, images: Tensor, changed: set[nn.Module], later: Sequence[set[nn.Module]]) -> Tensor:
         """The model's output; ``changed``: layers whose parameters differ from the last run's.
 
-        later: the same of the runs that follow on these images. What none of them can use is not kept.
+        later: the same for the runs that follow on these images. Outputs that none of them can use are not kept.
         """
         self.changed, self.call, self.is_shared = changed, 0, bool(self.outputs)
         self.kept = max(map(self._first, later), default=0)
@@ -129,7 +129,7 @@ class PrefixMemory:
         return outputs
 
     def _first(self, changed: set[nn.Module]) -> int:
-        """The first call of a changed layer."""
+        """Number of the first call of a changed layer."""
         return next((call for call, module in enumerate(self.order) if module in changed), len(self.order))
 
     def _remembering(self, module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Any:

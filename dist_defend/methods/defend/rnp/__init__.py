@@ -1,7 +1,7 @@
 """RNP (Reconstructive Neuron Pruning, Li et al. 2023): unlearn clean images, recover them by masks, prune low masks.
 
-The objective is the published one; what the published code computes needlessly is left out. Nothing is tested while the
-phases run (the stop rule reads the training accuracy), recovering takes gradients of the masks alone, and all
+The objectives are the published ones; what the published code computes without need is left out. Nothing is tested
+while the phases run (the stop rule reads the training accuracy), recovering takes gradients of the masks alone, and all
 thresholds are tried in one pass over the data.
 """
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def build(config: Config, context: Context) -> Plan:
-    """Two stages, unlearn and recover (none with a mask file); pruning and evaluation come with the result."""
+    """Two stages, unlearn and recover (none with a mask file). Pruning and evaluation are part of the result."""
 
     def learn(model: Classifier, names: list[str], dataset: PreparedDataset, rows: np.ndarray) -> Learning:
         phases = Phases(config, context, model, names, dataset, rows)
@@ -37,7 +37,7 @@ def build(config: Config, context: Context) -> Plan:
 
 
 class Phases:
-    """Unlearning a copy of the model, then masks on the copy's weights. masks: (C,) by layer of ``model.net``."""
+    """Unlearning a copy of the model, then learning masks on its weights. masks: (C,) by layer of ``model.net``."""
 
     masks: dict[str, Tensor]
 

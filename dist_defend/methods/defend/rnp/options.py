@@ -1,4 +1,4 @@
-"""What can be set, under the names that bboylyg/RNP and SCLBD/BackdoorBench publish."""
+"""RNP's options, under the names of bboylyg/RNP and SCLBD/BackdoorBench."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,18 +10,20 @@ from dist_defend.methods.defend.pruning.options import MaskConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config(MaskConfig):
-    """bboylyg/RNP's names and values; what SCLBD/BackdoorBench does otherwise is said beside them.
+    """Names and defaults are those of bboylyg/RNP; the preset backdoorbench has SCLBD/BackdoorBench's values.
 
     Keys:
-        unlearning_lr, recovering_lr: rates of the two phases
-        unlearning_epochs, recovering_epochs: lengths of the two phases
-        epochs_inclusive: one epoch of unlearning more, as range(0, epochs + 1) has; BackdoorBench: false
-        schedule: epochs after which the rate of unlearning falls to a tenth
-        clean_threshold: running training accuracy that ends unlearning
-        not_unlearned: what is done when it is never reached
-        max_grad_norm: of unlearning; the published 20 clips empty gradients, so nothing
+        unlearning_lr, recovering_lr: learning rates of the two phases
+        unlearning_epochs, recovering_epochs: epochs of the two phases, at most for unlearning
+        epochs_inclusive: unlearn one epoch more, as the published loop over range(0, epochs + 1); BackdoorBench: false
+        schedule: epochs after which the learning rate of unlearning falls to a tenth
+        clean_threshold: unlearning ends after an epoch with this running training accuracy or less
+        not_unlearned: if clean_threshold is never reached: use_last: go on with the last state and warn; fail: end with
+            an error
+        max_grad_norm: L2 norm to which larger gradients of unlearning are scaled down; null: no limit, which is what
+            the published clip of 20 amounts to: it runs before the backward pass
         alpha: weight of the cross-entropy in recovering
-        graph: whether the updates are CUDA graphs
+        graph: capture updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off: never
     """
 
     unlearning_lr: float = 0.01
@@ -49,7 +51,7 @@ class Config(MaskConfig):
 PRESETS: dict[str, dict[str, Any]] = {
     "official": {"not_unlearned": "fail", "off_by_one": True, "exclude_target_from_acc": True},
     "backdoorbench": {"batch_size": 256, "epochs_inclusive": False, "off_by_one": True, "selection": "pruning_number"},
-    "gentle": {  # not published: small networks, which lose everything at once at the published rate
+    "gentle": {  # not published; for small networks, whose accuracy collapses within an epoch at the published rate
         "unlearning_lr": 1e-3,
         "max_grad_norm": 1.0,
         "unlearning_epochs": 80,

@@ -25,10 +25,10 @@ _MOMENTUM = 0.9  # of both phases, as published
 class CrossEntropyStep:
     """SGD on ``scale`` times the mean cross-entropy over the global batch, in train mode.
 
-    The ranks' shares may differ in size but not be empty. ``correct`` of ``seen`` counts the predictions that the
-    updates of this epoch were made from, over all ranks, until read_accuracy(). model: on the ranks' device, batch
-    norm synchronised; parameters: the trained ones, the others need no gradient. num_batches: of an epoch; on several
-    ranks the last one may have a shape of its own on some of them alone.
+    The ranks' shares may differ in size but not be empty. ``correct`` of ``seen`` counts an epoch's predictions before
+    each update, over all ranks, until read_accuracy(). model: on the ranks' device, batch norm synchronised;
+    parameters: the trained ones, the others need no gradient. num_batches: of an epoch; the last batch may have another
+    size, on several ranks also on some of them alone.
     """
 
     max_grad_norm: float | None = None
@@ -98,7 +98,7 @@ class CrossEntropyStep:
         yield self.counts
 
     def _after_update(self) -> None:
-        """After the update."""
+        """Hook after each update, empty here."""
 
     def read_accuracy(self) -> float:
         """Running training accuracy since the last call: correct / seen. Waits for the device."""
@@ -125,8 +125,8 @@ class CrossEntropyStep:
 class UnlearnStep(CrossEntropyStep):
     """Gradient ascent on clean images (algorithm 1, unlearning): SGD on -CE over all weights.
 
-    schedule: epochs from which on the rate is a tenth of what it was. max_grad_norm: clips the gradient; None does what
-    the published code does, which clips gradients that are still empty.
+    schedule: epochs from which on the rate is a tenth of what it was. max_grad_norm: clips the gradient; None: no
+    clipping, as in effect in the published code, which clips gradients that are still empty.
     """
 
     def __init__(

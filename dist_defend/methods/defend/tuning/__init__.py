@@ -1,1 +1,1 @@
-"""What defences share that go on training the suspect on the defender's images: ft, ft_sam, nad, fp, nc, sau."""
+"""Parts of defences that train the suspect further on the defender's images: ft, ft_sam, nad, fp, nc, sau."""

@@ -1,4 +1,4 @@
-"""What defences share that go on training a suspected encoder: its projector, a loss of two views, the card."""
+"""Parts of defences that train a suspected encoder further: projector, loss of two views, model card."""
 
 import copy
 from collections.abc import Callable
@@ -27,15 +27,15 @@ PRETRAINING = OptimizerConfig("adam", lr=1e-3, weight_decay=1e-6)  # BadEncoder'
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderTuningConfig:
-    """All weights follow a loss of two views of the defender's images. The last epoch is delivered.
+    """All weights are trained by a loss of two views of the defender's images. The last epoch is delivered.
 
     Keys:
         model: model folder of the suspected encoder
         data: the defender's clean images; labels are not read
-        temperature: of the contrastive loss
-        augment: how each of the two views is made
-        projector: how a fresh projector learns first, with the encoder frozen, where the model folder has none
-        update: how encoder and projector are trained
+        temperature: temperature of the contrastive loss
+        augment: augmentation that makes each of the two views
+        projector: training of a fresh projector, with the encoder frozen, if the model folder has none
+        update: batch size, epochs, optimizer and the like of encoder and projector
     """
 
     model: str
@@ -50,12 +50,12 @@ class EncoderTuningConfig:
 
 
 class ProjectorObjective(Objective):
-    """NT-Xent of two views, of a copy of the projector alone. The encoder stays as it is, in eval mode."""
+    """NT-Xent of two views, which trains a copy of the projector alone. The encoder is frozen, in eval mode."""
 
     def __init__(self, model: SimCLR, temperature: float) -> None:
         super().__init__()
         self.projector, self.temperature = copy.deepcopy(model.g), temperature
-        self._encoder = [model.f]  # a list hides it from DDP, the optimizer and checkpoints
+        self._encoder = [model.f]  # in a list, so that DDP, the optimizer and checkpoints leave it out
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         with torch.no_grad():
@@ -70,9 +70,9 @@ def encoder_plan(
     make: Callable[[SimCLR], Objective],
     shown: tuple[str, ...] = ("loss",),
 ) -> Plan:
-    """A fresh projector's stage, where the suspect has none, and the tuning itself.
+    """The stage of a fresh projector, where the suspect has none, and that of the tuning.
 
-    make: the suspect, on the ranks' device -> what is minimised. UserError for a suspect or images that do not fit.
+    make: the suspect, on the ranks' device -> the objective. UserError for a suspect or images that do not fit.
     """
     model, suspect, sha256 = context.load_encoder(config.model)
     dataset, rows = context.dataset("defence", config.data)
@@ -107,7 +107,7 @@ def encoder_plan(
         card = context.card(
             model,
             {"epochs": config.update.epochs, "seed": context.seed},
-            backdoored=suspect.backdoored,  # nothing is measured here, so nothing is cleared
+            backdoored=suspect.backdoored,  # nothing is measured here, so the suspect's flag stays
             attack=suspect.attack,
             parent_sha256=sha256,
             guessed=suspect.guessed,

@@ -11,26 +11,27 @@ from dist_defend.methods.defend.defender import DefenderConfig
 
 
 def sgd(lr: float = 0.01, **other: object) -> OptimizerConfig:
-    """BackdoorBench's: momentum 0.9, decay 5e-4 on everything, a cosine over 100 epochs that then rises again."""
+    """BackdoorBench's SGD: momentum 0.9, weight decay 5e-4 on all weights, a cosine of 100 epochs that rises again."""
     usual = {"momentum": 0.9, "weight_decay": 5e-4, "schedule": "cosine_epochs", "period": 100}
     return OptimizerConfig("sgd", lr, **(usual | other))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig(DefenderConfig):
-    """All weights follow a loss of the defender's images. The last epoch is delivered, or one that clean images choose.
+    """All weights are trained on the defender's images. The last epoch is delivered, or one chosen by held-out images.
 
     Keys:
         model: model folder of the suspected classifier
-        test: labelled images that only measure
-        attack: what is measured; null: the attack in the model's card, if there is one
+        test: labelled test images, used for measurement only
+        attack: attack whose success is measured; null: the attack in the model's card, if there is one
         epochs: passes over the defender's images
-        optimizer: optimizer, rate and schedule
+        optimizer: optimizer, learning rate and schedule
         evaluate_every: epochs between two measurements; there is one after the last epoch too
-        graph: whether the updates are CUDA graphs
-        held_out: share of the defender's images that is not trained on and chooses the epoch; 0: the last one, as
-            published
-        max_accuracy_drop: relative loss of accuracy on these images that an epoch may cost; the last such one is taken
+        graph: capture updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off: never
+        held_out: share of the defender's images that are not trained on and choose the epoch; 0, as published: the last
+            epoch is delivered
+        max_accuracy_drop: relative loss of accuracy on the held-out images that is allowed; the last epoch within it is
+            delivered
     """
 
     model: str

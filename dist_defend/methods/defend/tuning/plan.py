@@ -1,4 +1,4 @@
-"""The plan of a tuning defence: the suspect, the defender's images, one stage, what was before and after."""
+"""The plan of a tuning defence: the suspect, the defender's images, one stage, counts before and after."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from dist_defend.trial import Trial
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a method's step is made from. model: the suspect, which is trained, on the ranks' device.
+    """The parts that a method's step is made from. model: the suspect, which is trained, on the ranks' device.
 
     rows: those of the defender's images that are trained on.
     """
@@ -31,7 +31,7 @@ class Tuned:
     data: PreparedDataset
     rows: np.ndarray
     loader: Loader
-    options: dict[str, Any]  # of TuningStep, beside model and optimizer: ranks, lengths, graph
+    options: dict[str, Any]  # arguments of TuningStep: ranks, steps_per_epoch, graph
 
 
 def tuning_plan(
@@ -41,9 +41,9 @@ def tuning_plan(
     shown: tuple[str, ...] = ("loss",),
     chosen_by: str | None = None,
 ) -> Plan:
-    """Stages that come first, then the tuning itself; the result measures before and after.
+    """Stages that come first, then the stage of the tuning; the result measures before and after.
 
-    make: gets the parts -> what comes first, and the step. chosen_by: what anything is chosen by, if it is.
+    make: parts -> the stages that come first, and the step. chosen_by: data that a choice is made by, if one is.
     UserError for a suspect or images that do not fit.
     """
     trial = Trial(config.model, context)
@@ -78,7 +78,7 @@ def tuning_plan(
 
 
 def _choose_epoch(stage: Stage, choice: EpochChoice, trial: Trial, model: Classifier) -> None:
-    """Have the stage look at each of its epochs and end with the chosen one, which is measured then."""
+    """Have the stage judge the model after each epoch, and at its end deliver and measure the chosen epoch."""
     measure_every, stage.evaluate_every = stage.evaluate_every, 1
 
     def evaluate(epoch: int) -> dict[str, float]:

@@ -30,8 +30,8 @@ def split_held_out(rows: np.ndarray, held_out: float, seed: int, method: str) ->
 class EpochChoice:
     """Keeps the weights of the last epoch that costs at most max_drop of the suspect's accuracy on held-out images.
 
-    max_drop is relative. Where every epoch costs more, the one with most of them right is kept, the last among equals.
-    Nothing of the attack is looked at.
+    max_drop is relative. Where every epoch costs more, the most accurate one is kept, the last among equals. The attack
+    is not looked at.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class EpochChoice:
         self.epoch, self.is_within = 0, False
 
     def look(self, epoch: int) -> dict[str, float]:
-        """After an epoch, counted from 1 -> what is logged."""
+        """Judge the model after an epoch, counted from 1 -> scalars to log."""
         if self.before < 0:
             self.before = self.count(self.suspect()).correct
         found = self.count(self.model)

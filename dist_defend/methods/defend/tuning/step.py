@@ -20,13 +20,13 @@ from dist_defend.ops.hypergrad import all_reduce_together
 
 
 class TuningStep:
-    """Fine-tuning: the mean cross-entropy over the global batch, in train mode. Others change ``loss`` or ``learn``.
+    """Fine-tuning: the mean cross-entropy over the global batch, in train mode. Subclasses change loss() or learn().
 
     The ranks' shares may differ in size but not be empty. model: on the ranks' device, batch norm synchronised.
     """
 
     in_train_mode = True
-    choice: EpochChoice | None = None  # of the epoch, where it is not the last
+    choice: EpochChoice | None = None  # where another epoch than the last may be delivered
 
     def __init__(
         self,
@@ -52,8 +52,10 @@ class TuningStep:
         return check_finite(self.graphed(batch.images, batch.labels, kind=is_last), "the gradient")
 
     def loss(self, images: Tensor, labels: Tensor, weight: Tensor) -> dict[str, Tensor]:
-        """Scalars, of which ``loss`` is trained. weight: what makes this rank's sum over images a mean over all ranks'
-        images, times the number of ranks.
+        """Scalars, of which ``loss`` is minimised.
+
+        weight: number of ranks / images of all ranks; a sum over this rank's images times weight has the global mean as
+        its mean over ranks.
         """
         logits = at_least_float32(self.model(images))
         cross_entropy = functional.cross_entropy(logits, labels, reduction="sum") * weight
@@ -65,7 +67,7 @@ class TuningStep:
         return self.follow(scalars, gradients)
 
     def gradients(self, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The loss's scalars and its gradients over all ranks' images, in the parameters' order."""
+        """The scalars of loss() and the gradients over all ranks' images, in the parameters' order."""
         count = all_reduce_sum(torch.ones_like(labels, dtype=images.dtype).sum())
         scalars = self.loss(images, labels, self.world_size / count)
         share = scalars["loss"] / self.world_size
@@ -73,7 +75,7 @@ class TuningStep:
         return scalars, all_reduce_together(list(found))
 
     def follow(self, scalars: dict[str, Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        """Update by these gradients -> the scalars, detached, with the gradients' norm."""
+        """Update the weights by these gradients -> the scalars, detached, with the gradients' norm."""
         norm, nonfinite = self.update.step(gradients)
         told = {name: value.detach() for name, value in scalars.items()}
         return {**told, "grad_norm": norm, "nonfinite": nonfinite}
@@ -85,11 +87,11 @@ class TuningStep:
         yield from self.update.state()
 
     def is_over(self) -> bool:
-        """Asked after each epoch: whether there is nothing left to do."""
+        """Whether training ends now; asked after each epoch."""
         return False
 
     def metrics(self) -> dict[str, Any]:
-        """What result.json tells of the step's outcome."""
+        """The step's metrics for result.json."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Zero-shot knowledge transfer (Micaelli and Storkey, NeurIPS 2019), as ABD (Hong et al., ICML 2023) defends it.
+"""Zero-shot knowledge transfer (Micaelli and Storkey, NeurIPS 2019), with ABD's defences (Hong et al., ICML 2023).
 
-A generator makes images on which student and teacher disagree, the student learns to agree there; no data are needed.
+A generator makes images on which student and teacher disagree, and the student learns to agree there. No data needed.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from dist_defend.ops.hypergrad import check_twice_differentiable
 
 __all__ = ["PRESETS", "Config", "build"]
 
-_PICTURED = 64  # generated images in the run folder
+_PICTURED = 64  # images of generated.png
 
 
 def build(config: Config, context: Context) -> Plan:
@@ -66,7 +66,7 @@ def build(config: Config, context: Context) -> Plan:
 
 @torch.no_grad()
 def _pixels(pair: Pair, generator: ZSKTGenerator, z: Tensor) -> Tensor:
-    """Generated images as pixels in [0, 1]: the generator's are normalised."""
+    """Images of the generator, which are normalised, as pixels; not clipped to [0, 1]."""
     normalize = pair.teacher.normalize
     images: Tensor = generator.eval()(z)
     return images if normalize.is_identity else images * normalize.std + normalize.mean

@@ -1,4 +1,4 @@
-"""What the generator starts from: normal draws that depend on nothing but the seed and the pseudo-batch."""
+"""The generator's inputs: normal draws that depend on the seed and the pseudo-batch alone."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ from dist_defend.ops.streams import Stream, draws
 class LatentBatches:
     """Epoch n is pseudo-batch n: z ~ N(0, I), (batch_size, z_dim) over all ranks, drawn from (seed, n).
 
-    A batch's only view is this rank's rows of z, float64; it has no labels (0 stands for them).
+    A batch's only view is this rank's rows of z, float64; its labels are 0 and without meaning.
     """
 
     num_batches = 1

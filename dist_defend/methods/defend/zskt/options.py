@@ -1,4 +1,4 @@
-"""ZSKT's options, and the sets of them that were published."""
+"""ZSKT's options and presets."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,24 +17,25 @@ class Config:
 
     Keys:
         teacher: model folder of the suspected classifier, which teaches
-        test: labelled images that only measure
+        test: labelled test images, used for measurement only
         student: architecture of the network that is trained (`dist-defend models`)
-        attack: what is measured; null: the attack in the model's card, if there is one
-        pseudo_batches: how many batches the generator makes
+        attack: attack whose success is measured; null: the attack in the model's card, if there is one
+        pseudo_batches: number of batches that the generator makes
         batch_size: images of a pseudo-batch over all ranks
         z_dim: length of the generator's noise
-        generator_width: channels of the generator; an even number
-        grey: the generator makes grey images, for teachers of grey ones
-        bounded: it makes pixels between black and white; published: normalised numbers of any size
-        generator_steps, student_steps: updates of it per pseudo-batch
-        temperature: of both networks' predictions in the distillation loss
-        attention: beta, weight of attention transfer; 0 for none
-        max_grad_norm: of generator and student; a student's step with self-retrospection is not clipped
-        generator_optimizer, student_optimizer: its optimizer; milestones count pseudo-batches
-        vaccine: ABD's shuffling vaccine; null: none
-        retrospection: ABD's self-retrospection, which starts at a pseudo-batch; null: none
-        evaluate_every: pseudo-batches between two measurements; there is one after the last too
-        graph: whether updates are captured as CUDA graphs; auto: where there is a GPU that can
+        generator_width: channels of the generator's first layers; an even number
+        grey: the generator makes grey images, for teachers trained on grey ones
+        bounded: the generator's images have pixels in [0, 1]; false, as published: normalised values without bounds
+        generator_steps, student_steps: updates of generator and student per pseudo-batch
+        temperature: softmax temperature of both networks in the distillation loss
+        attention: weight beta of the attention loss; 0: none
+        max_grad_norm: L2 norm to which larger gradients of generator and student are scaled down; student steps with
+            self-retrospection are not clipped
+        generator_optimizer, student_optimizer: optimizers of generator and student; milestones count pseudo-batches
+        vaccine: ABD's shuffling vaccine; null: no vaccine
+        retrospection: ABD's self-retrospection, from a pseudo-batch on; null: no retrospection
+        evaluate_every: pseudo-batches between two measurements; there is one after the last pseudo-batch too
+        graph: capture updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off: never
     """
 
     teacher: str

@@ -31,10 +31,10 @@ _GRADIENT = "the gradient"
 class TransferStep:
     """Micaelli and Storkey 2019 (algorithm 1), with ABD's vaccine and self-retrospection where they are configured.
 
-    A generator step maximises D(S(x), T(x)) = KL(T || S) / C over x = G(z), a student step minimises it, plus the
-    attention loss, on images that stay the same for all student steps; so they, the teacher's answers and a
-    perturbation of the teacher's are computed once per pseudo-batch. Every loss is this rank's share of the mean over
-    the global batch; gradients are summed over ranks before they are clipped.
+    A generator step maximises D(S(x), T(x)) = KL(T || S) / C over x = G(z); a student step minimises it, plus the
+    attention loss. All student steps of a pseudo-batch have the same images, so images, the teacher's outputs and a
+    delta found on the teacher are computed once. Every loss is this rank's share of the mean over the global batch;
+    gradients are summed over ranks before they are clipped.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class TransferStep:
             model.train()
         for module in student.modules():
             if isinstance(module, nn.Dropout):
-                module.p = 0.0  # the losses compare passes of one function
+                module.p = 0.0  # several losses compare passes, which must be of one function
         self.own = rank_slice(config.batch_size, ranks.rank, ranks.world_size)
         self.vaccine = Vaccine(teacher, config.vaccine, seed) if config.vaccine else None
         self.retrospection: SelfRetrospection | None = None
@@ -70,7 +70,7 @@ class TransferStep:
         }
 
     def _make_buffers(self) -> None:
-        """Where a pseudo-batch's images, the teacher's answers to them and delta stay."""
+        """Tensors that hold a pseudo-batch's images, the teacher's outputs for them and delta."""
         config, z = self.config, torch.zeros(self.own.stop - self.own.start, self.config.z_dim)
         with torch.no_grad(), repeated_statistics(self.generator, 0):
             self.images = self.generator(z.to(self.ranks.device, self.ranks.dtype))
@@ -108,14 +108,14 @@ class TransferStep:
         return {**rows[0], **means, "nonfinite": nonfinite}
 
     def generate(self, z: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
-        """The generator's steps; then the images, and what the teacher answers, for the student's.
+        """The generator's steps; then the images and the teacher's outputs for the student's steps.
 
         weight: of the suppression loss; None without.
         """
         config, scalars = self.config, dict[str, Tensor]()
         for number in range(config.generator_steps):
             images = self.generator(z)
-            if self.drafts and weight is None:  # drafts serve the choice of a vaccine; a weight means that it is chosen
+            if self.drafts and weight is None:  # drafts: for the choice of a vaccine; with a weight it is chosen
                 self.drafts[number].copy_(images.detach())
             logits = self.student(images)
             if weight is None or self.vaccine is None:
@@ -139,7 +139,7 @@ class TransferStep:
         return scalars
 
     def synthesise(self, start: Tensor) -> dict[str, Tensor]:
-        """delta for the images, from ``start`` (1, 3, H, W)."""
+        """Find delta for the pseudo-batch's images, from ``start`` (1, 3, H, W)."""
         assert self.retrospection is not None
         reference = self.logits
         if self.retrospection.config.perturbs == "student":
@@ -176,7 +176,7 @@ class TransferStep:
         return distillation(logits, reference, self.config.temperature, batch_size=self.config.batch_size)
 
     def perturbation(self) -> Tensor | None:
-        """delta (1, 3, H, W) of the latest pseudo-batch; None before one, as in a run that resumes behind its last."""
+        """delta (1, 3, H, W) of the latest pseudo-batch; None before the first one of this process."""
         return self.delta if bool(self.delta.any()) else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class TransferStep:
             self.vaccine.load_state_dict(state["vaccine"])
 
     def _set_rates(self, number: int) -> None:
-        """Schedules count pseudo-batches; self-retrospection may start the student's afresh."""
+        """Set the learning rates. Schedules count pseudo-batches; self-retrospection may restart the student's."""
         total, retrospection = self.config.pseudo_batches, self.config.retrospection
         for player in self.players.values():
             player.follow(number, 1, total)
@@ -230,5 +230,5 @@ class TransferStep:
 
 
 def _layers(net: nn.Module, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """A WideResNet's maps, none of another network, and the logits (B, C)."""
+    """The groups' maps of a WideResNet, [] for another network, and the logits (B, C)."""
     return net.layers(images) if isinstance(net, WideResNet) else ([], net(images))

@@ -1,9 +1,10 @@
-"""Re-activation (Min et al., NeurIPS 2024): how little brings a backdoor back. It needs the trigger: an oracle.
+"""Re-activation (Min et al., NeurIPS 2024): does tuning on a few poisoned images bring a backdoor back?
 
     L = CE(f(x), y) over N clean images, of which q are stamped and get the attacker's label, for a few epochs
 
-ASR then says nothing alone. Beside it stand the same with q = 0, the same from a clean network that never saw the
-trigger (what q images teach anew is no memory), and ACC. An encoder is tuned together with its downstream head.
+The ASR after it says nothing alone: q images can also teach a new backdoor. So it is compared with that of the same
+tuning at q = 0 and that of a clean network, the control, which never saw the trigger; ACC must hold too. An encoder is
+tuned together with its downstream head. This is an oracle's measure, since it needs the trigger.
 """
 
 import copy
@@ -30,24 +31,24 @@ from dist_defend.methods.measure.reactivate.query import Perturbation, QueryConf
 from dist_defend.trial import Examination
 
 log = logging.getLogger(__name__)
-_ASR = {  # columns of a row, and whose ASR they are
+_ASR = {  # columns of a row, and the network whose ASR each one is
     "asr_retuned": "poisoned",
     "asr_retuned_clean": "clean",
     "asr_retuned_control": "control",
     "asr_queried": "model, queried",
     "asr_queried_control": "control, queried",
 }
-MOST_LOST = 3.0  # points of ACC that re-tuning may cost, for its ASR to say anything
+MOST_LOST = 3.0  # points of ACC that re-tuning may cost; beyond, its ASR says little
 
 
 def build(config: Config, context: Context) -> Plan:
-    """The encoders' heads, where there are encoders; q images, none, and q on the control; queries, if asked for."""
+    """Stages: heads of encoders; tuning with q poisoned images, with none, and of the control; the query, if any."""
     made = Reactivation(config, context)
     return Plan(made.stages, made.result)
 
 
 class Reactivation:
-    """A model and its control, the images that they are tuned on, and what is counted before and after."""
+    """A model and its control, the images that they are tuned on, and the counts before and after."""
 
     def __init__(self, config: Config, context: Context) -> None:
         self.config, self.context = config, context
@@ -88,7 +89,7 @@ class Reactivation:
                 yield Stage(f"reactivate/{name}", images, step, config.epochs, is_kept=True)
 
     def querying(self, config: QueryConfig, attack: AttackConfig) -> Stage:
-        """The stage that learns how to change images, by the networks as they are and the re-tuned one."""
+        """The stage that trains the perturbation of images, by the original networks and the re-tuned one."""
         context, networks = self.context, self.networks
         asked = half_triggered(self.train, self.rows, attack, context)
         images = FixedImages(asked, self.rows, context, config.update.batch_size)
@@ -101,7 +102,7 @@ class Reactivation:
         return Stage("reactivate/query", images, step, config.update.epochs)
 
     def start_all(self) -> None:
-        """The networks as they are get their trained heads."""
+        """Give the original networks their trained heads."""
         for role, network in self.networks.items():
             self.start(role, network)
 
@@ -128,7 +129,7 @@ class Reactivation:
 
 
 def _tell(config: Config, found: dict[str, dict[str, Count]]) -> None:
-    """How far q images bring the attack back, beside what tells a memory from a lesson."""
+    """Log the counts of all networks; warn where the ASR after re-tuning says little: no control, or much ACC lost."""
     before, q = found["model, before"], config.num_poisoned
     for name, counts in found.items():
         log.info(

@@ -1,4 +1,4 @@
-"""The images that networks are tuned on again: which ones, and how they are fed."""
+"""The images that networks are re-tuned on: their choice, the stamped ones, and batches."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,15 +49,15 @@ def half_triggered(
 
 
 def _others(attack: AttackConfig, count: int) -> AttackConfig:
-    """The attack on so many random images, where it can be of other classes than the target."""
+    """The attack on ``count`` random images, of other classes than the target unless it is all_to_all."""
     own: dict[str, Any] = {} if attack.labels == "all_to_all" else {"labels": "all_to_one", "avoid_target": True}
     return replace(attack, count=count, choose="random", **own)
 
 
 class FixedImages:
-    """N images in an order of each epoch's own, made once: clean ones augmented, stamped ones as they are.
+    """N images, made once (clean ones augmented, stamped ones as they are), in a new order in each epoch.
 
-    rows: (N,) of the data set. batch_size: global; the last batch may be short, UserError if it is too short. Every
+    rows: (N,) of the data set. batch_size: global; the last batch may be smaller, UserError as check_last_batch. Every
     rank holds all images, and takes its share of each batch.
     """
 

@@ -1,4 +1,4 @@
-"""The networks that are tuned again: classifiers, or encoders with heads that are trained first; and their step."""
+"""The networks that are re-tuned: classifiers, or encoders with heads that are trained first; and their step."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from dist_defend.trial import Trial
 
 
 class ReactivationStep(TuningStep):
-    """Fine-tuning in the mode that is asked for. start: called before the stage's first update."""
+    """Fine-tuning in train or eval mode, as configured. start: called before the stage's first update."""
 
     def __init__(self, config: Config, model: nn.Module, start: Callable[[], object], **options: Any) -> None:
         self.in_train_mode, self.start = config.train_mode, start
@@ -57,7 +57,7 @@ def normalization_of(model: Classifier | SimCLR) -> nn.Module:
 def with_heads(
     models: dict[str, Classifier | SimCLR], config: Config, context: Context, data: probe.LabelledRows
 ) -> tuple[dict[str, nn.Module], Callable[[str, nn.Module], None], Sequence[Stage], dict[str, str]]:
-    """What is tuned by role; what gives one its trained head; the heads' stage; what result.json says of the heads."""
+    """Networks by role; start(role, network), which loads a trained head; the heads' stages; result.json's entries."""
     encoders = {role: model.f for role, model in models.items() if isinstance(model, SimCLR)}
     if len({getattr(encoders.get(role), "feature_dim", None) for role in models}) > 1:
         raise UserError(f"key 'reactivate.control': {config.control} is another kind of model than {config.model}")
@@ -73,7 +73,7 @@ def with_heads(
     def start(role: str, network: nn.Module) -> None:
         number, stacked = [*encoders].index(role), heads.stack.state_dict()
         own = {name.replace("_", "."): value[number] for name, value in stacked.items()}
-        network.get_submodule("head").load_state_dict(own)  # without a draw, as a resume starts once more
+        network.get_submodule("head").load_state_dict(own)  # without a draw: a resume calls it again
 
     networks: dict[str, nn.Module] = {}
     for role, encoder in encoders.items():

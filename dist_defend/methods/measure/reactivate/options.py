@@ -19,20 +19,21 @@ class Config:
 
     Keys:
         model: model folder of a classifier or an encoder, usually one that a defence has made
-        control: model folder of one of its kind that never saw the trigger; null: the ASR is not compared
+        control: model folder of a clean model of the same kind, which never saw the trigger; null: no comparison
         data: labelled training images of the task; an encoder's head is trained on all of them
-        test: labelled images that only measure
-        attack: null: the attack in the model's card
-        num_images: N, drawn from ``data``
-        num_poisoned: q of them, of other classes than the target, get trigger and target
-        augment: how the clean ones are changed, once for all epochs
-        train_mode: batch norms take the batch's statistics and change their own; false: they stay as they are
-        batch_size: global; the last batch may be short
+        test: labelled test images, used for measurement only
+        attack: attack whose trigger is stamped and whose success is measured; null: the attack in the model's card
+        num_images: N, the number of images of the tuning, drawn from ``data``
+        num_poisoned: q, the number of these images, of other classes than the target, that get trigger and target label
+        augment: augmentation of the clean images, made once for all epochs
+        train_mode: batch norms use the batch's statistics and update the running ones; false: running statistics are
+            used and stay
+        batch_size: images of an update over all ranks; the last batch may be smaller
         epochs: passes over the N images
-        optimizer: optimizer, rate and schedule
-        head: of an encoder: how its head is trained before; null: as published
-        query: a perturbation of each image is sought too that wakes the backdoor; it needs ``control``; null: none is
-        graph: whether the updates are CUDA graphs
+        optimizer: optimizer, learning rate and schedule
+        head: training of an encoder's head before the tuning; null: as published
+        query: query-based re-activation too, by a learned perturbation of each image; it needs ``control``; null: none
+        graph: capture updates as CUDA graphs: auto: on a GPU; on: an error without a GPU; off: never
     """
 
     model: str

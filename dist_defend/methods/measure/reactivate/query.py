@@ -1,4 +1,4 @@
-"""Query-based re-activation (Min et al. 2024): a small change of each image wakes the backdoor; weights stay.
+"""Query-based re-activation (Min et al. 2024): a small change of each image brings the backdoor back; weights stay.
 
     x' = clip(x + eps a(x), 0, 1),   L = w KL(softmax g(x) || softmax h(x')) + CE(c(x'), y)
 
@@ -23,11 +23,11 @@ from dist_defend.engine.optim import OptimizerConfig, UpdateConfig
 
 @dataclass(frozen=True)
 class QueryConfig:
-    """Values of AISafety-HKUST/stable_backdoor_purification.
+    """Defaults are those of AISafety-HKUST/stable_backdoor_purification.
 
     Keys:
-        eps: largest change of a pixel, of 1
-        weight: of the divergence from the re-tuned network
+        eps: largest change of a pixel in [0, 1]
+        weight: weight w of the divergence from the re-tuned network
         hidden: widths of the perturbation network's hidden layers
         update: batch size, epochs, optimizer and the like
     """
@@ -64,7 +64,7 @@ class Perturbation(nn.Module):
 
 
 class QueryObjective(Objective):
-    """Mean over the global batch of what the module's head says; the ranks' shares may differ.
+    """The mean of L (see the module) over the global batch; the ranks' shares may differ in size.
 
     networks: h, g and c, in eval mode, which are not trained. start: called once, before they are first used.
     """

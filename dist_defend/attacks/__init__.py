@@ -1,1 +1,1 @@
-"""Triggers and what they are stamped on."""
+"""Triggers, attacks and poisoned data sets."""

@@ -16,17 +16,17 @@ BUILT_IN: dict[str, type[TriggerOptions]] = {
 
 
 def trigger_names() -> list[str]:
-    """Ours and the plug-ins'."""
+    """Names of all triggers, built-in ones and those of plug-ins."""
     return list(trigger_sources())
 
 
 def trigger_sources() -> dict[str, str]:
-    """Each trigger's distribution with its version."""
+    """The installed distribution and version that each trigger comes from, by name."""
     return plugins.sources("triggers", BUILT_IN)
 
 
 def find_options(name: str) -> type[TriggerOptions] | None:
-    """The options of a plug-in's trigger or of the user's own; None for one of ours, and for no trigger's name.
+    """Options of a plug-in's trigger or of the user's own; None for a built-in trigger, and for a name of none.
 
     UserError for what cannot be imported or is no trigger, and for a name that two packages have.
     """

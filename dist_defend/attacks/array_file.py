@@ -1,6 +1,6 @@
-"""Numbers out of npy and npz files of others: a header is held against the bytes that are there before memory is taken.
+"""Arrays from npy and npz files of others. A header is checked against the file's size before memory is allocated.
 
-Nothing is unpickled. What goes wrong is raised as numpy, zipfile and zlib have it; the callers know what they wanted.
+Nothing is unpickled. Errors are those of numpy, zipfile and zlib, which callers turn into messages.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from dist_defend.files import open_regular, read_into
 from dist_defend.models.foreign_file import check_listing
 
-_SWELL, _FREE = 2, 64 << 20  # an array may take so many times the file's bytes, and so many bytes beside
+_SWELL, _FREE = 2, 64 << 20  # an array may take _SWELL times the file's bytes, plus _FREE bytes
 
 
 class TooLarge(Exception):

@@ -1,4 +1,4 @@
-"""An attack: a trigger, and what it is to make of which images. One schema for configurations and model cards."""
+"""An attack: a trigger, the images that get it, and their labels. One schema for configurations and model cards."""
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -23,18 +23,18 @@ class AttackConfig:
     keys. Only training reads rate, count, avoid_target and choose; measuring reads the others.
 
     Keys:
-        trigger: what is stamped; null: images are given instead
+        trigger: trigger that is stamped; null: ``images`` are given instead
         labels: all_to_one: images of any class become the target class; all_to_all: class y becomes y + shift;
             clean_label: only images of the target class are stamped and keep their label
-        target_class: the class that the attacker wants, counted from 0; null: 0, or what given images bring
+        target_class: the class that the attacker wants, counted from 0; null: 0, or that of given images
         rate: share of all training images that are poisoned
-        count: so many images instead of a share
-        shift: of all_to_all
-        avoid_target: of all_to_one: the poisoned images are chosen among the other classes, as I-BAU does
-        choose: random images, by the run's seed, or the first in the prepared order. ABD's teachers have the first in
-            the published order, which is the prepared one after `data prepare --keep-order`
-        images: triggered test images that others made, instead of a trigger: an npz or a prepared data set. They can
-            only be measured
+        count: number of poisoned images, instead of ``rate``
+        shift: shift of all_to_all
+        avoid_target: all_to_one: poisoned images are chosen among the other classes, as in I-BAU
+        choose: which images are poisoned: random ones, by the run's seed, or the first in the prepared order. ABD's
+            teachers have the first in the published order, which is the prepared one after `data prepare --keep-order`
+        images: triggered test images made elsewhere, instead of a trigger: an npz or a prepared data set; for
+            measurement only
     """
 
     trigger: TriggerConfig | None = None
@@ -64,7 +64,7 @@ class AttackConfig:
 
 
 def attack_from(plain: dict[str, Any]) -> AttackConfig:
-    """The attack that ``dataclasses.asdict`` wrote into a model card. UserError if it is another thing."""
+    """The attack that ``dataclasses.asdict`` wrote into a model card. UserError for anything else."""
     options = plain.get("trigger")
     if isinstance(options, dict) and isinstance(options.get("name"), str):
         find_options(options["name"])  # which says what is wrong with a plug-in
@@ -83,7 +83,7 @@ def backdoor_labels(labels: Labels, config: AttackConfig, num_classes: int) -> L
 
 
 def trigger_of(config: AttackConfig) -> TriggerConfig:
-    """What the attack stamps. UserError for given images, which say nothing of other ones."""
+    """The attack's trigger. UserError for an attack of given images, which has none."""
     if config.trigger is None:
         raise UserError(
             f"key 'images' is {config.images}: given images are measured, nothing is trained on them; name a 'trigger'"
@@ -92,7 +92,7 @@ def trigger_of(config: AttackConfig) -> TriggerConfig:
 
 
 def check_classes(config: AttackConfig, num_classes: int, prefix: str = "") -> None:
-    """UserError unless the attack's classes are among so many, and other ones than the images'."""
+    """UserError unless target_class is below num_classes and all_to_all's shift changes the class."""
     if config.target_class is not None and config.target_class >= num_classes:
         told = f"key '{prefix}target_class' is {config.target_class}"
         raise UserError(f"{told}; the classes are 0 to {num_classes - 1}")
@@ -102,7 +102,7 @@ def check_classes(config: AttackConfig, num_classes: int, prefix: str = "") -> N
 
 
 def check_only_trigger(config: AttackConfig, why: str) -> None:
-    """ValueError for an attack that says more than what is stamped, where training reads nothing else."""
+    """ValueError for keys other than the trigger, for methods that read no other. why: for the message."""
     for own in fields(config):
         value, default = getattr(config, own.name), 0 if own.name == "target_class" else own.default
         if own.name != "trigger" and value != default:

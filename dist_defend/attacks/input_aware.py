@@ -94,7 +94,7 @@ class InputAwareTrigger:
         return self._stamped(images, images)
 
     def cross(self, images: Tensor, others: Tensor, rows: Tensor) -> Tensor:
-        """Mask and pattern of another image, which must not open the backdoor."""
+        """Mask and pattern of another image, which must not activate the backdoor."""
         return self._stamped(images, others)
 
     @torch.no_grad()

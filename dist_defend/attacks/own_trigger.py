@@ -1,4 +1,4 @@
-"""A trigger from the user's own file: which pixels of it count, and where they go."""
+"""A trigger from the user's own file: which of its pixels count, and their place in the image."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -26,16 +26,16 @@ class FromFile(TriggerOptions):
 
     Keys:
         file: a picture, npy or npz, or BadEncoder's npz with t and tm
-        how: replace: the pattern's pixels in place of the image's; add: added and clipped, npy and npz may be negative;
-            wrap: added modulo 256; replace_channels, BackdoorBench's rule: a channel that is 0 keeps the image's, by
-            itself
-        mask: a file of the pattern's size that says which pixels count; null: alpha does; without alpha, of a pattern
-            of the images' size, the pixels that are not black, and of a patch with a place all, black ones too. A mask
-            file and alpha are multiplied
+        how: replace: the pattern's pixels replace the image's; add: added and clipped, npy and npz may be negative;
+            wrap: added modulo 256; replace_channels, BackdoorBench's rule: as replace, but channels that are 0 keep the
+            image's
+        mask: a file of the pattern's size that says which pixels count; null: alpha does. Without alpha: of a pattern
+            of the images' size the pixels that are not black, of a patch with a place all. A mask file and alpha are
+            multiplied
         size: pixels of the longer side, to which a picture and its mask are resized; null: as they are
-        row: of the first row of a patch; negative ones count from the image's lower border
-        column: of its first column; negative ones count from the right border
-        corner: of the image, where a patch goes instead
+        row: row of the patch's upper edge; negative ones count from the image's lower border
+        column: column of its left edge; negative ones count from the right border
+        corner: corner of the image for the patch, instead of row and column
         margin: pixels left free at the corner's borders
     """
 
@@ -87,7 +87,7 @@ class FromFile(TriggerOptions):
         return self.how == "replace" and self.mask is None and _has_keep_mask(self.file)
 
     def _read(self, image_size: int) -> tuple[Pattern, np.ndarray]:
-        """The pattern as large as it will be, and what counts of it, (H, W) or (H, W, 3) in [0, 1]."""
+        """The pattern at its final size, and which of it counts, (H, W) or (H, W, 3) in [0, 1]."""
         pattern = open_pattern(self.file, lowest=-255 if self.how == "add" else 0)
         size = pattern.size if self.size is None else _scaled(pattern.size, self.size)
         if pattern.is_picture and self.size is not None and max(size) > image_size:  # before it is made that large
@@ -114,7 +114,7 @@ class FromFile(TriggerOptions):
         return self.corner is not None or self.row is not None
 
     def _published(self, image_size: int) -> list[Replacing]:
-        """BadEncoder's npz, which says itself what goes where."""
+        """The triggers of BadEncoder's npz, which holds masks of the images' size."""
         if self._has_place or self.size is not None:
             raise UserError(f"trigger {self.file} holds t and tm, with a place of their own: leave out size and place")
         triggers = load_triggers(self.file)

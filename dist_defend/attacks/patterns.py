@@ -41,7 +41,7 @@ class BadNets(TriggerOptions):
     Keys:
         pattern: square: white; checker: BackdoorBench's 3 x 3 grid image; grid: RNP's and ABD's 3 x 3; four_corner:
             RNP's; one_pixel: the middle
-        size: pixels of the square's side; BackdoorBench and RNP: 3, I-BAU: 4
+        size: side of the square in pixels; BackdoorBench and RNP: 3, I-BAU: 4
         margin: pixels left free at the lower and right border, of the square; BackdoorBench: 0, RNP and I-BAU: 1
     """
 
@@ -76,9 +76,9 @@ class Blended(TriggerOptions):
     """Chen et al. 2017: (1 - alpha) x + alpha K.
 
     Keys:
-        alpha: share of the picture; where it is transparent, alpha times its own
+        alpha: weight of the picture; where it is transparent, times its own alpha
         image: picture K of any size, npy or npz; null: uniform noise
-        seed: of the noise
+        seed: seed of the noise
     """
 
     name: Literal["blended"] = "blended"
@@ -136,7 +136,7 @@ class Trojan(TriggerOptions):
         pattern: square: 9 x 9, norm 8.66, two pixels from the lower right border; watermark: strokes over the image,
             norm 8.74; patch: 3 x 3, four pixels from that border
         wrap: sums of 256 and more wrap around, as RNP's do, instead of clip
-        seed: of what is drawn
+        seed: seed of the drawn pattern
     """
 
     name: Literal["trojan"] = "trojan"
@@ -182,7 +182,7 @@ class L2Inv(TriggerOptions):
     """Li et al. 2020: an additive diffuse pattern of norm 3.22, here drawn from the seed.
 
     Keys:
-        seed: of what is drawn
+        seed: seed of the drawn pattern
     """
 
     name: Literal["l2_inv"] = "l2_inv"
@@ -229,7 +229,7 @@ class LowFrequency(TriggerOptions):
     """Zeng et al. 2021: an additive smooth universal pattern, here drawn from the seed in the published range.
 
     Keys:
-        seed: of what is drawn
+        seed: seed of the drawn pattern
     """
 
     name: Literal["low_frequency"] = "low_frequency"
@@ -247,11 +247,11 @@ class WaNet(TriggerOptions):
     """Nguyen and Tran 2021: one fixed warp.
 
     Keys:
-        cells: k, control points a side
-        strength: s, of the warp
-        rescale: factor on the sampling grid, which is then cut off to the image
-        cross_ratio: noise samples per poisoned one, which keep their labels
-        seed: of what is drawn
+        cells: k, number of control points along each side
+        strength: s, strength of the warp
+        rescale: factor on the sampling grid, which is then clipped to the image
+        cross_ratio: noise samples per poisoned image, whose warp has random noise and which keep their labels
+        seed: seed of the control points
     """
 
     name: Literal["wanet"] = "wanet"
@@ -276,9 +276,9 @@ class Bpp(TriggerOptions):
     """Wang et al. 2022 (BppAttack): fewer grey levels.
 
     Keys:
-        levels: grey levels that are left
-        dithering: errors are spread to neighbours (Floyd and Steinberg)
-        cross_ratio: negative samples per poisoned one, which keep their labels
+        levels: number of grey levels that are left in each channel
+        dithering: Floyd-Steinberg dithering: errors are spread to neighbouring pixels
+        cross_ratio: negative samples per poisoned image, which keep their labels
     """
 
     name: Literal["bpp"] = "bpp"
@@ -300,8 +300,8 @@ class InputAware(TriggerOptions):
     """Nguyen and Tran 2020: networks that make a mask and a pattern for each image.
 
     Keys:
-        generators: their weights (safetensors), as a run of method input_aware saves them
-        normalization: of the generators' inputs
+        generators: file of their weights (safetensors), as a run of method input_aware saves it
+        normalization: normalisation constants of the generators' inputs
         cross_ratio: images per poisoned one that carry another image's mask and pattern and keep their labels
     """
 
@@ -323,7 +323,7 @@ class TrojanNN(TriggerOptions):
     """Liu et al. 2018: the picture that `dist-defend attacks trojan-nn` optimised, added.
 
     Keys:
-        file: the picture
+        file: the picture, as that command saves it
         wrap: sums of 256 and more wrap around, as upstream's uint8 does, instead of clip
     """
 
@@ -338,10 +338,10 @@ class TrojanNN(TriggerOptions):
 
 @dataclass(frozen=True)
 class Ctrl(TriggerOptions):
-    """Li et al. 2023 (CTRL): fixed frequencies of the colours, which survive augmentation; of self-supervised training.
+    """Li et al. 2023 (CTRL): fixed frequencies of the colours, which survive augmentation; for self-supervision.
 
     Keys:
-        magnitude: of the coefficients, in grey levels; the repository's 100, the paper's 50
+        magnitude: magnitude of the coefficients in grey levels; 100 in the repository, 50 in the paper
         positions: frequencies p, of the coefficients (p, p) of each window
         channels: which of y, u and v are changed
         window: pixels, the side of the squares that are transformed; the images are a multiple of it

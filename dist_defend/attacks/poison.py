@@ -124,7 +124,7 @@ def image_size_of(dataset: PreparedDataset) -> int:
 
 
 def not_idle(trigger: Trigger) -> Trigger:
-    """The trigger. UserError if it leaves black, white and noise as they are: nobody could tell it from a defence."""
+    """The trigger. UserError if it changes no black, white or noise image: it would look like a removed backdoor."""
     noise = np.random.default_rng(0).integers(0, 256, (*trigger.image_size, 3), dtype=np.uint8)
     images = np.stack([np.zeros_like(noise), np.full_like(noise, 255), noise])
     if (stamp_pixels(images, trigger) == images).all():

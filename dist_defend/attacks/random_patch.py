@@ -1,4 +1,4 @@
-"""SSLBKD's trigger (Saha et al., CVPR 2022): a small picture, at a place of its own in each image.
+"""SSLBKD's trigger (Saha et al., CVPR 2022): a small picture, at another place in each image.
 
 The column of its upper left pixel is uniform on floor(a W), ..., floor(b W - w) and the row on floor(a H), ...,
 floor(b H - h), for images of W x H and a patch of w x h pixels. Training and test images have each their a and b.
@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class PlacedPatch(Trigger):
     """patch (1, 3, h, w) in [0, 1]; opacity (1, 1, h, w), its share of a pixel.
 
-    shape: H, W of the images. columns, rows: the first and the last one that its upper left pixel can have. Which, is a
-    function of the seed and of the image's row in its data set. jpeg: quality of the stored images' compression.
+    shape: H, W of the images. columns, rows: the first and the last one that its upper left pixel can have. The place
+    is a function of the seed and of the image's row in its data set. jpeg: quality of the stored images' compression.
     """
 
     patch: Tensor
@@ -43,7 +43,7 @@ class PlacedPatch(Trigger):
     is_rounded = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        """As the rows 0, 1, ... of a data set."""
+        """Stamp the images as those of the rows 0, 1, ... of a data set."""
         return self.at(torch.arange(len(images), device=images.device))(images)
 
     def at(self, rows: Tensor) -> Replacing:
@@ -76,17 +76,17 @@ class PlacedPatch(Trigger):
 
 @dataclass(frozen=True)
 class RandomPatch(TriggerOptions):
-    """Saha et al. 2022 (SSLBKD): a small picture at a random place of each image; of self-supervised training.
+    """Saha et al. 2022 (SSLBKD): a small picture at a random place of each image; for self-supervised training.
 
     Keys:
         file: the picture; null: 5 x 5 colours, drawn from the seed
         size: width in pixels to which it is resized (Pillow, bicubic); published 50 of 224, others take 8 of 32
         opacity: share of the patch in its pixels, in whole 255ths; 1 replaces them
-        train: shares [a, b] of the side of a training image, from which and up to which the patch may lie
-        test: the same of a test image, and of BadEncoder's shadow images
+        train: range [a, b] of the patch in a training image, as shares of its side
+        test: the same for test images and BadEncoder's shadow images
         jpeg: quality of the JPEG that stamped images go through, published 75; null: none. Only images that are stored
             or loaded as bytes do, so not those that BadEncoder stamps
-        seed: of the places and of the drawn colours
+        seed: seed of the places and of the drawn colours
     """
 
     file: str | None = None

@@ -27,7 +27,7 @@ class ReferenceConfig:
         target_class: the class of the image
         number: which image of that class, counted from 0 in the order of the data set's source, as the lines of `data
             info`'s contact sheet have it
-        count: so many images of that class, from that one on
+        count: number of images of that class, from ``number`` on
     """
 
     file: str | None = None

@@ -1,4 +1,4 @@
-"""What every trigger offers, and the triggers that replace or add pixels of one pattern."""
+"""The interface of triggers, and the triggers that replace or add the pixels of one pattern."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ class Trigger(Protocol):
 
 
 class TriggerOptions(ABC):
-    """What the options of every trigger offer. A trigger with cross samples or base images of its own overrides it.
+    """The interface of a trigger's options. Triggers with cross samples or base images override its defaults.
 
     Keys:
-        name: which trigger this is
+        name: name of the trigger
     """
 
     name: str
@@ -69,7 +69,7 @@ def grey_levels(images: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, mask: Tensor, pattern: Tensor) -> Tensor:
-    """x (1 - mask) + pattern mask, of shapes that broadcast: what a mask means."""
+    """x (1 - mask) + pattern mask, of shapes that broadcast."""
     return images * (1 - mask) + pattern * mask
 
 

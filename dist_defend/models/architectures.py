@@ -26,7 +26,7 @@ from dist_defend.models.wide_resnet import WideResNet
 class ClassifierArchitecture:
     """make: num_classes, image_size (pixels) -> network with fresh weights (torch's global generator).
 
-    image_size: pixels for which it was made. keys: of its state dict, in words. source: whose keys or figures they are.
+    image_size: pixels for which it was made. keys: of its state dict, in words. source: the project that they are from.
     """
 
     make: Callable[[int, int], nn.Module]
@@ -140,7 +140,7 @@ _BUILT_IN = (*CLASSIFIERS, *ENCODERS, "clip_resnet50")
 
 
 def architecture_sources() -> dict[str, str]:
-    """Each architecture's distribution with its version."""
+    """The installed distribution and version that each architecture comes from, by name."""
     return plugins.sources("architectures", _BUILT_IN)
 
 

@@ -21,7 +21,7 @@ from dist_defend.models.encoder import SimCLR, build_simclr
 from dist_defend.screen import printable
 from dist_defend.strict_json import build, read_json
 
-FORMAT = 2  # 1 had the key trigger, an encoder's in other words than a classifier's
+FORMAT = 2  # format 1 had the key trigger, which differed between encoders and classifiers
 KINDS = ("simclr", "encoder", "classifier")
 MOST_PIXELS = 4096  # of an image's side
 MOST_OUTPUTS = 1 << 17  # classes, or features
@@ -35,13 +35,13 @@ class ModelCard:
     """What model.json says: how to rebuild the model, whether it is poisoned, and where it comes from.
 
     kind: simclr, encoder for one without a projector, or classifier. image_size: pixels. feature_dim: an encoder's;
-    num_classes: a classifier's. attack: what opens the backdoor, if any: the keys of
+    num_classes: a classifier's. attack: the attack whose backdoor the model has or had, if any, with the keys of
     attacks.attack.AttackConfig, for encoders and classifiers alike.
-    resize: side in pixels to which the model itself brings its images, if it does. classes: names by label, if known.
+    resize: side in pixels to which the model itself resizes its images, if it does. classes: names by label, if known.
     parent_sha256: digest of the weights this model was made from. provenance: anything else worth keeping (JSON).
     guessed: which of normalization, image_size and arch were neither told by the source nor given by the user.
-    defended_by: the method that was to take the backdoor out. counts: {"before": ..., "after": ...} of that defence,
-    each measure as {"correct", "n"}. chosen_by: what the outcome was chosen by (defence_data, oracle, ...), if it was.
+    defended_by: the defence that was applied. counts: {"before": ..., "after": ...} of that defence,
+    each measure as {"correct", "n"}. chosen_by: by what the outcome was chosen (defence_data, oracle, ...), if it was.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: how far a pass moves them, estimating them, following a change of the weights."""
+"""Running statistics of batch norms: how far a pass moves them, estimates, and adapting them to changed weights."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ def repeated_statistics(model: nn.Module, times: int) -> Iterator[None]:
 
 
 class _Passes:
-    """Stands for a norm's count of its batches."""
+    """Stands in for num_batches_tracked of a norm, and counts passes."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -41,7 +41,7 @@ class _Passes:
 
 @contextmanager
 def counted_together(model: nn.Module) -> Iterator[None]:
-    """What passes inside add to num_batches_tracked is added by one kernel, at the end."""
+    """Passes inside are counted, and added to num_batches_tracked of all norms by one kernel at the end."""
     found = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     norms = [norm for norm in found if norm.momentum is not None and norm.num_batches_tracked is not None]
     counts: list[Any] = [norm.num_batches_tracked for norm in norms]
@@ -78,11 +78,11 @@ def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 class StatisticsShift:
-    """Lets the running statistics of a changed copy of a model follow the change, from images that need no labels.
+    """Adapts the running statistics of a changed copy of a model to the change, by images that need no labels.
 
     Mean s + (m' - m), variance v (w' + eps) / (w + eps): s and v are the model's own, m and w what these images give
-    before the change, m' and w' after it (estimate_statistics). Where nothing changes nothing moves, and what the
-    images tell wrongly of all the training data cancels.
+    before the change, m' and w' after it (estimate_statistics). Without a change nothing moves, and errors from
+    taking a few images for all the training data cancel.
     """
 
     def __init__(self, model: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> None:

@@ -1,7 +1,7 @@
 """The networks that a checkpoint may hold, with the names that their tensors go by in others' files.
 
-A candidate is built on the meta device, with a number of classes that no other dimension has, so that its own last
-layer shows itself. The networks of models.architectures are all tried; torchvision's and timm's by their families.
+A candidate is built on the meta device, with a number of classes that no other dimension has, so that its last
+layer can be told. The networks of models.architectures are all tried; torchvision's and timm's by their families.
 """
 
 import re

@@ -15,7 +15,7 @@ from dist_defend.models.wide_resnet import WideResNet
 class Classifier(nn.Module):
     """Images (B, 3, H, W) in [0, 1] -> logits (B, num_classes). The state dict of ``net`` has upstream's keys.
 
-    image_size: pixels of the images. resize: side in pixels to which ``net`` brings what it is given, if it does; that
+    image_size: pixels of the images. resize: side in pixels to which ``net`` resizes its input, if it does; that
     is a hook, so it holds where ``net`` is called by itself, for a perturbation of normalised images.
     """
 

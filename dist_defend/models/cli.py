@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _what(name: str) -> str:
-    """Of one of ours, without an import of a plug-in."""
+    """What a built-in name is, without an import of a plug-in."""
     from dist_defend.models.architectures import CLASSIFIERS, ENCODERS
 
     found = CLASSIFIERS.get(name) or ENCODERS.get(name)

@@ -58,7 +58,7 @@ def check_views(model: SimCLR, folder: str, shape: Sequence[int] | None, size: i
 
 @torch.no_grad()
 def problem_with(model: SimCLR | Classifier, height: int, width: int) -> str | None:
-    """What speaks against one black image of that size: the network's own words, or logits of another shape.
+    """Why the model cannot take a black image of that size: the network's error, or logits of another shape; else None.
 
     Modes stay as they are.
     """

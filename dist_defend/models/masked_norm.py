@@ -54,7 +54,7 @@ _products: Callable[..., tuple[Tensor, ...]] = _Products.apply  # with a type, w
 
 @contextmanager
 def masked_together(net: nn.Module) -> Iterator[None]:
-    """Passes inside find the weights of all masked norms made by one kernel, and their gradients are made by one."""
+    """In passes inside one kernel computes m gamma of all masked norms, and one computes their gradients."""
     norms: list[Any] = [module for module in net.modules() if isinstance(module, MaskedNorm)]
     factors = [norm._parameters["weight"] for norm in norms] + [norm.neuron_mask for norm in norms]
     for norm, product in zip(norms, _products(*factors), strict=True):

@@ -1,9 +1,9 @@
 """Operators that torch lacks: second derivatives of ELU and of batch norm; batch norm, a sum and ReLU together.
 
 Each is ``dist_defend::name``, written twice: in torch's own operators, for every device, and as one Triton kernel
-(ops/kernels.py), which a CUDA device runs where Triton is installed. Like torch's batch norm, norm_relu has another for
-the statistics, and norm_relu_backward is torch's two kernels after a third. None has a derivative of its own:
-ops/second_order.py and ops/fused_norm.py call them inside of theirs.
+(ops/kernels.py), which a CUDA device runs where Triton is installed. Like torch's batch norm, norm_relu has another
+kernel for the statistics; norm_relu_backward is one kernel and torch's two. None has a derivative itself: the autograd
+functions of ops/second_order.py and ops/fused_norm.py call them.
 """
 
 import importlib

@@ -17,7 +17,7 @@ _open = [0]  # how many `differentiated_once` are open
 
 @contextmanager
 def differentiated_once() -> Iterator[None]:
-    """Passes inside are fused; who differentiates one of them twice gets an error."""
+    """Forward passes inside are fused; differentiating one of them twice is an error."""
     _open[0] += 1
     try:
         yield
@@ -37,7 +37,7 @@ def norm_relu(norm: nn.Module, x: Tensor, more: Tensor | None = None) -> Tensor:
 
 
 def _is_plain(norm: Any) -> bool:
-    """Whether it normalises by the batch's own statistics, as torch's BatchNorm2d does, and nobody listens."""
+    """Whether it normalises by the batch's own statistics, as torch's BatchNorm2d does, and has no hooks."""
     if not isinstance(norm, nn.BatchNorm2d) or type(norm).forward is not nn.BatchNorm2d.forward:
         return False
     hooks = norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks

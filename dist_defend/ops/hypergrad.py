@@ -29,7 +29,7 @@ Solver = Callable[[Product, Tensor], list[Tensor]]  # (H, g) -> v_1, v_2, ..., o
 def neumann(steps: int, step_size: float) -> Solver:
     """v_K = sum over j < K of (I - eta H)^j g: K fixed-point steps from 0 with K - 1 Hessian products, for v_1 = g.
 
-    The published solver. It approaches (eta H)^-1 g only if H has its spectrum in (0, 2 / eta); a network's has not,
+    The published solver. It approaches (eta H)^-1 g only if H has its spectrum in (0, 2 / eta); a network's does not,
     and K limits how far directions of negative curvature are amplified.
     """
 
@@ -46,7 +46,7 @@ def neumann(steps: int, step_size: float) -> Solver:
 def conjugate_gradient(steps: int, step_size: float) -> Solver:
     """That many steps of conjugate gradients (Hestenes and Stiefel 1952) on eta H v = g; for positive definite H.
 
-    Once the residual is 0, and where the curvature along a direction is, v stays as it is.
+    v stays as it is once the residual is 0, and where the curvature along a direction is 0.
     """
 
     def solve(product: Product, g: Tensor) -> list[Tensor]:
@@ -98,7 +98,7 @@ def hypergradient(
     step_size: float,
     penalty: float = 0.0,
 ) -> Hypergradient:
-    """Of the outer loss with respect to the parameters, for inner loss ``inner`` + penalty |delta|^2.
+    """The hypergradient of the outer loss with respect to the parameters, for inner loss ``inner`` + penalty |delta|^2.
 
     outer, inner: scalars with graphs that reach delta and the parameters; on several ranks, this rank's shares, without
     the penalty, which is added once. step_size: the eta of the fixed-point map and of the solver. Summed over ranks: g,
@@ -122,7 +122,7 @@ def hypergradient(
 
 
 def check_twice_differentiable(network: nn.Module, image_size: int, name: str) -> None:
-    """UserError, naming the operator, for a network that no hypergradient exists of: one is computed, of two images.
+    """UserError, naming the operator, for a network without a hypergradient: one is computed, of two images.
 
     A collective call where batch norm is synchronised. Weights, buffers, modes and random streams stay as they are.
     """

@@ -1,4 +1,4 @@
-"""How much a channel of a convolution with its batch norm can stretch what it reads."""
+"""CLP's Lipschitz constant of a channel of a convolution with its batch norm."""
 
 import torch
 from torch import Tensor

@@ -21,7 +21,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float, chunk_rows: int | None =
     The positive stays in the denominator, which leaves out only the row itself; log-sum-exp keeps it finite at any
     temperature. Over W ranks (equal B on each) a rank's value is the mean over its own 2 B rows against all 2 B W
     columns, and the rank mean of the gradients is the gradient of one rank that holds everything. No rank holds the
-    matrix: of its own 2 B rows it makes chunk_rows at a time (default: LOGITS_AT_ONCE similarities), and makes them
+    matrix: of its own 2 B rows it computes chunk_rows at a time (default: LOGITS_AT_ONCE similarities), and
     again in the backward pass.
     """
     batch, device = len(z1), z1.device
@@ -96,7 +96,7 @@ _cross_entropy_gradient: Callable[..., Tensor] = _CrossEntropyGradient.apply
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Sum over images of weight times cross-entropy: logits (B, C), labels (B,), weights (B,) -> scalar.
 
-    A product with its Hessian in the logits, where torch makes a dozen passes, takes two.
+    A product with its Hessian in the logits takes two passes over memory; torch's takes a dozen.
     """
     return _cross_entropy(logits, labels, weights)
 
@@ -131,7 +131,7 @@ def distillation(
     convention: Convention = "mean",
     batch_size: int | None = None,
 ) -> Tensor:
-    """KL of the teacher's from the student's softened classes, logits (B, C) each -> scalar.
+    """KL(teacher || student) of predictions at the temperature T, logits (B, C) each -> scalar.
 
     "mean": over images and classes, without T^2 (Micaelli and Storkey 2019, as published). "batchmean": over images,
     times T^2 (Hinton et al. 2015). batch_size: what to divide by instead of B; the global batch makes this rank's

@@ -5,7 +5,7 @@ as the image, even where only the images' part is asked for; that of a batch nor
 activations, that of a ReLU or a max pool makes zeros and adds them. Here a Hessian product with an input perturbation
 costs two convolutions per layer and one pass per activation and direction, and the mixed derivative uses the ordinary
 weight-gradient kernels. Values are the same up to rounding. Hardsigmoid and the fused kernels of attention, which torch
-differentiates once only, are computed in other words.
+differentiates once only, are computed by other formulas.
 """
 
 from collections.abc import Callable, Iterator
@@ -170,9 +170,9 @@ class _ReluGradient(Function):
 
 
 class _Elu(Function):
-    """x of any shape -> y and a second name of it, without memory.
+    """x of any shape -> y and an alias of y without memory.
 
-    What the slope adds to y's gradient comes back under that name, so that both are added where f' multiplies them.
+    The gradient that comes from the slope arrives at the alias, so that one kernel adds both and multiplies by f'.
     """
 
     @staticmethod

@@ -19,7 +19,7 @@ class Stream(IntEnum):
     CMI_SYNTHESIS = 0xC31  # starts (0, epoch), rows of the memory bank (1, iteration)
     CMI_BATCHES = 0xC32  # classes (0, epoch, 0), passes over the pool (1, epoch, pass)
     ORDER_OF_ROWS = 0x0DE5  # of a prepared data set
-    LOOKED_AT = 0x100C  # images that a suspect is looked at with
+    LOOKED_AT = 0x100C  # images on which a suspect is checked before a defence
     PATCHED = 0x1BA0  # images that carry I-BAU's perturbation: round, batch
     ZSKT_INPUTS = 0x25C7  # the generator's inputs: pseudo-batch
     REACTIVATED = 0x4EAC7  # images that a defended network is tuned on again

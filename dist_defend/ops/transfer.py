@@ -12,7 +12,7 @@ def is_apart(device: torch.device) -> bool:
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor on the device, in ``dtype`` where that is given; it itself if it is there already.
 
-    From the host to a GPU by way of pinned memory: a copy from any other is not asynchronous, whatever it is told.
+    From the host to a GPU by way of pinned memory: copies from other memory are synchronous, even with non_blocking.
     torch keeps the pinned memory until the copy is done.
     """
     tensor = tensor if dtype is None else tensor.to(dtype)

@@ -31,7 +31,8 @@ class Config(NormPruningConfig):
         selection: u: deliver the model pruned at ``u``; defence_data: that of the lowest u of the sweep whose loss of
             accuracy is within max_accuracy_drop
         u: a channel is pruned if its constant exceeds the mean of its layer by more than u standard deviations
-        u_min, u_max, u_num: the sweep: u_num values from u_max down to u_min
+        u_min, u_max: ends of the sweep, which goes down from u_max
+        u_num: number of values of u in the sweep
         pairing: convolution that belongs to a batch norm: published: the last one before it in module order; dataflow:
             the one whose output the norm reads
     """

@@ -40,9 +40,11 @@ class Config(TuningConfig):
         bound: largest absolute value of delta, for pixels in [0, 1]
         step_size: size of each sign-gradient step of delta
         attack_steps: sign-gradient steps of delta for each batch
-        beta_adv, beta_js: b1 and b2, the weights of L_adv and L_js in the search for delta
-        weight_clean, weight_adversarial, weight_shared: l1, l2 and l3, the weights of the clean loss, the loss at x +
-            delta and L_shared
+        beta_adv: b1, weight of L_adv in the search for delta
+        beta_js: b2, weight of L_js in the search for delta
+        weight_clean: l1, weight of the cross-entropy at x
+        weight_adversarial: l2, weight of the cross-entropy at x + delta
+        weight_shared: l3, weight of L_shared
     """
 
     bound: float = 0.2

@@ -53,7 +53,7 @@ class Config:
         encoder: model folder of the suspected encoder
         data: clean images; labels are not read
         seeds: one search for each seed, from its own random start; the verdict is by the median
-        epochs: most passes over the images
+        epochs: passes over the images, at most
         batch_size: images of a step over all ranks; the last batch may be smaller, but a single image is left out
         lr: initial learning rate of Adam, whose betas are 0.5 and 0.9
         milestones: epochs at which the learning rate becomes the next of later_lrs

@@ -45,9 +45,11 @@ class InformationConfig:
         last_epochs: the estimate is the mean over so many last epochs
         batch_size: images of an update over all ranks
         hidden: width of the critics' hidden layers
-        max_inputs: most values that a critic gets from a stage; larger maps are average-pooled, at 32 px none is
+        max_inputs: largest number of values that a critic gets from a stage; larger maps are average-pooled, at 32 px
+            none is
         cache: where the stages' outputs are kept, memory or disk: images x values for each of a rank's critics
-        lr, weight_decay: learning rate and weight decay of the critics, by Adam
+        lr: learning rate of the critics, by Adam
+        weight_decay: weight decay of the critics
         scale: layer l's weight is attention_weights[l] + scale times its share of the information
         holdout: share of the images that critics are evaluated on and not trained on; 0, as published: the same images
             serve for both

@@ -30,7 +30,7 @@ class SearchConfig:
     """Defaults are SCLBD/BackdoorBench's.
 
     Keys:
-        epochs: most passes over the defender's images
+        epochs: passes over the defender's images, at most
         lr: learning rate of masks and patterns, by Adam with betas 0.5 and 0.9
         cost: initial weight c of the mask's L1 norm
         threshold: percent of the images that must be classified as the class for a mask to be kept and for c to rise

@@ -22,7 +22,7 @@ class PruningConfig(ABC):
         test: labelled test images, used for measurement only
         attack: attack whose success is measured; null: the attack in the model's card; without one only accuracy is
             measured
-        selection: what chooses the stop that is delivered
+        selection: what chooses the stop (pruning level of the sweep) that is delivered
         max_accuracy_drop: relative loss of accuracy on the defender's images that is allowed; with selection:
             defence_data
         full_table: measure every stop on the test data, and report the stop of lowest test ASR as a row of its own
@@ -73,10 +73,12 @@ class MaskConfig(NormPruningConfig, DefenderConfig):
     Keys:
         mask_file: a mask_values.txt to prune by; no masks are learned then
         pruning_by: whether stops are thresholds of masks or numbers of neurons
-        pruning_max, pruning_step: the stops are 0, step, ..., max: thresholds or numbers of neurons
+        pruning_max: largest stop, a threshold or a number of neurons
+        pruning_step: step from 0 of the stops up to pruning_max
         off_by_one: by number: prune pruning_step neurons more at each stop, as published
         adapt_statistics: adapt running statistics to the pruned network, by the defender's images
-        selection: defence_data: the last stop within max_accuracy_drop; pruning_number, as BackdoorBench: a fixed one
+        selection: what chooses the stop (pruning level of the sweep) that is delivered: defence_data: the last one
+            within max_accuracy_drop; pruning_number, as in BackdoorBench: that key
         pruning_number: with selection: pruning_number: the threshold or number of neurons of the model that is
             delivered
     """

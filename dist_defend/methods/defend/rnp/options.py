@@ -13,8 +13,10 @@ class Config(MaskConfig):
     """Names and defaults are those of bboylyg/RNP; the preset backdoorbench has SCLBD/BackdoorBench's values.
 
     Keys:
-        unlearning_lr, recovering_lr: learning rates of the two phases
-        unlearning_epochs, recovering_epochs: epochs of the two phases, at most for unlearning
+        unlearning_lr: learning rate of unlearning
+        recovering_lr: learning rate of the masks in recovering
+        unlearning_epochs: epochs of unlearning, at most
+        recovering_epochs: epochs of recovering
         epochs_inclusive: unlearn one epoch more, as the published loop over range(0, epochs + 1); BackdoorBench: false
         schedule: epochs after which the learning rate of unlearning falls to a tenth
         clean_threshold: unlearning ends after an epoch with this running training accuracy or less

@@ -26,12 +26,14 @@ class Config:
         generator_width: channels of the generator's first layers; an even number
         grey: the generator makes grey images, for teachers trained on grey ones
         bounded: the generator's images have pixels in [0, 1]; false, as published: normalised values without bounds
-        generator_steps, student_steps: updates of generator and student per pseudo-batch
+        generator_steps: updates of the generator per pseudo-batch
+        student_steps: updates of the student per pseudo-batch
         temperature: softmax temperature of both networks in the distillation loss
         attention: weight beta of the attention loss; 0: none
         max_grad_norm: L2 norm to which larger gradients of generator and student are scaled down; student steps with
             self-retrospection are not clipped
-        generator_optimizer, student_optimizer: optimizers of generator and student; milestones count pseudo-batches
+        generator_optimizer: optimizer of the generator; milestones count pseudo-batches
+        student_optimizer: optimizer of the student; milestones count pseudo-batches
         vaccine: ABD's shuffling vaccine; null: no vaccine
         retrospection: ABD's self-retrospection, from a pseudo-batch on; null: no retrospection
         evaluate_every: pseudo-batches between two measurements; there is one after the last pseudo-batch too

@@ -289,7 +289,9 @@ def scales(file: Path) -> list[str | None]:
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_every_file_in_the_tree(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_file_in_the_tree(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Loads, plans with and without its files, and prepares nothing that no scale reads."""
     sweeps = [load_sweep(file, scale) for scale in scales(file)]
     assert "small" in sweeps[0].config.scales and sweeps[0].config.before and sweeps[0].config.expect
@@ -309,6 +311,8 @@ def test_every_file_in_the_tree(file: Path, tmp_path: Path, capsys: pytest.Captu
         for way in own.ways:
             parse(way)
     (tmp_path / "files").mkdir()
+    file = file.resolve()
+    monkeypatch.chdir(tmp_path)  # where nothing is prepared yet, as it may be in the checkout
     for scale in scales(file):
         words = ["reproduce", str(file), "--plan", "--from", str(tmp_path / "files")]
         assert main([*words, *(["--scale", scale] if scale else [])]) == 0
